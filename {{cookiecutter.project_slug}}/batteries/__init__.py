@@ -1,0 +1,34 @@
+"""Batteries: the parts of a training run that one can only get wrong. None of them knows your task."""
+
+from batteries.checkpoints import CheckpointManager, load_checkpoint, make_checkpoint, save_checkpoint
+from batteries.cli import run_command
+from batteries.data import Epoch, EvalLoader, TrainLoader
+from batteries.devices import start_process
+from batteries.errors import BadInput
+from batteries.metrics import Averages
+from batteries.parallel import accumulate, evaluation, place_model
+from batteries.randomness import Stream, random_stream, seed_all
+from batteries.runs import Run
+from batteries.trackers import default_tracker
+
+__all__ = [
+    "Averages",
+    "BadInput",
+    "CheckpointManager",
+    "Epoch",
+    "EvalLoader",
+    "Run",
+    "Stream",
+    "TrainLoader",
+    "accumulate",
+    "default_tracker",
+    "evaluation",
+    "load_checkpoint",
+    "make_checkpoint",
+    "place_model",
+    "random_stream",
+    "run_command",
+    "save_checkpoint",
+    "seed_all",
+    "start_process",
+]

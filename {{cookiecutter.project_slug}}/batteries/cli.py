@@ -1,0 +1,144 @@
+"""From the command line to a Config, and from an error to one sentence."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+from batteries.distributed import is_main, rank, world_size
+from batteries.errors import BadInput, is_bad_input, near
+
+Config = TypeVar("Config")
+
+SECONDS_TO_SPEAK = 4  # torchrun looks after its processes ten times a second
+
+
+def run_command(main: Callable[[Config], object], config_class: type[Config]) -> None:
+    """Parse the command line, run `main`, and end with the exit code that fits.
+
+    Bad input: one sentence and 2. Ctrl-C: 130. Anything else is a bug: its traceback and 1. Of many ranks one speaks.
+    """
+    try:
+        main(parse(config_class, sys.argv[1:]))
+    except KeyboardInterrupt:
+        _end(130, "interrupted by Ctrl-C; what is in the logdir is whole." if is_main() else "")
+    except Exception as error:  # noqa: BLE001 (what is not for the user is shown with its traceback)
+        _wait_for_another_rank(error)
+        if is_bad_input(error):
+            _end(2, f"error: {error}")
+        _end(1, traceback.format_exc())
+
+
+def parse(config_class: type[Config], arguments: list[str]) -> Config:
+    """A Config from flags; `--config FILE` gives the values that no flag beside it sets.
+
+    Raises BadInput in the words of the flags; `--help` prints and exits with 0.
+    """
+    import tyro  # here, so that a worker process that imports train.py does not pay for it
+
+    defaults, arguments = _take_config_file(config_class, arguments)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config_class, args=arguments, default=defaults, console_outputs=True)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise BadInput(_one_sentence(said.getvalue(), arguments, config_class)) from None
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A Config as plain values, in the order of its fields."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(config_class: type[Config], values: Mapping[str, Any], where: str = "the config") -> Config:
+    """A Config from what `to_json` gave; a field that is not named keeps its default. Raises BadInput for an unknown one."""
+    types = get_type_hints(config_class)
+    for name in values:
+        if name not in types:
+            raise BadInput(f"{where} has {name!r}, which is no knob{near(name, types)}.")
+    fields = {name: _restore(types[name], value, where) for name, value in values.items()}
+    try:
+        return config_class(**fields)
+    except TypeError as error:
+        raise BadInput(f"{where} does not make a {config_class.__name__}: {error}.") from None
+
+
+def _restore(kind: Any, value: Any, where: str) -> Any:
+    """The value of one field: JSON has no Path, tuple or dataclass."""
+    arguments = get_args(kind)
+    if kind is Path:
+        return Path(value)
+    if isinstance(value, list) and arguments:
+        return tuple(_restore(arguments[0], item, where) for item in value)
+    if dataclasses.is_dataclass(kind):
+        return from_json(kind, value, where)  # type: ignore[arg-type]
+    return value
+
+
+def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple[Config | None, list[str]]:
+    """The Config in the file of `--config`, and the other arguments."""
+    rest, path = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config" or argument.startswith("--config="):
+            path = argument.removeprefix("--config").removeprefix("=") or next(remaining, "")
+        else:
+            rest.append(argument)
+    if path is None:
+        return None, rest
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--config {path} cannot be read ({error}); give a run's config.json.") from None
+    return from_json(config_class, values, f"--config {path}"), rest
+
+
+def _one_sentence(panel: str, arguments: list[str], config_class: type[Any]) -> str:
+    """tyro's panel as one sentence, with the nearest flag or choice."""
+    lines = [line.strip("│ ").strip() for line in panel.splitlines() if line.startswith("│")]
+    rules = [index for index, line in enumerate(lines) if set(line) == {"─"}]
+    text = " ".join(lines[: rules[0]] if rules else lines).rstrip(".")
+    flags = re.findall(r"--[\w.-]+", panel.partition("Perhaps you meant")[2])
+    unknown = re.match(r"Unrecognized options: (\S+?),?(?:\s|$)", text)
+    if unknown:
+        return f"{unknown[1]} is no flag{near(unknown[1], flags)}; python train.py --help lists all."
+    choice = re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text)
+    if choice:
+        known = re.findall(r"'([^']*)'", choice[3])
+        return f"{choice[2]} {choice[1]} is not a choice{near(choice[1], known)}; use one of: {', '.join(known)}."
+    return f"{text}; python train.py --help lists all flags."
+
+
+def _end(code: int, message: str) -> NoReturn:
+    """Say `message` and end."""
+    if message:
+        who = f"[rank {rank()}] " if not is_main() else ""
+        print(who + message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if world_size() > 1:
+        os._exit(code)  # no destructor may wait for a rank that has gone
+    sys.exit(code)
+
+
+def _wait_for_another_rank(error: Exception) -> None:
+    """Let the rank with the cause speak: torchrun ends all others once it has failed.
+
+    A lost connection is what the others see; and where all fail alike, rank 0 speaks for them.
+    """
+    import torch.distributed as dist
+
+    lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
+    if world_size() > 1 and (lost or not is_main()):
+        time.sleep(SECONDS_TO_SPEAK * (2 if lost else 1))
+
+

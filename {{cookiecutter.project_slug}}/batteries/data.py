@@ -1,0 +1,295 @@
+"""From a data set to the batches of a step: the same bytes for any number of workers and processes.
+
+An epoch's order is a permutation drawn from (seed, stage, epoch). It is cut into steps of `batch_size` samples, a step into
+micro-batches, a micro-batch into one slice for each rank. Each sample draws its augmentation from a stream of
+its own, keyed by its position in that order. So who loads a sample, and when, changes nothing.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from batteries.distributed import rank, world_size
+from batteries.errors import BadInput
+from batteries.randomness import Stream, preserved_random_state, reseed, stream_seeds
+
+Transform = Callable[[Any, Any], tuple[Any, Any]]
+
+
+class SampleSource(Protocol):
+    """What experiment/dataset.py gives: an index becomes one (image, target).
+
+    It may also have `get_batch(indices) -> (images, targets)`, which reads many samples at once; that is used where there is no
+    transform, and must draw no random numbers.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
+
+
+class MicroBatch(NamedTuple):
+    """What one rank pushes through at once, as positions [start, stop) in the order of the epoch."""
+
+    start: int
+    stop: int
+    share: float  # weight of its mean loss, so that the sum over micro-batches and mean over ranks is the step's mean
+    ends_step: bool
+
+
+def cut_epoch(
+    size: int, batch_size: int, accumulation_steps: int, rank: int, world_size: int, drop_last: bool, first_step: int = 0
+) -> Iterator[MicroBatch]:
+    """The micro-batches of one rank, in order, from step `first_step` (counted from 0) on.
+
+    A step is cut into micro-batches first and those into slices per rank: so micro-batch j holds the same samples for any
+    `world_size`, and synchronised batch norm sees the same statistics. A short last step is cut as evenly as it goes.
+    """
+    for step in range(first_step, count_steps(size, batch_size, drop_last)):
+        begin, end = step * batch_size, min((step + 1) * batch_size, size)
+        micro_batches = min(accumulation_steps, (end - begin) // world_size)
+        pieces = micro_batches * world_size
+        for index in range(micro_batches):
+            piece = index * world_size + rank
+            start = begin + (end - begin) * piece // pieces
+            stop = begin + (end - begin) * (piece + 1) // pieces
+            share = (stop - start) * world_size / (end - begin)
+            yield MicroBatch(start, stop, share, ends_step=index == micro_batches - 1)
+
+
+def count_steps(size: int, batch_size: int, drop_last: bool) -> int:
+    """Optimizer steps in one pass over `size` samples."""
+    return size // batch_size if drop_last else -(-size // batch_size)
+
+
+class Request(NamedTuple):
+    """What a worker is asked for: samples by index, and one seed each."""
+
+    indices: np.ndarray
+    seeds: np.ndarray
+
+
+class Samples:
+    """A data set as the loader reads it: by whole batches, each sample under its own random stream."""
+
+    def __init__(self, dataset: SampleSource, transform: Transform | None) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, request: Request) -> Any:
+        """A collated batch; torch's fetcher calls this with whatever the batch sampler gave."""
+        if self.transform is None and hasattr(self.dataset, "get_batch"):
+            return self.dataset.get_batch(request.indices)
+        with preserved_random_state():
+            samples = zip(request.indices.tolist(), request.seeds.tolist(), strict=True)
+            return default_collate([self._sample(index, seed) for index, seed in samples])
+
+    def _sample(self, index: int, seed: int) -> tuple[Any, Any]:
+        reseed(seed)
+        sample = self.dataset[index]
+        return sample if self.transform is None else self.transform(*sample)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on its device. `share` weighs its loss; `seed` is the stream of what the model draws."""
+
+    images: Any
+    targets: Any
+    share: float
+    ends_step: bool
+    seed: int
+
+
+class TrainLoader:
+    """Micro-batches for training, by promise L0; `len()` is the number of optimizer steps in an epoch.
+
+    `batch_size` counts the samples of one optimizer step over all ranks and micro-batches. Raises BadInput where it does not
+    divide, and where `indices` do not fill one step.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        indices: Sequence[int] | np.ndarray,
+        transform: Transform | None,
+        device: torch.device,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        drop_last: bool = True,
+        limit_batches: int | None = None,
+        num_workers: int | None = 0,
+        start_method: str | None = None,
+    ) -> None:
+        check_batch_size(batch_size, accumulation_steps, len(indices), drop_last)
+        self.indices = np.asarray(indices)
+        self.device = device
+        self.seed = seed
+        steps = count_steps(len(indices), batch_size, drop_last)
+        self.size = len(indices) if limit_batches is None else min(len(indices), limit_batches * batch_size)
+        self.steps = min(steps, limit_batches or steps)
+        self.cutting = batch_size, accumulation_steps, rank(), world_size(), drop_last
+        self.requests: list[Request] = []
+        self.batches = _make_loader(Samples(dataset, transform), self.requests, device, num_workers, start_method)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, stage: int, epoch: int, first_step: int = 0) -> "Epoch":
+        """The micro-batches of one epoch from `first_step` (counted from 0) on; nothing before it is loaded."""
+        return Epoch(self, (self.seed, stage, epoch), first_step)
+
+
+class Epoch:
+    """One pass over the train split, as an iterable of micro-batches; `len()` is the number of its optimizer steps."""
+
+    def __init__(self, loader: TrainLoader, key: tuple[int, int, int], first_step: int) -> None:
+        self.loader = loader
+        self.key = key
+        self.first_step = first_step
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = self.loader
+        order = loader.indices[_permutation(len(loader.indices), *self.key)]
+        sample_seeds = stream_seeds(loader.size, *self.key, Stream.SAMPLE)
+        model_seeds = stream_seeds(loader.size, *self.key, Stream.MODEL)
+        cuts = list(cut_epoch(loader.size, *loader.cutting, self.first_step))
+        loader.requests[:] = [Request(order[cut.start : cut.stop], sample_seeds[cut.start : cut.stop]) for cut in cuts]
+        for cut, (images, targets) in zip(cuts, loader.batches, strict=True):
+            images, targets = to_device(images, loader.device), to_device(targets, loader.device)
+            yield Batch(images, targets, cut.share, cut.ends_step, seed=int(model_seeds[cut.start]))
+
+
+class EvalLoader:
+    """Every sample exactly once, in order, over all ranks: batch j goes to rank j modulo the number of ranks.
+
+    Whole batches are dealt out, so that each has the same samples, and the model gives the same bits, for any world size.
+    Gives (images, targets); `size` is the number of samples over all ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        indices: Sequence[int] | np.ndarray,
+        transform: Transform | None,
+        device: torch.device,
+        *,
+        batch_size: int,
+        limit_batches: int | None = None,
+        num_workers: int | None = 0,
+        start_method: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise BadInput(f"--valid-batch-size {batch_size} must be at least 1.")
+        indices = np.asarray(indices)
+        starts = range(0, len(indices), batch_size)[:limit_batches]
+        self.size = min(len(indices), len(starts) * batch_size)
+        self.device = device
+        # Evaluation draws from streams as well, one for each sample, so that a random transform cannot make it vary.
+        seeds = stream_seeds(len(indices), Stream.SAMPLE)
+        mine = [slice(start, start + batch_size) for start in starts[rank() :: world_size()]]
+        requests = [Request(indices[part], seeds[part]) for part in mine]
+        self.batches = _make_loader(Samples(dataset, transform), requests, device, num_workers, start_method)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for images, targets in self.batches:
+            yield to_device(images, self.device), to_device(targets, self.device)
+
+
+def check_batch_size(batch_size: int, accumulation_steps: int, size: int, drop_last: bool) -> None:
+    """Raise BadInput where `batch_size` does not divide over ranks and micro-batches, or does not fit the train split."""
+    ranks = world_size()
+    if accumulation_steps < 1:
+        raise BadInput(f"--accumulation-steps {accumulation_steps} must be at least 1.")
+    pieces = ranks * accumulation_steps
+    if batch_size < 1 or batch_size % pieces:
+        below, above = batch_size // pieces * pieces, (batch_size // pieces + 1) * pieces
+        legal = f"{below} or {above}" if below > 0 else f"{pieces}"
+        raise BadInput(
+            f"--batch-size {batch_size} must be a multiple of {pieces} "
+            f"({ranks} processes x {accumulation_steps} accumulation steps); the nearest legal: {legal}."
+        )
+    if drop_last and size < batch_size:
+        raise BadInput(
+            f"--batch-size {batch_size} does not fit: the train split has {size} samples; "
+            f"use --batch-size {max(size // pieces * pieces, pieces)} or less, or --no-drop-last."
+        )
+    if not drop_last and 0 < size % batch_size < ranks:
+        raise BadInput(
+            f"--batch-size {batch_size} leaves {size % batch_size} samples for the last step of an epoch, "
+            f"fewer than the {ranks} processes; use --drop-last or another --batch-size."
+        )
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """`data` (a tensor, or tensors in lists, tuples and dicts) on `device`; the copy overlaps with work on a GPU."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device, non_blocking=True)
+    if isinstance(data, dict):
+        return {name: to_device(value, device) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(to_device(value, device) for value in data)
+    return data
+
+
+def choose_num_workers(device: torch.device) -> int:
+    """Beside a GPU: the machine's cores over its processes, at most 8; on a CPU none, since the model needs the cores."""
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _permutation(size: int, *key: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((*key, Stream.ORDER)))).permutation(size)
+
+
+def _make_loader(
+    samples: Samples, requests: list[Request], device: torch.device, num_workers: int | None, start_method: str | None
+) -> DataLoader:
+    """A torch DataLoader over ready-made requests; it reads the list anew at the start of each pass."""
+    workers = choose_num_workers(device) if num_workers is None else num_workers
+    if workers < 0:
+        raise BadInput(f"--num-workers {workers} must be 0 or more.")
+    return DataLoader(
+        samples,  # type: ignore[arg-type]
+        batch_sampler=requests,  # type: ignore[arg-type]
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context=start_method if workers else None,
+        worker_init_fn=_WorkerStart() if workers else None,
+        generator=torch.Generator(),  # else each pass draws a seed from the global generator
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _WorkerStart:
+    """What a worker does first. Ctrl-C reaches it as well, but it is for the main process to end it.
+
+    The sharing strategy is that of the process that made it; a spawned one would start with torch's default.
+    """
+
+    def __init__(self) -> None:
+        self.sharing_strategy = torch.multiprocessing.get_sharing_strategy()
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.multiprocessing.set_sharing_strategy(self.sharing_strategy)

@@ -1,0 +1,83 @@
+"""The device to train on, and how it shall behave."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from batteries.distributed import local_rank, process_group, world_size
+from batteries.errors import BadInput
+
+
+def find_device(name: str) -> torch.device:
+    """The device for this process: `auto` takes a GPU where there is one, under DDP the one of the local rank.
+
+    Raises BadInput for a device that is not there, with those that are.
+    """
+    if name == "auto":
+        name = _best_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise BadInput(f"--device {name} is not a device; use one of: auto, {', '.join(_devices())}.")
+    if device.type == "cuda":
+        return _find_gpu(device, name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise BadInput(f"--device {name} is not on this machine; use one of: auto, {', '.join(_devices())}.")
+    if device.type == "mps" and world_size() > 1:
+        raise BadInput("--device mps cannot be shared between processes; use scripts/train_device.sh or --device cpu.")
+    return device
+
+
+def _find_gpu(device: torch.device, name: str) -> torch.device:
+    """A GPU that is there; under DDP each process on a machine takes the one with its local rank."""
+    if world_size() > 1 and device.index is not None:
+        raise BadInput(f"--device {name} is one GPU, but {world_size()} processes run; use --device cuda.")
+    index = local_rank() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise BadInput(
+            f"--device {name} needs GPU {index}, but this machine has {torch.cuda.device_count()}; "
+            f"use one of: auto, {', '.join(_devices())}{', or fewer processes (NPROC)' if world_size() > 1 else ''}."
+        )
+    return torch.device("cuda", index)
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() and world_size() == 1 else "cpu"
+
+
+def _devices() -> list[str]:
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+@contextmanager
+def start_process(
+    device: str, *, deterministic: bool, sharing_strategy: str, show_warnings: bool
+) -> Iterator[torch.device]:
+    """Set torch up, join the other processes, and leave them at the end; gives the device of this process."""
+    found = find_device(device)
+    if not show_warnings:
+        warnings.filterwarnings("ignore")
+    torch.autograd.set_detect_anomaly(False)  # it doubles the time of a step; turn it on to find a NaN
+    torch.multiprocessing.set_sharing_strategy(sharing_strategy)
+    _set_determinism(deterministic)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    with process_group(found):
+        yield found
+
+
+def _set_determinism(deterministic: bool) -> None:
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic  # it times algorithms, so the choice varies from run to run
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before the first cuBLAS call
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check of ours costs no memory writes

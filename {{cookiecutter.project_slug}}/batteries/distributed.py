@@ -1,0 +1,83 @@
+"""Many processes, one program: every function here does the obvious thing when there is only one."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from batteries.errors import BadInput, is_bad_input
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    """This process's number among all; 0 when it is alone."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """This process's number among those on its machine; 0 when it is alone."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started (it sets RANK and its kin); a process on its own has nothing to join."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    # gloo carries the objects of `on_main` and runs on a CPU; NCCL carries the gradients between GPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that have gone
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` (any shape) over all processes, in place, the same bits on each."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def union_over_ranks(names: Iterable[str]) -> list[str]:
+    """All names that any process has, sorted, the same list on each."""
+    if not dist.is_initialized():
+        return sorted(names)
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, list(names))
+    return sorted(set().union(*gathered))
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 alone and give every process its result; what it raises is raised on all of them."""
+    if not dist.is_initialized():
+        return action()
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = action()
+        except Exception as error:  # noqa: BLE001 (whatever it is, no process may wait for it for ever)
+            outcome[1] = BadInput(str(error)) if is_bad_input(error) else error
+    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,40 @@
+"""What goes wrong because of what was asked for, as opposed to a bug."""
+
+import difflib
+import dis
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class BadInput(ValueError):
+    """A value that its giver can mend: shown as one sentence, without a traceback, exit code 2."""
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether `error` is for the user: a BadInput, or a `raise ValueError(…)` that stands in train.py or experiment/.
+
+    A ValueError that python or a library raises there (`int("x")`, a failed unpacking) is a bug and keeps its traceback.
+    """
+    if isinstance(error, BadInput):
+        return True
+    trace = error.__traceback__
+    if type(error) is not ValueError or trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    raised_on_purpose = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised_on_purpose and _is_ours(Path(code.co_filename))
+
+
+def _is_ours(file: Path) -> bool:
+    folder = file.resolve().parent
+    return folder in (ROOT.resolve(), (ROOT / "experiment").resolve())
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """The known word that comes nearest, as the end of a sentence (`; did you mean 'x'?`), or nothing."""
+    matches = difflib.get_close_matches(word, [str(name) for name in known], n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

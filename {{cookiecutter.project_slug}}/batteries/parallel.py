@@ -1,0 +1,73 @@
+"""One model on one device, on several with DataParallel, or one in each process with DistributedDataParallel."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from batteries.batchnorm import synchronise_batchnorm
+from batteries.data import Batch
+from batteries.errors import BadInput
+from batteries.randomness import reseed, reseed_devices
+
+
+def place_model(model: nn.Module, device: torch.device, *, data_parallel: bool, sync_batchnorm: bool) -> nn.Module:
+    """`model` on its device, wrapped where several devices share the work.
+
+    DataParallel on a machine without GPUs is one device; DistributedDataParallel comes with torchrun's processes.
+    """
+    if data_parallel and dist.is_initialized():
+        raise BadInput("--data-parallel is for one process; under scripts/train_ddp.sh leave it out.")
+    if dist.is_initialized():
+        model = synchronise_batchnorm(model, device) if sync_batchnorm else model
+        device_ids = [device.index] if device.type == "cuda" else None
+        # Buffers are sent once an epoch (see `evaluation`), not before each forward pass.
+        return DistributedDataParallel(model.to(device), device_ids=device_ids, broadcast_buffers=False)
+    if data_parallel:
+        return DataParallel(model.to(device))
+    return model.to(device)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The user's own model inside the wrappers, whose state has no `module.` or `_orig_mod.` in its names."""
+    while isinstance(model, DataParallel | DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Forward and backward of one micro-batch go in here.
+
+    The model draws from the stream of this micro-batch, and ranks exchange gradients only where it ends a step:
+    DistributedDataParallel decides that in its forward pass.
+    """
+    reseed(batch.seed)
+    reseed_devices(batch.seed)
+    waits = isinstance(model, DistributedDataParallel) and not batch.ends_step
+    with model.no_sync() if waits else nullcontext():
+        yield
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode, without gradients, to be called as often as a rank has batches."""
+    network = model.module if isinstance(model, DistributedDataParallel) else model  # its forward pass needs all ranks
+    was_training = model.training
+    if isinstance(model, DistributedDataParallel):
+        _send_buffers(network)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield network
+    finally:
+        model.train(was_training)
+
+
+def _send_buffers(model: nn.Module) -> None:
+    """Rank 0's running statistics for all. With synchronised batch norm they are equal already."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)

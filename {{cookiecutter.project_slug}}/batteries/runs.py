@@ -1,0 +1,211 @@
+"""The folder of one run: what was asked for, what it ran on, and what came out."""
+
+import json
+import math
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from batteries.checkpoints import CheckpointManager, best_of
+from batteries.cli import to_json
+from batteries.console import Console, logger
+from batteries.data import Batch, Epoch
+from batteries.distributed import is_main, on_main, world_size
+from batteries.errors import BadInput
+from batteries.files import write_text
+from batteries.metrics import Averages
+from batteries.parallel import bare
+from batteries.trackers import NoTracker, Tracker, make_tracker
+
+ROOT = Path(__file__).parent.parent
+LOG_EVERY = 20  # steps between two reads of the metrics for the progress bar: each waits for the device
+
+
+class Run:
+    """Owns `logdir`; rank 0 writes and speaks, the other ranks make the same calls for nothing.
+
+    Raises BadInput, before anything is written, where `logdir` holds a run or cannot be written.
+    """
+
+    def __init__(self, logdir: Path, config: Any, device: torch.device) -> None:
+        self.logdir = Path(logdir)
+        self.config = to_json(config)
+        self.device = device
+        self.tracker: Tracker = NoTracker()
+        self.timing: dict[str, float] = {}
+        on_main(lambda: check_logdir(self.logdir))
+
+    def __enter__(self) -> "Run":
+        on_main(self._start)
+        self.console = Console(self.logdir / "train.log")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if is_main():
+            self.tracker.finish()
+            outcome = "finished" if kind is None else f"failed: {kind.__name__}: {error}"
+            self._write_record(end=_now(), exit=outcome)
+            self.console.note(outcome)
+        self.console.close()
+
+    def say_start(self, model: nn.Module, samples: Mapping[str, int]) -> None:
+        """What will run, before the first step; `samples` counts each split."""
+        if not is_main():
+            return
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        wrapper = "" if bare(model) is model else f" with {type(model).__name__}"
+        logger.info(f"logdir   {self.logdir}")
+        logger.info(f"device   {self.device}, {world_size()} x {torch.get_num_threads()} threads{wrapper}")
+        logger.info(f"data     {', '.join(f'{name} {count:,}' for name, count in samples.items())}")
+        logger.info(f"model    {type(bare(model)).__name__}, {parameters:,} parameters")
+        logger.info(f"code     git {self.record['git_commit'] or 'without a commit'}, torch {torch.__version__}")
+
+    def track(self, batches: Epoch, metrics: Averages, label: str) -> Iterator[Batch]:
+        """Give `batches` on, show how far they are, and keep the time for `log_epoch`."""
+        begin = time.monotonic()
+        yield from self.console.track(batches, metrics, label, LOG_EVERY)
+        seconds = time.monotonic() - begin
+        self.timing = {
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(metrics.count * world_size() / seconds, 1),
+            "peak_memory_bytes": _peak_memory(self.device),
+        }
+
+    def log_epoch(
+        self,
+        stage: str,
+        epoch: int,
+        step: int,
+        lr: float,
+        train: Mapping[str, float],
+        valid: Mapping[str, float],
+        is_best: bool,
+    ) -> None:
+        """One line on the terminal, in metrics.jsonl and in timings.jsonl, one point a curve in the tracker.
+
+        `step` counts the optimizer steps of the stage. Numbers that are not finite become null in the files: JSON has none.
+        """
+        if not is_main():
+            return
+        record = {"stage": stage, "epoch": epoch, "step": step, "lr": lr, "train": _finite(train), "valid": _finite(valid)}
+        _append(self.logdir / "metrics.jsonl", record)
+        _append(self.logdir / "timings.jsonl", {"stage": stage, "epoch": epoch, **self.timing})
+        curves = {f"{stage}/train/{name}": value for name, value in train.items()}
+        curves |= {f"{stage}/valid/{name}": value for name, value in valid.items()}
+        self.tracker.log({**curves, f"{stage}/lr": lr}, step)
+        parts = [f"{stage} epoch {epoch}", "train", _means(train), "valid", _means(valid)]
+        logger.info(f"{'  '.join(parts)}  {self.timing['seconds']:.1f} s{'  best' if is_best else ''}")
+
+    def say_end(self, stages: Sequence[CheckpointManager]) -> float:
+        """What came out, and where it is; gives the best score over all stages."""
+        score, best = best_of(stages)
+        if is_main():
+            self.record |= {"best": {"metric": best.metric, "score": _finite({"": score})[""], "epoch": best.best_epoch}}
+        logger.info(f"best     {best.metric} {score:.4f} in {best.best_path()}")
+        logger.info("look     scripts/tensorboard.sh")
+        return score
+
+    def _start(self) -> None:
+        try:
+            self.logdir.mkdir(parents=True, exist_ok=True)
+            write_text(self.logdir / "config.json", json.dumps(self.config, indent=2) + "\n")
+        except OSError as error:
+            raise BadInput(f"--logdir {self.logdir} cannot be written ({error.strerror}); use another.") from None
+        self.record = describe_run(self.device, self.config.get("seed"))
+        self._write_record()
+        if difference := _git("diff", "HEAD"):
+            write_text(self.logdir / "git.diff", difference)
+        self.tracker = make_tracker(self.config.get("tracker", "none"), self.logdir)
+
+    def _write_record(self, **values: str) -> None:
+        self.record |= values
+        write_text(self.logdir / "run.json", json.dumps(self.record, indent=2) + "\n")
+
+
+def check_logdir(logdir: Path) -> None:
+    """Raise BadInput where `logdir` holds a run already or is no folder: nothing of the user's is overwritten."""
+    if any((logdir / name).exists() for name in ("config.json", "run.json", "metrics.jsonl", "train.log")):
+        raise BadInput(f"--logdir {logdir} holds a run already; choose another, such as --logdir {_free_name(logdir)}.")
+    parent = next(folder for folder in (logdir, *logdir.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise BadInput(f"--logdir {logdir} cannot be a folder: {parent} is a file; choose another.")
+    if not os.access(parent, os.W_OK):
+        raise BadInput(f"--logdir {logdir} cannot be written: {parent} is read-only; choose another.")
+
+
+def describe_run(device: torch.device, seed: int | None) -> dict[str, Any]:
+    """Command, code, versions and machine, as run.json keeps them."""
+    import torchvision
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {
+        "command": shlex.join(sys.argv),
+        "git_commit": (_git("rev-parse", "HEAD") or "").strip() or None,
+        "versions": {**versions, "cuda": torch.version.cuda},
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "gpu": gpu,
+        "world_size": world_size(),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "start": _now(),
+        "end": None,
+        "exit": None,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of this repository; None without git, a repository or a commit."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _free_name(logdir: Path) -> Path:
+    return next(path for number in range(2, 1_000_000) if not (path := Path(f"{logdir}_{number}")).exists())
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _means(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in sorted(values.items()))

@@ -1,0 +1,91 @@
+"""Where the curves go. A tracker that fails says so once, and the run goes on: its numbers are in metrics.jsonl too."""
+
+import logging
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from batteries.errors import BadInput
+
+logger = logging.getLogger("batteries")
+
+
+class Tracker(Protocol):
+    """What a run asks of a tracker."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve; `step` counts the optimizer steps of the run."""
+
+    def finish(self) -> None:
+        """Write what is left."""
+
+
+def default_tracker() -> str:
+    """The tracker that this project was rendered with: the first in pyproject.toml's [tool.batteries] trackers."""
+    with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as file:
+        trackers = tomllib.load(file)["tool"]["batteries"]["trackers"]
+    return trackers[0] if trackers else "none"
+
+
+def make_tracker(name: str, logdir: Path) -> Tracker:
+    """The tracker of that name, writing under `logdir`, behind a guard that keeps its errors from the run.
+
+    Raises BadInput where its package is not installed.
+    """
+    if name == "none":
+        return NoTracker()
+    try:
+        return _Guarded(name, TensorBoard(logdir))
+    except ImportError:
+        raise BadInput(f"--tracker {name} needs the package {name}: uv add {name}, or --tracker none.") from None
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+class TensorBoard:
+    """TensorBoard's own event files, by torch's writer, in `logdir`/tensorboard."""
+
+    def __init__(self, logdir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(logdir / "tensorboard"))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """One scalar for each value."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def finish(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+
+class _Guarded:
+    """Passes calls on until one fails; warns then, once, and drops the rest."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self.name = name
+        self.tracker: Tracker = tracker
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._call("log", values, step)
+
+    def finish(self) -> None:
+        self._call("finish")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        try:
+            getattr(self.tracker, method)(*arguments)
+        except Exception as error:  # noqa: BLE001 (no tracker may end a run)
+            logger.warning(f"{self.name} failed ({error}) and is left out from here on; see metrics.jsonl for the rest.")
+            self.tracker = NoTracker()

@@ -1,0 +1,1 @@
+"""Yours: what is learned, and from what."""

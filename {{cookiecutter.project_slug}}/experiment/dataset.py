@@ -1,0 +1,43 @@
+"""An index becomes one sample: the handwritten digits that scikit-learn carries (1,797 grey images of 8x8, no download).
+
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class Digits:
+    """Images as uint8 tensors (1, 8, 8), 0 to 255; targets as whole numbers 0 to 9.
+
+    `data_dir` is not used: the images come with scikit-learn.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, data_dir: Path) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the file counts 0 to 16
+        self.images = torch.from_numpy(pixels).unsqueeze(1)
+        self.targets = torch.from_numpy(digits.target)
+        self.ids = [f"digit_{index:04d}" for index in range(len(self.targets))]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One image (1, 8, 8) and its target ()."""
+        return self.images[index], self.targets[index]
+
+    def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (N, 1, 8, 8) and targets (N,) at once: faster than one by one where no sample is transformed."""
+        return self.images[indices], self.targets[indices]
+
+
+def load_dataset(data_dir: Path) -> Digits:
+    """The data set of this experiment."""
+    return Digits(data_dir)

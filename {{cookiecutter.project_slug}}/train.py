@@ -1,0 +1,212 @@
+"""Train a model on one fold of the data. Read from top to bottom; everything here is yours to change.
+
+    scripts/train_device.sh --logdir logs/first --stages.0.epochs 3
+    scripts/train_device.sh --config logs/first/config.json --logdir logs/again
+
+The parts that one can only get wrong (random streams, shards, accumulation, checkpoints, process groups) are in
+batteries/; what is learned, and from what, is in experiment/. One process is the same program as eight.
+Relative paths count from the folder that holds this file when you use scripts/.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from batteries import (
+    Averages,
+    BadInput,
+    CheckpointManager,
+    Epoch,
+    EvalLoader,
+    Run,
+    Stream,
+    TrainLoader,
+    accumulate,
+    default_tracker,
+    evaluation,
+    load_checkpoint,
+    make_checkpoint,
+    place_model,
+    random_stream,
+    run_command,
+    seed_all,
+    start_process,
+)
+from experiment.augmentations import normalize, train_transform, valid_transform
+from experiment.dataset import load_dataset
+from experiment.model import build_criterion, build_model
+from experiment.splits import split_dataset
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase of the run, with its own epochs, learning rate and checkpoints."""
+
+    name: str  # its folder in the logdir
+    epochs: int  # passes over the train split
+    lr: float  # the highest learning rate of the stage
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a model. `--config logs/x/config.json` repeats a run; flags beside it win."""
+
+    # The recipe: what you change most.
+    stages: tuple[Stage, ...] = (Stage("stage0", epochs=5, lr=3e-3), Stage("stage1", epochs=3, lr=3e-4))
+    batch_size: int = 32  # samples per optimizer step, over all ranks and micro-batches; small, for many steps
+    accumulation_steps: int = 1  # micro-batches per step; more of them need less memory
+    weight_decay: float = 0.05  # AdamW's, as for small networks (Loshchilov and Hutter 2019)
+    main_metric: Literal["accuracy", "loss"] = "accuracy"  # the validation metric that ranks checkpoints
+    minimize_metric: bool = False  # whether less of it is better
+    save_n_best: int = 3  # checkpoints kept per stage beside the last; averaging wants several
+
+    # The data.
+    data_dir: Path = Path("data")  # where data sets that are files are kept
+    fold: int = 0  # which fold validates, from 0; the others train
+    seed: int = 0  # of everything random but the split, 0 to 2^32 - 1
+    drop_last: bool = True  # leave out an epoch's short last step: few samples make noisy steps
+    valid_batch_size: int = 256  # samples that one rank validates at once; changes memory and speed, not scores
+    num_workers: int | None = None  # loader processes per rank; by default from the machine, 0 on a CPU
+    limit_batches: int | None = None  # at most so many steps and validation batches an epoch: a smoke run
+
+    # The machine.
+    logdir: Path = Path("logs/baseline")  # the run's folder; one that holds a run is refused
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one
+    data_parallel: bool = False  # DataParallel over all visible GPUs, in one process
+    sync_batchnorm: bool = True  # under DDP, batch norm over all ranks; without it each rank's own few samples
+    deterministic: bool = True  # same bits again on the same machine; without it cudnn picks the fastest kernels
+    sharing_strategy: Literal["file_system", "file_descriptor"] = "file_system"  # file_descriptor runs out of files
+    show_warnings: bool = False  # python warnings of libraries, quiet by default
+    tracker: Literal["tensorboard", "none"] = default_tracker()  # where curves go beside metrics.jsonl
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant. What needs the data or the machine is checked where they are known."""
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise BadInput(f"--stages need one or more different names, not {names}.")
+        for number, stage in enumerate(self.stages):
+            if Path(stage.name).name != stage.name:
+                raise BadInput(f"--stages.{number}.name {stage.name!r} must be the plain name of a folder.")
+            if stage.epochs < 1 or not stage.lr > 0:
+                raise BadInput(f"--stages.{number} needs epochs of 1 or more and an lr over 0, not {stage}.")
+        if not 0 <= self.seed < 2**32:
+            raise BadInput(f"--seed {self.seed} must be 0 to {2**32 - 1}.")
+        if self.limit_batches is not None and self.limit_batches < 1:
+            raise BadInput(f"--limit-batches {self.limit_batches} must be at least 1.")
+        if self.minimize_metric != (self.main_metric == "loss"):
+            flag = "--minimize-metric" if self.main_metric == "loss" else "--no-minimize-metric"
+            raise BadInput(f"--main-metric {self.main_metric} goes with {flag}.")
+
+
+def main(config: Config) -> float:
+    """Train all stages of a run; the best validation score over them."""
+    with start_process(
+        config.device,
+        deterministic=config.deterministic,
+        sharing_strategy=config.sharing_strategy,
+        show_warnings=config.show_warnings,
+    ) as device:
+        seed_all(config.seed)
+        dataset = load_dataset(config.data_dir)
+        split = split_dataset(dataset.targets.numpy(), dataset.classes, config.fold)
+        train_loader = TrainLoader(
+            dataset,
+            split.train,
+            train_transform(),
+            device,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            accumulation_steps=config.accumulation_steps,
+            drop_last=config.drop_last,
+            limit_batches=config.limit_batches,
+            num_workers=config.num_workers,
+        )
+        valid_loader = EvalLoader(
+            dataset,
+            split.valid,
+            valid_transform(),
+            device,
+            batch_size=config.valid_batch_size,
+            limit_batches=config.limit_batches,
+            num_workers=config.num_workers,
+        )
+        with random_stream(config.seed, Stream.WEIGHTS):
+            model = build_model(num_classes=len(dataset.classes))
+        model = place_model(
+            model, device, data_parallel=config.data_parallel, sync_batchnorm=config.sync_batchnorm
+        )
+        with Run(config.logdir, config, device) as run:
+            run.say_start(model, {name: len(part) for name, part in split._asdict().items()})
+            stages: list[CheckpointManager] = []
+            for number in range(len(config.stages)):
+                if stages:
+                    load_checkpoint(stages[-1].best_path(), model)
+                stages.append(train_stage(number, model, train_loader, valid_loader, run, config))
+            return run.say_end(stages)
+
+
+def train_stage(
+    number: int, model: nn.Module, train_loader: TrainLoader, valid_loader: EvalLoader, run: Run, config: Config
+) -> CheckpointManager:
+    """Train stage `number` (from 0) and keep its checkpoints in its folder."""
+    stage = config.stages[number]
+    criterion = build_criterion()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, weight_decay=config.weight_decay)
+    # Smith and Topin 2019: a warm-up from lr / 25, then a cosine to nearly nothing; counted in optimizer steps.
+    scheduler = OneCycleLR(optimizer, max_lr=stage.lr, total_steps=stage.epochs * len(train_loader))
+    checkpoints = CheckpointManager(run.logdir / stage.name, config.main_metric, config.minimize_metric, config.save_n_best)
+    for epoch in range(1, stage.epochs + 1):
+        batches = train_loader.epoch(number, epoch)
+        train = train_fn(model, batches, criterion, optimizer, scheduler, run, f"{stage.name} {epoch}/{stage.epochs}")
+        valid = valid_fn(model, valid_loader, criterion, run)
+        step = epoch * len(train_loader)
+        metrics = {"train": train, "valid": valid}
+        checkpoint = make_checkpoint(
+            stage.name, epoch, model, optimizer, scheduler, metrics, experiment_args=run.config, step=step
+        )
+        is_best = checkpoints.process(score=valid[config.main_metric], epoch=epoch, checkpoint=checkpoint)
+        run.log_epoch(stage.name, epoch, step, scheduler.get_last_lr()[0], train, valid, is_best)
+    return checkpoints
+
+
+def train_fn(
+    model: nn.Module,
+    batches: Epoch,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    run: Run,
+    label: str,
+) -> dict[str, float]:
+    """One pass over the train split; the mean of each metric over its samples, as they were seen."""
+    model.train()
+    metrics = Averages(run.device)
+    for batch in run.track(batches, metrics, label):
+        with accumulate(model, batch):
+            logits = model(normalize(batch.images))  # (N, classes)
+            loss = criterion(logits, batch.targets)
+            (loss * batch.share).backward()  # micro-batches add up to the mean over the whole step
+        metrics.update(len(batch.targets), loss=loss, accuracy=logits.argmax(1) == batch.targets)
+        if batch.ends_step:
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    return metrics.compute()
+
+
+def valid_fn(model: nn.Module, loader: EvalLoader, criterion: nn.Module, run: Run) -> dict[str, float]:
+    """The mean of each metric over the validation split, every sample once."""
+    metrics = Averages(run.device)
+    with evaluation(model) as network:
+        for images, targets in loader:
+            logits = network(normalize(images))  # (N, classes)
+            metrics.update(len(targets), loss=criterion(logits, targets), accuracy=logits.argmax(1) == targets)
+    return metrics.compute(expected_count=loader.size)
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
