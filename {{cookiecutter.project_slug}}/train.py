@@ -8,7 +8,7 @@ batteries/; what is learned, and from what, is in experiment/. One process is th
 Relative paths count from the folder that holds this file when you use scripts/.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from batteries import (
     EvalLoader,
     Run,
     Stream,
+    Tracker,
     TrainLoader,
     accumulate,
     default_tracker,
@@ -81,7 +82,7 @@ class Config:
     deterministic: bool = True  # same bits again on the same machine; without it cudnn picks the fastest kernels
     sharing_strategy: Literal["file_system", "file_descriptor"] = "file_system"  # file_descriptor runs out of files
     show_warnings: bool = False  # python warnings of libraries, quiet by default
-    tracker: Literal["tensorboard", "none"] = default_tracker()  # where curves go beside metrics.jsonl
+    tracker: Tracker = field(default_factory=default_tracker)  # where curves go beside metrics.jsonl
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant. What needs the data or the machine is checked where they are known."""
@@ -136,9 +137,7 @@ def main(config: Config) -> float:
         )
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(num_classes=len(dataset.classes))
-        model = place_model(
-            model, device, data_parallel=config.data_parallel, sync_batchnorm=config.sync_batchnorm
-        )
+        model = place_model(model, device, data_parallel=config.data_parallel, sync_batchnorm=config.sync_batchnorm)
         with Run(config.logdir, config, device) as run:
             run.say_start(model, {name: len(part) for name, part in split._asdict().items()})
             stages: list[CheckpointManager] = []
@@ -158,7 +157,9 @@ def train_stage(
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, weight_decay=config.weight_decay)
     # Smith and Topin 2019: a warm-up from lr / 25, then a cosine to nearly nothing; counted in optimizer steps.
     scheduler = OneCycleLR(optimizer, max_lr=stage.lr, total_steps=stage.epochs * len(train_loader))
-    checkpoints = CheckpointManager(run.logdir / stage.name, config.main_metric, config.minimize_metric, config.save_n_best)
+    checkpoints = CheckpointManager(
+        run.logdir / stage.name, config.main_metric, config.minimize_metric, config.save_n_best
+    )
     for epoch in range(1, stage.epochs + 1):
         batches = train_loader.epoch(number, epoch)
         train = train_fn(model, batches, criterion, optimizer, scheduler, run, f"{stage.name} {epoch}/{stage.epochs}")
@@ -169,7 +170,7 @@ def train_stage(
             stage.name, epoch, model, optimizer, scheduler, metrics, experiment_args=run.config, step=step
         )
         is_best = checkpoints.process(score=valid[config.main_metric], epoch=epoch, checkpoint=checkpoint)
-        run.log_epoch(stage.name, epoch, step, scheduler.get_last_lr()[0], train, valid, is_best)
+        run.log_epoch(stage.name, epoch, step, float(scheduler.get_last_lr()[0]), train, valid, is_best)
     return checkpoints
 
 

@@ -9,7 +9,7 @@ from batteries.metrics import Averages
 from batteries.parallel import accumulate, evaluation, place_model
 from batteries.randomness import Stream, random_stream, seed_all
 from batteries.runs import Run
-from batteries.trackers import default_tracker
+from batteries.trackers import Tracker, default_tracker
 
 __all__ = [
     "Averages",
@@ -19,6 +19,7 @@ __all__ = [
     "EvalLoader",
     "Run",
     "Stream",
+    "Tracker",
     "TrainLoader",
     "accumulate",
     "default_tracker",

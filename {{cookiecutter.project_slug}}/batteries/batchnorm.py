@@ -23,25 +23,21 @@ class SyncBatchNormCPU(_BatchNorm):
     Input (N, C, ...), N of any size on each rank. In evaluation it is plain batch norm.
     """
 
-    def _check_input_dim(self, input: torch.Tensor) -> None:
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 (torch's name)
         if input.ndim < 2:
             raise ValueError(f"expected at least 2 dimensions (N, C, ...), got {input.ndim}")
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
         """Normalised input, same shape."""
-        self._check_input_dim(input)
-        by_running_statistics = not self.training and self.running_mean is not None
-        if by_running_statistics or not dist.is_initialized():
+        if not self.training or not dist.is_initialized():
             return super().forward(input)
-        channels_last = input.transpose(1, -1)
-        count, mean, variance = _statistics_over_ranks(channels_last)
-        if self.training and self.running_mean is not None:
+        self._check_input_dim(input)
+        count, mean, variance = _statistics_over_ranks(input)
+        if self.track_running_stats:
             self._update_running_statistics(count, mean.detach(), variance.detach())
-        scale = torch.rsqrt(variance + self.eps)
-        output = (channels_last - mean) * scale
-        if self.affine:
-            output = output * self.weight + self.bias
-        return output.transpose(1, -1)
+        shape = (1, -1, *[1] * (input.ndim - 2))
+        output = (input - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        return output * self.weight.view(shape) + self.bias.view(shape) if self.affine else output
 
     @torch.no_grad()
     def _update_running_statistics(self, count: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
@@ -54,13 +50,13 @@ class SyncBatchNormCPU(_BatchNorm):
 
 
 def _statistics_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Count, mean (C) and biased variance (C) of values (..., C) over all ranks.
+    """Count, mean (C) and biased variance (C) of values (N, C, ...) over all ranks.
 
     In two passes, since the mean of squares less the square of the mean cancels in float32.
     """
-    flat = values.reshape(-1, values.shape[-1])
-    count = torch.tensor(float(len(flat)), dtype=values.dtype)
+    flat = values.transpose(0, 1).flatten(1)  # (C, N * ...)
+    count = torch.tensor(float(flat.shape[1]), dtype=values.dtype)
     dist.all_reduce(count)
-    mean = differentiable.all_reduce(flat.sum(0)) / count
-    variance = differentiable.all_reduce((flat - mean).square().sum(0)) / count
+    mean = differentiable.all_reduce(flat.sum(1)) / count
+    variance = differentiable.all_reduce((flat - mean.view(-1, 1)).square().sum(1)) / count
     return count, mean, variance

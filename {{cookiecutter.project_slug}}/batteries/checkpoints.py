@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def make_checkpoint(
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[int, str]:
     """Write `checkpoint` into `path` in one step; gives its size in bytes and its sha256."""
     digest = _Digest()
-    write_atomically(Path(path), lambda file: torch.save(dict(checkpoint), digest.over(file)))
+    write_atomically(Path(path), lambda file: torch.save(dict(checkpoint), cast(IO[bytes], digest.over(file))))
     return digest.bytes, digest.sha256
 
 
@@ -80,9 +80,9 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put a checkpoint into `model`, and into optimizer and scheduler where they are given; gives it back whole.
 
-    The file is compared with the ledger beside it, and no code in it is run (`weights_only`). Every rank calls this; rank 0
-    reads for all. Raises BadInput, on all ranks, for a file that is missing, torn, changed, or of another architecture,
-    before anything is loaded.
+    The file is compared with the ledger beside it, and no code in it is run (`weights_only`). Every rank calls this;
+    rank 0 reads for all. Raises BadInput, on all ranks, for a file that is missing, torn, changed, or of another
+    architecture, before anything is loaded.
     """
     checkpoint = on_main(lambda: read_checkpoint(Path(path)))
     network = bare(model)
@@ -152,7 +152,7 @@ class CheckpointManager:
         return -score if self.metric_minimization else score
 
     def _write(self, score: float, epoch: int, checkpoint: Mapping[str, Any], is_best: bool) -> None:
-        """The file, then the ledger, then the links, then retention: whatever is on disk is in the ledger at any instant."""
+        """The file, the ledger, the links, retention, in this order: so the ledger always lists what is on disk."""
         self.logdir.mkdir(parents=True, exist_ok=True)
         path = self.logdir / f"epoch_{epoch}.pth"
         size, sha256 = save_checkpoint(path, checkpoint)
@@ -229,7 +229,9 @@ def _check_bytes(path: Path) -> None:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 not in {row["sha256"] for row in json.loads(ledger.read_text())["checkpoints"]}:
-        raise BadInput(f"{path} is not the file that {ledger.name} beside it lists: it was torn or changed; use another.")
+        raise BadInput(
+            f"{path} is not the file that {ledger.name} beside it lists: it was torn or changed; use another."
+        )
 
 
 def _check_architecture(path: Path, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:

@@ -61,7 +61,10 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(config_class: type[Config], values: Mapping[str, Any], where: str = "the config") -> Config:
-    """A Config from what `to_json` gave; a field that is not named keeps its default. Raises BadInput for an unknown one."""
+    """A Config from what `to_json` gave; fields that are not named keep their defaults.
+
+    Raises BadInput for a name that is no field.
+    """
     types = get_type_hints(config_class)
     for name in values:
         if name not in types:
@@ -85,7 +88,7 @@ def _restore(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple[Config | None, list[str]]:
+def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple[Config, list[str]]:
     """The Config in the file of `--config`, and the other arguments."""
     rest, path = [], None
     remaining = iter(arguments)
@@ -95,7 +98,7 @@ def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple
         else:
             rest.append(argument)
     if path is None:
-        return None, rest
+        return config_class(), rest
     try:
         values = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -104,7 +107,7 @@ def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple
 
 
 def _one_sentence(panel: str, arguments: list[str], config_class: type[Any]) -> str:
-    """tyro's panel as one sentence, with the nearest flag or choice."""
+    """Tyro's panel as one sentence, with the nearest flag or choice."""
     lines = [line.strip("│ ").strip() for line in panel.splitlines() if line.startswith("│")]
     rules = [index for index, line in enumerate(lines) if set(line) == {"─"}]
     text = " ".join(lines[: rules[0]] if rules else lines).rstrip(".")
@@ -140,5 +143,3 @@ def _wait_for_another_rank(error: Exception) -> None:
     lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
     if world_size() > 1 and (lost or not is_main()):
         time.sleep(SECONDS_TO_SPEAK * (2 if lost else 1))
-
-

@@ -44,7 +44,7 @@ class Console:
         self.log.emit(logging.makeLogRecord({"msg": text, "levelname": "INFO"}))
 
     def track(self, batches: Epoch, metrics: Averages, label: str, log_every: int) -> Iterator[Batch]:
-        """Give `batches` on while showing how far they are; metrics are read, and waited for, every `log_every` steps."""
+        """Give `batches` on and show how far they are; metrics are read, and waited for, every `log_every` steps."""
         if self.screen is None:
             yield from batches
         elif self.screen.is_terminal:

@@ -1,7 +1,7 @@
 """From a data set to the batches of a step: the same bytes for any number of workers and processes.
 
-An epoch's order is a permutation drawn from (seed, stage, epoch). It is cut into steps of `batch_size` samples, a step into
-micro-batches, a micro-batch into one slice for each rank. Each sample draws its augmentation from a stream of
+An epoch's order is a permutation drawn from (seed, stage, epoch). It is cut into steps of `batch_size` samples, a step
+into micro-batches, a micro-batch into one slice for each rank. Each sample draws its augmentation from a stream of
 its own, keyed by its position in that order. So who loads a sample, and when, changes nothing.
 """
 
@@ -25,8 +25,8 @@ Transform = Callable[[Any, Any], tuple[Any, Any]]
 class SampleSource(Protocol):
     """What experiment/dataset.py gives: an index becomes one (image, target).
 
-    It may also have `get_batch(indices) -> (images, targets)`, which reads many samples at once; that is used where there is no
-    transform, and must draw no random numbers.
+    It may also have `get_batch(indices) -> (images, targets)`, which reads many samples at once; that is used where
+    there is no transform, and must draw no random numbers.
     """
 
     def __len__(self) -> int: ...
@@ -43,12 +43,19 @@ class MicroBatch(NamedTuple):
 
 
 def cut_epoch(
-    size: int, batch_size: int, accumulation_steps: int, rank: int, world_size: int, drop_last: bool, first_step: int = 0
+    size: int,
+    batch_size: int,
+    accumulation_steps: int,
+    rank: int,
+    world_size: int,
+    drop_last: bool,
+    first_step: int = 0,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of one rank, in order, from step `first_step` (counted from 0) on.
 
-    A step is cut into micro-batches first and those into slices per rank: so micro-batch j holds the same samples for any
-    `world_size`, and synchronised batch norm sees the same statistics. A short last step is cut as evenly as it goes.
+    A step is cut into micro-batches first and those into slices per rank: so micro-batch j holds the same samples for
+    any `world_size`, and synchronised batch norm sees the same statistics. A short last step is cut as evenly as it
+    goes.
     """
     for step in range(first_step, count_steps(size, batch_size, drop_last)):
         begin, end = step * batch_size, min((step + 1) * batch_size, size)
@@ -86,8 +93,9 @@ class Samples:
 
     def __getitems__(self, request: Request) -> Any:
         """A collated batch; torch's fetcher calls this with whatever the batch sampler gave."""
-        if self.transform is None and hasattr(self.dataset, "get_batch"):
-            return self.dataset.get_batch(request.indices)
+        get_batch = getattr(self.dataset, "get_batch", None)
+        if self.transform is None and get_batch is not None:
+            return get_batch(request.indices)
         with preserved_random_state():
             samples = zip(request.indices.tolist(), request.seeds.tolist(), strict=True)
             return default_collate([self._sample(index, seed) for index, seed in samples])
@@ -112,8 +120,8 @@ class Batch:
 class TrainLoader:
     """Micro-batches for training, by promise L0; `len()` is the number of optimizer steps in an epoch.
 
-    `batch_size` counts the samples of one optimizer step over all ranks and micro-batches. Raises BadInput where it does not
-    divide, and where `indices` do not fill one step.
+    `batch_size` counts the samples of one optimizer step over all ranks and micro-batches. Raises BadInput where it
+    does not divide, and where `indices` do not fill one step.
     """
 
     def __init__(
@@ -176,8 +184,8 @@ class Epoch:
 class EvalLoader:
     """Every sample exactly once, in order, over all ranks: batch j goes to rank j modulo the number of ranks.
 
-    Whole batches are dealt out, so that each has the same samples, and the model gives the same bits, for any world size.
-    Gives (images, targets); `size` is the number of samples over all ranks.
+    Whole batches are dealt out, so that each has the same samples, and the model gives the same bits, for any world
+    size. Gives (images, targets); `size` is the number of samples over all ranks.
     """
 
     def __init__(
@@ -210,7 +218,7 @@ class EvalLoader:
 
 
 def check_batch_size(batch_size: int, accumulation_steps: int, size: int, drop_last: bool) -> None:
-    """Raise BadInput where `batch_size` does not divide over ranks and micro-batches, or does not fit the train split."""
+    """Raise BadInput where `batch_size` does not divide over ranks and micro-batches, or is over `size`."""
     ranks = world_size()
     if accumulation_steps < 1:
         raise BadInput(f"--accumulation-steps {accumulation_steps} must be at least 1.")
@@ -246,7 +254,7 @@ def to_device(data: Any, device: torch.device) -> Any:
 
 
 def choose_num_workers(device: torch.device) -> int:
-    """Beside a GPU: the machine's cores over its processes, at most 8; on a CPU none, since the model needs the cores."""
+    """With a GPU: the machine's cores over its processes, at most 8; on a CPU none: the model needs the cores."""
     if device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,8 @@ class BadInput(ValueError):
 def is_bad_input(error: BaseException) -> bool:
     """Whether `error` is for the user: a BadInput, or a `raise ValueError(…)` that stands in train.py or experiment/.
 
-    A ValueError that python or a library raises there (`int("x")`, a failed unpacking) is a bug and keeps its traceback.
+    A ValueError that python or a library raises there (`int("x")`, a failed unpacking) is a bug and keeps its
+    traceback.
     """
     if isinstance(error, BadInput):
         return True

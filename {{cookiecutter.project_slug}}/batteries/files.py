@@ -59,4 +59,3 @@ def sync_folder(folder: Path) -> None:
 def _copy(source: Path, file: BinaryIO) -> None:
     with source.open("rb") as original:
         shutil.copyfileobj(original, file)
-

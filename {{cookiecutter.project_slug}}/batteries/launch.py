@@ -1,6 +1,6 @@
-"""torchrun for scripts/train_ddp.sh: the same agent, a number of processes that fits, and the cause of an end said once.
+"""torchrun for scripts/train_ddp.sh: the same agent, as many processes as fit, and the cause of an end said once.
 
-`python -m batteries.launch train.py [flags]` starts one process per GPU, or NPROC of them (2 on a machine without GPUs).
+`python -m batteries.launch train.py [flags]` starts one process per GPU, or NPROC of them (2 without a GPU).
 For several machines set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each, as for torchrun.
 
 torchrun itself ends with a page of its own traceback and exit code 1 whatever the processes said; here the exit code

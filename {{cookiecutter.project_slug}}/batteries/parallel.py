@@ -1,7 +1,7 @@
 """One model on one device, on several with DataParallel, or one in each process with DistributedDataParallel."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -47,8 +47,10 @@ def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
     """
     reseed(batch.seed)
     reseed_devices(batch.seed)
-    waits = isinstance(model, DistributedDataParallel) and not batch.ends_step
-    with model.no_sync() if waits else nullcontext():
+    if isinstance(model, DistributedDataParallel) and not batch.ends_step:
+        with model.no_sync():
+            yield
+    else:
         yield
 
 

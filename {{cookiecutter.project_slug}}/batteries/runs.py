@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from batteries.errors import BadInput
 from batteries.files import write_text
 from batteries.metrics import Averages
 from batteries.parallel import bare
-from batteries.trackers import NoTracker, Tracker, make_tracker
+from batteries.trackers import Backend, NoTracker, make_tracker
 
 ROOT = Path(__file__).parent.parent
 LOG_EVERY = 20  # steps between two reads of the metrics for the progress bar: each waits for the device
@@ -42,7 +42,7 @@ class Run:
         self.logdir = Path(logdir)
         self.config = to_json(config)
         self.device = device
-        self.tracker: Tracker = NoTracker()
+        self.tracker: Backend = NoTracker()
         self.timing: dict[str, float] = {}
         on_main(lambda: check_logdir(self.logdir))
 
@@ -94,11 +94,19 @@ class Run:
     ) -> None:
         """One line on the terminal, in metrics.jsonl and in timings.jsonl, one point a curve in the tracker.
 
-        `step` counts the optimizer steps of the stage. Numbers that are not finite become null in the files: JSON has none.
+        `step` counts the optimizer steps of the stage. Numbers that are not finite become null in the files: JSON has
+        none.
         """
         if not is_main():
             return
-        record = {"stage": stage, "epoch": epoch, "step": step, "lr": lr, "train": _finite(train), "valid": _finite(valid)}
+        record = {
+            "stage": stage,
+            "epoch": epoch,
+            "step": step,
+            "lr": lr,
+            "train": _finite(train),
+            "valid": _finite(valid),
+        }
         _append(self.logdir / "metrics.jsonl", record)
         _append(self.logdir / "timings.jsonl", {"stage": stage, "epoch": epoch, **self.timing})
         curves = {f"{stage}/train/{name}": value for name, value in train.items()}
@@ -111,7 +119,9 @@ class Run:
         """What came out, and where it is; gives the best score over all stages."""
         score, best = best_of(stages)
         if is_main():
-            self.record |= {"best": {"metric": best.metric, "score": _finite({"": score})[""], "epoch": best.best_epoch}}
+            self.record |= {
+                "best": {"metric": best.metric, "score": _finite({"": score})[""], "epoch": best.best_epoch}
+            }
         logger.info(f"best     {best.metric} {score:.4f} in {best.best_path()}")
         logger.info("look     scripts/tensorboard.sh")
         return score
@@ -204,7 +214,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _means(values: Mapping[str, float]) -> str:

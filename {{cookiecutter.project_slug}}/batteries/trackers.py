@@ -4,14 +4,17 @@ import logging
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from batteries.errors import BadInput
 
 logger = logging.getLogger("batteries")
 
 
-class Tracker(Protocol):
+Tracker = Literal["tensorboard", "none"]
+
+
+class Backend(Protocol):
     """What a run asks of a tracker."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -21,14 +24,14 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
-def default_tracker() -> str:
+def default_tracker() -> Tracker:
     """The tracker that this project was rendered with: the first in pyproject.toml's [tool.batteries] trackers."""
     with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as file:
         trackers = tomllib.load(file)["tool"]["batteries"]["trackers"]
     return trackers[0] if trackers else "none"
 
 
-def make_tracker(name: str, logdir: Path) -> Tracker:
+def make_tracker(name: Tracker, logdir: Path) -> Backend:
     """The tracker of that name, writing under `logdir`, behind a guard that keeps its errors from the run.
 
     Raises BadInput where its package is not installed.
@@ -73,9 +76,9 @@ class TensorBoard:
 class _Guarded:
     """Passes calls on until one fails; warns then, once, and drops the rest."""
 
-    def __init__(self, name: str, tracker: Tracker) -> None:
+    def __init__(self, name: str, tracker: Backend) -> None:
         self.name = name
-        self.tracker: Tracker = tracker
+        self.tracker: Backend = tracker
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._call("log", values, step)
@@ -87,5 +90,7 @@ class _Guarded:
         try:
             getattr(self.tracker, method)(*arguments)
         except Exception as error:  # noqa: BLE001 (no tracker may end a run)
-            logger.warning(f"{self.name} failed ({error}) and is left out from here on; see metrics.jsonl for the rest.")
+            logger.warning(
+                f"{self.name} failed ({error}) and is left out from here on; see metrics.jsonl for the rest."
+            )
             self.tracker = NoTracker()

@@ -1,6 +1,6 @@
 """What happens to a sample before the model sees it.
 
-`train_transform` and `valid_transform` work on one sample (image, target), on the CPU, under a random stream of its own.
+`train_transform` and `valid_transform` take one sample (image, target), on the CPU, under a random stream of its own.
 `normalize` works on a whole batch, on the device, in training and validation alike.
 """
 
@@ -19,7 +19,7 @@ STD = (0.3759,)
 def train_transform() -> Callable[..., tuple[Any, Any]] | None:
     """(image, target) -> (image, target): a light shake, no flips, since a mirrored digit is another sign."""
     return v2.RandomAffine(
-        degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
+        degrees=(-10, 10), translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
     )
 
 

@@ -1,4 +1,4 @@
-"""An index becomes one sample: the handwritten digits that scikit-learn carries (1,797 grey images of 8x8, no download).
+"""An index becomes one sample: the handwritten digits that scikit-learn carries, 1,797 grey images of 8x8.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 """
@@ -20,10 +20,10 @@ class Digits:
     def __init__(self, data_dir: Path) -> None:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the file counts 0 to 16
-        self.images = torch.from_numpy(pixels).unsqueeze(1)
-        self.targets = torch.from_numpy(digits.target)
+        pixels, targets = load_digits(return_X_y=True)  # 64 pixels each, 0 to 16
+        pixels = np.round(pixels * (255 / 16)).astype(np.uint8)
+        self.images = torch.from_numpy(pixels).view(-1, 1, 8, 8)
+        self.targets = torch.from_numpy(targets)
         self.ids = [f"digit_{index:04d}" for index in range(len(self.targets))]
 
     def __len__(self) -> int:

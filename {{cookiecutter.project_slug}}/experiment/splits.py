@@ -39,8 +39,8 @@ def split_dataset(targets: np.ndarray, classes: Sequence[str], fold: int) -> Spl
     for name, part in split._asdict().items():
         if missing := [classes[index] for index in range(len(classes)) if index not in targets[part]]:
             raise ValueError(
-                f"the {name} split of fold {fold} has no sample of class {', '.join(missing)}; bring more samples of it, "
-                f"or fewer folds (NUM_FOLDS in experiment/splits.py)."
+                f"the {name} split of fold {fold} has no sample of class {', '.join(missing)}; bring more of it, "
+                f"or use fewer folds (NUM_FOLDS in experiment/splits.py)."
             )
     return split
 
@@ -51,6 +51,6 @@ def _check_classes(targets: np.ndarray, classes: Sequence[str]) -> None:
     for name, count in zip(classes, counts, strict=True):
         if count <= NUM_FOLDS:
             raise ValueError(
-                f"class {name} has {count} samples, too few for {NUM_FOLDS} folds and a test split; bring {NUM_FOLDS + 1} or "
-                f"more, or leave the class out."
+                f"class {name} has {count} samples, too few for {NUM_FOLDS} folds and a test split; "
+                f"bring {NUM_FOLDS + 1} or more, or leave the class out."
             )

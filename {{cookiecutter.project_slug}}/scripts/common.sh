@@ -1,5 +1,5 @@
 # Sourced by the scripts beside it: goes to the repository's root, and finds the Python to run with.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,6 +1,6 @@
 """What happens to a sample before the model sees it.
 
-`train_transform` and `valid_transform` work on one sample (image, target), on the CPU, under a random stream of its own.
+`train_transform` and `valid_transform` take one sample (image, target), on the CPU, under a random stream of its own.
 `normalize` works on a whole batch, on the device, in training and validation alike.
 """
 

@@ -1,6 +1,7 @@
 """An index becomes one sample: CIFAR-10, 50,000 colour images of 32x32 for training and validation.
 
-Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. torchvision downloads it once (170 MB).
+Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+torchvision downloads it once (170 MB).
 """
 
 from pathlib import Path
