@@ -1,0 +1,86 @@
+"""Runs functions in processes of their own: many ranks, or a command line whose end is looked at.
+
+Processes are forked from this one, which has imported torch already, so each costs milliseconds and not seconds.
+"""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from batteries.cli import run_command
+from batteries.distributed import process_group
+
+SECONDS = 120  # a rank that takes longer hangs
+
+
+def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
+    """What `function` gives on each of `world_size` ranks (gloo, one thread each), in order."""
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_run_rank, args=(function, rank, world_size, port, theirs))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results = [pickle.loads(pipe.recv_bytes()) if pipe.poll(SECONDS) else None for pipe in pipes]
+    for process in processes:
+        process.join(SECONDS)
+        assert process.exitcode == 0
+    return results
+
+
+def _run_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, pipe: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    with process_group(torch.device("cpu")):
+        result = function()
+    pipe.send_bytes(pickle.dumps(result))
+
+
+class End(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_train(main: Callable[[Any], object], config_class: type, *flags: str) -> End:
+    """`python train.py FLAGS` in a forked process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = multiprocessing.get_context("fork").Process(
+            target=_run_command, args=(main, config_class, flags, out, err)
+        )
+        process.start()
+        process.join(SECONDS)
+        assert process.exitcode is not None, "the command hangs"
+        return End(process.exitcode, out.read_text(), err.read_text())
+
+
+def _run_command(main: Any, config_class: type, flags: tuple[str, ...], out: Path, err: Path) -> None:
+    sys.argv = ["train.py", *flags]
+    sys.stdout, sys.stderr = out.open("w"), err.open("w")
+    try:
+        run_command(main, config_class)
+    finally:
+        sys.stdout.close()
+        sys.stderr.close()
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,196 @@
+"""L0, data-identical, and every sample once."""
+
+import hashlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from pictures import Pictures, Shake
+from processes import run_ranks
+
+from batteries import BadInput, EvalLoader, TrainLoader
+from batteries.data import cut_epoch
+from batteries.randomness import Stream, reseed, stream_seeds
+
+SIZE, BATCH_SIZE, SEED = 53, 16, 7
+
+
+def epoch_bytes(num_workers: int, start_method: str | None, accumulation_steps: int, epoch: int) -> list[bytes]:
+    """The bytes of each micro-batch of this rank."""
+    loader = TrainLoader(
+        Pictures(SIZE),
+        np.arange(SIZE),
+        Shake(),
+        torch.device("cpu"),
+        seed=SEED,
+        batch_size=BATCH_SIZE,
+        accumulation_steps=accumulation_steps,
+        drop_last=False,
+        num_workers=num_workers,
+        start_method=start_method,
+    )
+    return [batch.images.numpy().tobytes() + batch.targets.numpy().tobytes() for batch in loader.epoch(0, epoch)]
+
+
+def step_hashes(num_workers: int, world_size: int, start_method: str | None, accumulation_steps: int) -> list[str]:
+    """One hash for each optimizer step of two epochs: over its samples in order, images and targets."""
+
+    def load() -> list[list[bytes]]:
+        return [epoch_bytes(num_workers, start_method, accumulation_steps, epoch) for epoch in (1, 2)]
+
+    ranks = run_ranks(world_size, load)
+    pixels = Pictures(1).images.numel()
+    hashes = []
+    for epoch in range(2):
+        cuts = list(cut_epoch(SIZE, BATCH_SIZE, accumulation_steps, 0, world_size, drop_last=False))
+        images, targets = [], []
+        for micro_batch, cut in enumerate(cuts):
+            for rank in range(world_size):
+                data = ranks[rank][epoch][micro_batch]
+                count = len(data) // (pixels + 8)  # a target takes 8 bytes
+                images.append(data[: count * pixels])
+                targets.append(data[count * pixels :])
+            if cut.ends_step:
+                hashes.append(hashlib.sha256(b"".join(images + targets)).hexdigest())
+                images, targets = [], []
+    return hashes
+
+
+def oracle_hashes() -> list[str]:
+    """The same from the promise's own words: an order for each epoch, and a random stream for each position in it."""
+    pictures, shake, hashes = Pictures(SIZE), Shake(), []
+    for epoch in (1, 2):
+        key = SEED, 0, epoch
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((*key, Stream.ORDER))))
+        seeds = stream_seeds(SIZE, *key, Stream.SAMPLE)
+        samples = []
+        for position, index in enumerate(generator.permutation(SIZE).tolist()):
+            reseed(int(seeds[position]))
+            samples.append(shake(*pictures[index]))
+        for start in range(0, SIZE, BATCH_SIZE):
+            step = samples[start : start + BATCH_SIZE]
+            data = [image.numpy().tobytes() for image, _ in step] + [target.numpy().tobytes() for _, target in step]
+            hashes.append(hashlib.sha256(b"".join(data)).hexdigest())
+    return hashes
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("num_workers", "start_method"),
+    [
+        (0, None),
+        (1, "fork"),
+        (3, "fork"),
+        pytest.param(1, "spawn", marks=pytest.mark.slow),  # each spawned worker imports torch anew
+        pytest.param(3, "spawn", marks=pytest.mark.slow),
+    ],
+)
+def test_the_samples_of_each_step_are_the_same_bytes_for_any_workers_ranks_and_start_method(
+    num_workers, start_method, world_size
+):
+    assert step_hashes(num_workers, world_size, start_method, accumulation_steps=1) == oracle_hashes()
+
+
+def test_accumulation_changes_no_sample_of_a_step():
+    assert step_hashes(0, 2, None, accumulation_steps=2) == oracle_hashes()
+
+
+def test_two_epochs_differ_in_order_and_in_augmentation():
+    first, second = epoch_bytes(0, None, 1, epoch=1), epoch_bytes(0, None, 1, epoch=2)
+    assert not set(first) & set(second)
+
+
+def test_an_epoch_can_start_at_any_step_with_the_batches_that_follow():
+    loader = TrainLoader(Pictures(SIZE), range(SIZE), Shake(), torch.device("cpu"), seed=SEED, batch_size=BATCH_SIZE)
+    whole = [batch.images for batch in loader.epoch(0, 1)]
+    rest = [batch.images for batch in loader.epoch(0, 1, first_step=2)]
+    assert len(rest) == len(whole) - 2
+    assert all(torch.equal(*pair) for pair in zip(whole[2:], rest, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 16, 31, 32, 33, 101])
+@pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_micro_batches_cover_each_sample_once_and_their_shares_make_the_mean_of_a_step(
+    size, accumulation_steps, world_size
+):
+    batch_size = 12 * accumulation_steps
+    if 0 < size % batch_size < world_size:
+        pytest.skip("refused: fewer samples than ranks in the last step")
+    values = np.random.default_rng(0).normal(size=size)
+    ranks = [
+        list(cut_epoch(size, batch_size, accumulation_steps, rank, world_size, drop_last=False))
+        for rank in range(world_size)
+    ]
+    covered = sorted(position for cuts in ranks for cut in cuts for position in range(cut.start, cut.stop))
+    assert covered == list(range(size))
+    assert all(cut.stop > cut.start for cuts in ranks for cut in cuts)
+    means, total = [], 0.0
+    for cuts in zip(*ranks, strict=True):
+        # DistributedDataParallel averages over ranks.
+        total += np.mean([cut.share * values[cut.start : cut.stop].mean() for cut in cuts])
+        if cuts[0].ends_step:
+            means.append(total)
+            total = 0.0
+    steps = [values[start : start + batch_size].mean() for start in range(0, size, batch_size)]
+    np.testing.assert_allclose(means, steps, rtol=1e-12)
+
+
+def count_samples(num_samples: int, batch_size: int) -> list[tuple[int, list[int]]]:
+    dataset = Pictures(num_samples)
+    loader = EvalLoader(dataset, np.arange(num_samples), None, torch.device("cpu"), batch_size=batch_size)
+    return [(loader.size, targets.tolist()) for _, targets in loader]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [8, 64, 256])
+def test_validation_reads_each_of_101_samples_once(world_size, batch_size):
+    batches = [batch for rank in run_ranks(world_size, lambda: count_samples(101, batch_size)) for batch in rank]
+    assert all(size == 101 for size, _ in batches)
+    assert sorted(sum((targets for _, targets in batches), [])) == sorted(Pictures(101).targets.tolist())
+
+
+def test_loaders_never_move_the_global_random_state():
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    epoch_bytes(0, None, 1, epoch=1)
+    epoch_bytes(2, "fork", 1, epoch=1)
+    list(EvalLoader(Pictures(20), range(20), Shake(), torch.device("cpu"), batch_size=8))
+    assert states() == before
+
+
+def test_without_a_transform_the_data_set_gives_whole_batches(cpu):
+    class Whole(Pictures):
+        def __getitem__(self, index):
+            raise AssertionError("one by one")
+
+        def get_batch(self, indices):
+            return self.images[indices], self.targets[indices]
+
+    batches = list(EvalLoader(Whole(20), range(20), None, cpu, batch_size=8))
+    assert torch.equal(torch.cat([images for images, _ in batches]), Pictures(20).images)
+
+
+def make_loader(**changes) -> TrainLoader:
+    options = {"seed": 0, "batch_size": 16} | changes
+    return TrainLoader(Pictures(20), range(20), None, torch.device("cpu"), **options)
+
+
+def test_a_batch_size_that_does_not_divide_is_refused_with_the_legal_ones():
+    with pytest.raises(BadInput, match=r"--batch-size 16 must be a multiple of 3 .* nearest legal: 15 or 18"):
+        make_loader(accumulation_steps=3)
+
+
+def test_a_train_split_smaller_than_one_batch_is_refused():
+    with pytest.raises(BadInput, match=r"--batch-size 32 does not fit: the train split has 20 samples; .*--batch-size 20"):
+        make_loader(batch_size=32)
+    assert len(make_loader(batch_size=32, drop_last=False)) == 1
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"batch_size": -4}, {"accumulation_steps": 0}, {"num_workers": -1}])
+def test_other_numbers_that_mean_nothing_are_refused(changes):
+    with pytest.raises(BadInput, match="must be"):
+        make_loader(**changes)

@@ -1,0 +1,219 @@
+"""L2, elastic-close: one device, many ranks and accumulation end with the same weights. The oracle is a bare loop."""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from models import batchnorm_model, plain_model
+from pictures import Pictures, Shake
+from processes import run_ranks
+from torch import nn
+
+from batteries import TrainLoader, place_model
+from batteries.batchnorm import SyncBatchNormCPU
+from batteries.parallel import bare, evaluation
+from experiment.augmentations import normalize
+from train import train_fn, valid_fn
+
+SIZE, BATCH_SIZE, EPOCHS = 57, 16, 3  # the last step of an epoch has 9 samples
+CPU = torch.device("cpu")
+RUN = SimpleNamespace(device=CPU, track=lambda batches, metrics, label: batches)
+
+
+def make_optimizer(model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+
+
+def make_loader(accumulation_steps: int = 1) -> TrainLoader:
+    return TrainLoader(
+        Pictures(SIZE),
+        range(SIZE),
+        Shake(),
+        CPU,
+        seed=3,
+        batch_size=BATCH_SIZE,
+        accumulation_steps=accumulation_steps,
+        drop_last=False,
+    )
+
+
+def train(build: Callable[[], nn.Module], accumulation_steps: int = 1, data_parallel: bool = False) -> dict:
+    """The weights and metrics after some epochs of train.py's own loop, on this rank."""
+    model = place_model(build(), CPU, data_parallel=data_parallel, sync_batchnorm=True)
+    optimizer, scheduler = make_optimizer(model)
+    loader = make_loader(accumulation_steps)
+    for epoch in range(1, EPOCHS + 1):
+        metrics = train_fn(model, loader.epoch(0, epoch), nn.CrossEntropyLoss(), optimizer, scheduler, RUN, "")
+    with evaluation(model):
+        pass  # sends the buffers
+    return {"weights": numbers(bare(model)), "metrics": metrics}
+
+
+def bare_loop(build: Callable[[], nn.Module], micro_batches: int = 1) -> dict:
+    """What `train` ought to give, with nothing of ours in it but the data."""
+    model = build()
+    optimizer, scheduler = make_optimizer(model)
+    loader = make_loader()
+    for epoch in range(1, EPOCHS + 1):
+        losses, correct = 0.0, 0
+        for batch in loader.epoch(0, epoch):
+            optimizer.zero_grad()
+            size = len(batch.targets)
+            cuts = [size * part // micro_batches for part in range(micro_batches + 1)]
+            for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+                images, targets = batch.images[start:stop], batch.targets[start:stop]
+                logits = model(normalize(images))
+                loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+                (loss / size).backward()
+                losses += loss.item()
+                correct += int((logits.argmax(1) == targets).sum())
+            optimizer.step()
+            scheduler.step()
+    return {"weights": numbers(model), "metrics": {"accuracy": correct / SIZE, "loss": losses / SIZE}}
+
+
+def numbers(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.detach().double().numpy().copy() for name, value in model.state_dict().items()}
+
+
+def assert_close(got: dict, wanted: dict, tolerance: float) -> None:
+    """Equal up to `tolerance`, relative to the length of all weights together, and in each metric."""
+    assert got["weights"].keys() == wanted["weights"].keys()
+    ours, theirs = (np.concatenate([values.ravel() for values in run["weights"].values()]) for run in (got, wanted))
+    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+    assert got["metrics"]["accuracy"] == wanted["metrics"]["accuracy"]
+    assert got["metrics"]["loss"] == pytest.approx(wanted["metrics"]["loss"], rel=tolerance)
+
+
+# float32 shows the promise; float64 that only rounding is left of the difference.
+TOLERANCES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=str)
+
+
+@TOLERANCES
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_ranks_and_accumulation_end_with_the_weights_of_a_bare_loop(
+    world_size, accumulation_steps, dtype, tolerance
+):
+    build = partial(plain_model, dtype)
+    wanted = bare_loop(build)
+    for got in run_ranks(world_size, lambda: train(build, accumulation_steps)):
+        assert_close(got, wanted, tolerance)
+
+
+@TOLERANCES
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_with_synchronised_batch_norm_any_ranks_end_with_the_weights_of_a_bare_loop(
+    world_size, accumulation_steps, dtype, tolerance
+):
+    # Batch norm sees one micro-batch at a time, so the bare loop accumulates as well.
+    build = partial(batchnorm_model, dtype)
+    wanted = bare_loop(build, micro_batches=accumulation_steps)
+    for got in run_ranks(world_size, lambda: train(build, accumulation_steps)):
+        assert_close(got, wanted, tolerance)
+
+
+def test_one_process_and_data_parallel_without_gpus_end_with_the_weights_of_a_bare_loop():
+    wanted = bare_loop(plain_model)
+    assert_close(train(plain_model), wanted, 1e-6)
+    assert_close(train(plain_model, data_parallel=True), wanted, 1e-6)
+
+
+def test_without_synchronised_batch_norm_all_ranks_take_rank_0s_statistics_before_validation():
+    def statistics() -> np.ndarray:
+        model = place_model(batchnorm_model(), CPU, data_parallel=False, sync_batchnorm=False)
+        optimizer, scheduler = make_optimizer(model)
+        train_fn(model, make_loader().epoch(0, 1), nn.CrossEntropyLoss(), optimizer, scheduler, RUN, "")
+        with evaluation(model) as network:
+            return network[2].running_mean.numpy().copy()
+
+    first, second = run_ranks(2, statistics)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_our_batch_norm_equals_torchs_in_outputs_gradients_and_statistics():
+    values = torch.randn(24, 5, 3, generator=torch.Generator().manual_seed(0)) * 3 + 100
+
+    def synchronised() -> tuple:
+        part = values.chunk(3)[torch.distributed.get_rank()].clone().requires_grad_()
+        module = nn.BatchNorm1d(5)
+        module.__class__ = SyncBatchNormCPU
+        output = module(part)
+        output.pow(3).sum().backward()
+        weight_gradient = module.weight.grad.clone()
+        torch.distributed.all_reduce(weight_gradient)
+        buffers = [module.running_mean, module.running_var]
+        return tuple(value.detach().numpy() for value in (output, part.grad, weight_gradient, *buffers))
+
+    whole = values.clone().requires_grad_()
+    module = nn.BatchNorm1d(5)
+    output = module(whole)
+    output.pow(3).sum().backward()
+    ranks = run_ranks(3, synchronised)
+    compare = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(np.concatenate([rank[0] for rank in ranks]), output.detach(), **compare)
+    np.testing.assert_allclose(np.concatenate([rank[1] for rank in ranks]), whole.grad, **compare)
+    for rank in ranks:
+        np.testing.assert_allclose(rank[2], module.weight.grad, **compare)
+        np.testing.assert_allclose(rank[3], module.running_mean, rtol=1e-6)
+        np.testing.assert_allclose(rank[4], module.running_var, rtol=1e-5)
+
+
+def test_gradients_are_exchanged_once_a_step_and_not_for_each_micro_batch():
+    def exchanges() -> tuple[int, int]:
+        counted = []
+
+        def count(state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            counted.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        model = place_model(plain_model(), CPU, data_parallel=False, sync_batchnorm=True)
+        model.register_comm_hook(None, count)
+        loader = make_loader(accumulation_steps=4)
+        train_fn(model, loader.epoch(0, 1), nn.CrossEntropyLoss(), *make_optimizer(model), RUN, "")
+        return len(counted), len(loader)
+
+    assert run_ranks(2, exchanges) == [(4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_scores_equal_a_plain_computation_for_any_ranks(world_size):
+    from batteries import EvalLoader
+
+    pictures = Pictures(101)
+    model = plain_model().eval()
+    with torch.no_grad():
+        logits = model(normalize(pictures.images))
+    accuracy = (logits.argmax(1) == pictures.targets).double().mean().item()
+    loss = nn.functional.cross_entropy(logits.double(), pictures.targets).item()
+
+    def validate() -> dict[str, float]:
+        placed = place_model(plain_model(), CPU, data_parallel=False, sync_batchnorm=True)
+        loader = EvalLoader(pictures, range(101), None, CPU, batch_size=64)
+        return valid_fn(placed, loader, nn.CrossEntropyLoss(), RUN)
+
+    for metrics in run_ranks(world_size, validate):
+        assert metrics["accuracy"] == accuracy
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_dropout_follows_from_the_position_and_not_from_what_was_drawn_before():
+    def weights(disturb: bool) -> dict[str, np.ndarray]:
+        model = nn.Sequential(*plain_model(), nn.Dropout(0.5))
+        optimizer, scheduler = make_optimizer(model)
+        for epoch in (1, 2):
+            if disturb:
+                torch.rand(epoch * 7)
+            train_fn(model, make_loader().epoch(0, epoch), nn.CrossEntropyLoss(), optimizer, scheduler, RUN, "")
+        return numbers(model)
+
+    quiet, disturbed = weights(disturb=False), weights(disturb=True)
+    for name, values in quiet.items():
+        np.testing.assert_array_equal(disturbed[name], values)
