@@ -87,17 +87,21 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant. What needs the data or the machine is checked where they are known."""
         names = [stage.name for stage in self.stages]
-        if not names or len(set(names)) < len(names):
-            raise BadInput(f"--stages need one or more different names, not {names}.")
+        if len(set(names)) < len(names):
+            raise BadInput(f"--stages need different names, not {', '.join(names)}.")
         for number, stage in enumerate(self.stages):
             if Path(stage.name).name != stage.name:
                 raise BadInput(f"--stages.{number}.name {stage.name!r} must be the plain name of a folder.")
-            if stage.epochs < 1 or not stage.lr > 0:
-                raise BadInput(f"--stages.{number} needs epochs of 1 or more and an lr over 0, not {stage}.")
+            if stage.epochs < 1:
+                raise BadInput(f"--stages.{number}.epochs {stage.epochs} must be 1 or more.")
+            if not stage.lr > 0:
+                raise BadInput(f"--stages.{number}.lr {stage.lr} must be over 0.")
         if not 0 <= self.seed < 2**32:
             raise BadInput(f"--seed {self.seed} must be 0 to {2**32 - 1}.")
-        if self.limit_batches is not None and self.limit_batches < 1:
-            raise BadInput(f"--limit-batches {self.limit_batches} must be at least 1.")
+        for flag in ("accumulation_steps", "save_n_best", "valid_batch_size", "limit_batches"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise BadInput(f"--{flag.replace('_', '-')} {value} must be at least 1.")
         if self.minimize_metric != (self.main_metric == "loss"):
             flag = "--minimize-metric" if self.main_metric == "loss" else "--no-minimize-metric"
             raise BadInput(f"--main-metric {self.main_metric} goes with {flag}.")

@@ -119,8 +119,7 @@ class CheckpointManager:
     def __init__(
         self, logdir: str | Path, metric: str = "accuracy", metric_minimization: bool = False, save_n_best: int = 5
     ) -> None:
-        if save_n_best < 1:
-            raise BadInput(f"--save-n-best {save_n_best} must be at least 1.")
+        assert save_n_best > 0
         self.logdir = Path(logdir)
         self.metric = metric
         self.metric_minimization = metric_minimization

@@ -52,7 +52,7 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     except SystemExit as end:
         if not end.code:
             raise
-        raise BadInput(_one_sentence(said.getvalue(), arguments, config_class)) from None
+        raise BadInput(_one_sentence(said.getvalue())) from None
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -99,6 +99,8 @@ def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple
             rest.append(argument)
     if path is None:
         return config_class(), rest
+    if not path:
+        raise BadInput("--config needs a file, such as logs/baseline/config.json.")
     try:
         values = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -106,20 +108,20 @@ def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple
     return from_json(config_class, values, f"--config {path}"), rest
 
 
-def _one_sentence(panel: str, arguments: list[str], config_class: type[Any]) -> str:
-    """Tyro's panel as one sentence, with the nearest flag or choice."""
-    lines = [line.strip("│ ").strip() for line in panel.splitlines() if line.startswith("│")]
-    rules = [index for index, line in enumerate(lines) if set(line) == {"─"}]
-    text = " ".join(lines[: rules[0]] if rules else lines).rstrip(".")
-    flags = re.findall(r"--[\w.-]+", panel.partition("Perhaps you meant")[2])
-    unknown = re.match(r"Unrecognized options: (\S+?),?(?:\s|$)", text)
-    if unknown:
-        return f"{unknown[1]} is no flag{near(unknown[1], flags)}; python train.py --help lists all."
-    choice = re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text)
-    if choice:
+def _one_sentence(panel: str) -> str:
+    """The panel of tyro as one sentence, with the nearest flag or choice."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", panel)
+    title_lines = 1 if plain.startswith("╭") else 2  # it draws a box or, where the terminal has no UTF-8, two lines
+    lines = [line.strip(" │") for line in plain.splitlines()][title_lines:]
+    ruled = [set(line) <= set("─-╰╯") for line in lines]
+    text = " ".join(lines[: ruled.index(True)] if True in ruled else lines).rstrip(".")
+    if unknown := re.match(r"Unrecognized options: ([^\s,]+)", text):
+        flags = re.findall(r"--[\w.-]+", plain.partition("Perhaps you meant")[2])
+        return f"{unknown[1]} is no flag{near(unknown[1], flags) or '.'} See python train.py --help."
+    if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text):
         known = re.findall(r"'([^']*)'", choice[3])
-        return f"{choice[2]} {choice[1]} is not a choice{near(choice[1], known)}; use one of: {', '.join(known)}."
-    return f"{text}; python train.py --help lists all flags."
+        return f"{choice[2]} {choice[1]} is no choice{near(choice[1], known) or '.'} Use one of: {', '.join(known)}."
+    return f"{text.removeprefix('Error parsing ')}. See python train.py --help."
 
 
 def _end(code: int, message: str) -> NoReturn:

@@ -54,8 +54,8 @@ def cut_epoch(
     """The micro-batches of one rank, in order, from step `first_step` (counted from 0) on.
 
     A step is cut into micro-batches first and those into slices per rank: so micro-batch j holds the same samples for
-    any `world_size`, and synchronised batch norm sees the same statistics. A short last step is cut as evenly as it
-    goes.
+    any `world_size`, and synchronised batch norm sees the same statistics. A short last
+    step is cut as evenly as it goes, into fewer micro-batches where there is not a sample for each.
     """
     for step in range(first_step, count_steps(size, batch_size, drop_last)):
         begin, end = step * batch_size, min((step + 1) * batch_size, size)
@@ -200,8 +200,7 @@ class EvalLoader:
         num_workers: int | None = 0,
         start_method: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise BadInput(f"--valid-batch-size {batch_size} must be at least 1.")
+        assert batch_size > 0
         indices = np.asarray(indices)
         starts = range(0, len(indices), batch_size)[:limit_batches]
         self.size = min(len(indices), len(starts) * batch_size)
@@ -220,15 +219,14 @@ class EvalLoader:
 def check_batch_size(batch_size: int, accumulation_steps: int, size: int, drop_last: bool) -> None:
     """Raise BadInput where `batch_size` does not divide over ranks and micro-batches, or is over `size`."""
     ranks = world_size()
-    if accumulation_steps < 1:
-        raise BadInput(f"--accumulation-steps {accumulation_steps} must be at least 1.")
+    assert accumulation_steps > 0
     pieces = ranks * accumulation_steps
     if batch_size < 1 or batch_size % pieces:
         below, above = batch_size // pieces * pieces, (batch_size // pieces + 1) * pieces
         legal = f"{below} or {above}" if below > 0 else f"{pieces}"
         raise BadInput(
             f"--batch-size {batch_size} must be a multiple of {pieces} "
-            f"({ranks} processes x {accumulation_steps} accumulation steps); the nearest legal: {legal}."
+            f"({ranks} process{'es' * (ranks > 1)} x {accumulation_steps} accumulation steps); the nearest: {legal}."
         )
     if drop_last and size < batch_size:
         raise BadInput(

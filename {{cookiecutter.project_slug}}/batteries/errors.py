@@ -8,8 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-class BadInput(ValueError):
-    """A value that its giver can mend: shown as one sentence, without a traceback, exit code 2."""
+class BadInput(Exception):
+    """A value that its giver can mend: shown as one sentence, without a traceback, exit code 2.
+
+    Not a ValueError, since tyro would wrap one that Config raises in words of its own.
+    """
 
 
 def is_bad_input(error: BaseException) -> bool:

@@ -31,8 +31,7 @@ def main(command: list[str]) -> int:
     threads = max(1, len(_cores()) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     print(f"+ OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun {shlex.join(arguments)}", flush=True)
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # of the agent in this process; the processes that it starts speak for themselves
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:

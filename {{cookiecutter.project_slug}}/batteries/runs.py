@@ -54,7 +54,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if is_main():
             self.tracker.finish()
-            outcome = "finished" if kind is None else f"failed: {kind.__name__}: {error}"
+            outcome = _describe_end(kind, error)
             self._write_record(end=_now(), exit=outcome)
             self.console.note(outcome)
         self.console.close()
@@ -65,6 +65,8 @@ class Run:
             return
         parameters = sum(parameter.numel() for parameter in model.parameters())
         wrapper = "" if bare(model) is model else f" with {type(model).__name__}"
+        if isinstance(model, nn.DataParallel) and not model.device_ids:
+            wrapper += ", which has no GPU to share the work with"
         logger.info(f"logdir   {self.logdir}")
         logger.info(f"device   {self.device}, {world_size()} x {torch.get_num_threads()} threads{wrapper}")
         logger.info(f"data     {', '.join(f'{name} {count:,}' for name, count in samples.items())}")
@@ -123,7 +125,8 @@ class Run:
                 "best": {"metric": best.metric, "score": _finite({"": score})[""], "epoch": best.best_epoch}
             }
         logger.info(f"best     {best.metric} {score:.4f} in {best.best_path()}")
-        logger.info("look     scripts/tensorboard.sh")
+        if self.config["tracker"] == "tensorboard":
+            logger.info("look     scripts/tensorboard.sh")
         return score
 
     def _start(self) -> None:
@@ -215,6 +218,12 @@ def _peak_memory(device: torch.device) -> int:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _describe_end(kind: type[BaseException] | None, error: BaseException | None) -> str:
+    if kind is None:
+        return "finished"
+    return "interrupted" if issubclass(kind, KeyboardInterrupt) else f"failed: {kind.__name__}: {error}"
 
 
 def _means(values: Mapping[str, float]) -> str:

@@ -1,9 +1,19 @@
-"""One thread a process: tests fork, and a fork after torch has started its thread pool would hang."""
+"""One thread a process: tests fork, and a fork after torch has started its thread pool would hang.
+
+What every run imports is imported here, once, for all forks.
+"""
+
+import importlib
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+for module in ("sklearn.datasets", "sklearn.model_selection", "tyro", "rich.console", "torch.utils.tensorboard"):
+    try:
+        importlib.import_module(module)
+    except ImportError:  # this project may go without a tracker
+        assert module == "torch.utils.tensorboard"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +22,17 @@ from batteries.distributed import process_group
 SECONDS = 120  # a rank that takes longer hangs
 
 
-def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
-    """What `function` gives on each of `world_size` ranks (gloo, one thread each), in order."""
+def run_ranks(world_size: int, function: Callable[[], Any], join: bool = True) -> list[Any]:
+    """What `function` gives on each of `world_size` ranks (gloo, one thread each), in order.
+
+    `join=False` leaves it to `function`, such as train.main, to join the process group.
+    """
     context = multiprocessing.get_context("fork")
     port = _free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_run_rank, args=(function, rank, world_size, port, theirs))
+        process = context.Process(target=_run_rank, args=(function, rank, world_size, port, join, theirs))
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -41,10 +44,10 @@ def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def _run_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, pipe: Any) -> None:
+def _run_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, join: bool, pipe: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    with process_group(torch.device("cpu")):
+    with process_group(torch.device("cpu")) if join else nullcontext():
         result = function()
     pipe.send_bytes(pickle.dumps(result))
 

@@ -170,7 +170,7 @@ def test_another_architecture_is_refused_with_its_keys_and_nothing_is_loaded(tmp
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(BadInput, match="nowhere.pth is not there"):
+    with pytest.raises(BadInput, match=r"nowhere\.pth is not there"):
         load_checkpoint(tmp_path / "nowhere.pth", torch.nn.Linear(2, 2))
 
 
@@ -195,8 +195,3 @@ def test_a_file_that_rank_0_cannot_read_fails_on_all_ranks_together(tmp_path):
     messages = run_ranks(3, fail)
     assert len(set(messages)) == 1
     assert "nowhere.pth is not there" in messages[0]
-
-
-def test_fewer_than_one_best_checkpoint_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="--save-n-best 0 must be at least 1"):
-        CheckpointManager(logdir=tmp_path, save_n_best=0)

@@ -148,7 +148,7 @@ def count_samples(num_samples: int, batch_size: int) -> list[tuple[int, list[int
 def test_validation_reads_each_of_101_samples_once(world_size, batch_size):
     batches = [batch for rank in run_ranks(world_size, lambda: count_samples(101, batch_size)) for batch in rank]
     assert all(size == 101 for size, _ in batches)
-    assert sorted(sum((targets for _, targets in batches), [])) == sorted(Pictures(101).targets.tolist())
+    assert sorted(target for _, targets in batches for target in targets) == sorted(Pictures(101).targets.tolist())
 
 
 def test_loaders_never_move_the_global_random_state():
@@ -180,17 +180,19 @@ def make_loader(**changes) -> TrainLoader:
 
 
 def test_a_batch_size_that_does_not_divide_is_refused_with_the_legal_ones():
-    with pytest.raises(BadInput, match=r"--batch-size 16 must be a multiple of 3 .* nearest legal: 15 or 18"):
+    with pytest.raises(BadInput, match=r"--batch-size 16 must be a multiple of 3 .* nearest: 15 or 18"):
         make_loader(accumulation_steps=3)
 
 
 def test_a_train_split_smaller_than_one_batch_is_refused():
-    with pytest.raises(BadInput, match=r"--batch-size 32 does not fit: the train split has 20 samples; .*--batch-size 20"):
+    with pytest.raises(
+        BadInput, match=r"--batch-size 32 does not fit: the train split has 20 samples; .*--batch-size 20"
+    ):
         make_loader(batch_size=32)
     assert len(make_loader(batch_size=32, drop_last=False)) == 1
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"batch_size": -4}, {"accumulation_steps": 0}, {"num_workers": -1}])
+@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"batch_size": -4}, {"num_workers": -1}])
 def test_other_numbers_that_mean_nothing_are_refused(changes):
     with pytest.raises(BadInput, match="must be"):
         make_loader(**changes)

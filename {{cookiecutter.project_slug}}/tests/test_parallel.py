@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,7 +65,7 @@ def bare_loop(build: Callable[[], nn.Module], micro_batches: int = 1) -> dict:
             optimizer.zero_grad()
             size = len(batch.targets)
             cuts = [size * part // micro_batches for part in range(micro_batches + 1)]
-            for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            for start, stop in pairwise(cuts):
                 images, targets = batch.images[start:stop], batch.targets[start:stop]
                 logits = model(normalize(images))
                 loss = nn.functional.cross_entropy(logits, targets, reduction="sum")

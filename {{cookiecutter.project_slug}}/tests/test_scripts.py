@@ -1,0 +1,124 @@
+"""The launch scripts, as a person would run them: with the real model, from any folder, and stopped halfway."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_data import make_data
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ["--limit-batches", "2", "--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts need bash"),
+]
+
+
+@pytest.fixture(scope="session")
+def data_flags(tmp_path_factory) -> list[str]:
+    return ["--data-dir", str(make_data(tmp_path_factory.mktemp("data")))]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1"} | extra
+
+
+def run_script(script: Path | str, *flags: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    path = ROOT / "scripts" / script
+    return subprocess.run(
+        [path, *flags], cwd=folder, env=environment(**extra), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "world_size", "wrapper"),
+    [
+        ("train_device.sh", 1, "threads\n"),
+        ("train_dp.sh", 1, "threads with DataParallel"),
+        ("train_ddp.sh", 2, "threads with DistributedDataParallel\n"),
+    ],
+)
+def test_each_script_shows_its_command_and_trains_from_any_folder(script, world_size, wrapper, data_flags, tmp_path):
+    flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run")]
+    done = run_script(script, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"+ {sys.executable} ")
+    assert wrapper in done.stdout
+    assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == world_size
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert "\x1b" not in done.stdout
+
+
+def test_data_parallel_without_a_gpu_says_so(data_flags, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run")]
+    assert "no GPU" in run_script("train_dp.sh", *flags, folder=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--logdr", "x"], "--logdr is no flag; did you mean '--logdir'?"),
+        (["--batch-size", "33"], "--batch-size 33 must be a multiple of 2 (2 processes x 1 accumulation steps)"),
+        (["--data-parallel"], "--data-parallel is for one process"),
+    ],
+)
+def test_bad_input_under_ddp_is_said_once_with_exit_code_2(flags, sentence, data_flags, tmp_path):
+    done = run_script("train_ddp.sh", *SMOKE, *data_flags, "--logdir", str(tmp_path / "run"), *flags, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert done.stderr.startswith(f"error: {sentence}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_of_processes_that_is_none_is_refused(tmp_path):
+    done = run_script("train_ddp.sh", folder=tmp_path, NPROC="many")
+    assert (done.returncode, done.stderr) == (2, "error: NPROC=many must be a whole number of processes, 1 or more.\n")
+
+
+def test_a_rank_that_fails_ends_all_with_its_cause_once(data_flags, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("logs", "data", ".venv", ".git", ".variants"))
+    with (copy / "experiment/model.py").open("a") as model:
+        model.write("\n\nimport os\nassert os.environ.get('RANK') != '1', 'rank 1 broke'\n")
+    done = run_script(copy / "scripts/train_ddp.sh", *SMOKE, *data_flags, "--logdir", "run", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("AssertionError: rank 1 broke") == 1
+    assert done.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("script", ["train_device.sh", "train_ddp.sh"])
+def test_ctrl_c_ends_all_processes_and_says_so_once(script, data_flags, tmp_path):
+    flags = [*data_flags, "--device", "cpu", "--logdir", str(tmp_path / "run"), "--stages.0.epochs", "1000"]
+    flags += ["--limit-batches", "1", "--num-workers", "1", "--save-n-best", "1"]
+    out, err = (tmp_path / "out").open("w+"), (tmp_path / "err").open("w+")
+    with subprocess.Popen(
+        [ROOT / "scripts" / script, *flags], env=environment(), stdout=out, stderr=err, start_new_session=True
+    ) as process:
+        for _ in range(1200):
+            if (tmp_path / "run/metrics.jsonl").exists():
+                break
+            time.sleep(0.1)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the job
+        assert process.wait(timeout=20) == 130
+    assert not processes_of_session(process.pid)
+    messages = (tmp_path / "err").read_text()
+    assert messages == "interrupted by Ctrl-C; what is in the logdir is whole.\n"
+    assert "interrupted" in json.loads((tmp_path / "run/run.json").read_text())["exit"]
+
+
+def processes_of_session(session: int) -> list[int]:
+    """The processes that the script left behind."""
+    found = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in found.splitlines() if "Z" not in line.split()[1]]

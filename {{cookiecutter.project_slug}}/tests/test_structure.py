@@ -1,0 +1,100 @@
+"""The house is as README says, and its parts know only what they should."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TREE = re.search(r"## The house\n\n```\n(.*?)```", README, re.DOTALL)
+
+
+def imports(file: Path) -> set[str]:
+    """The modules that `file` imports, by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            found.add(node.module or "")
+    return found
+
+
+def paths_in_tree(tree: str) -> list[str]:
+    """The paths that a drawn tree names."""
+    paths, folders = [], []
+    for line in tree.splitlines()[1:]:
+        drawn = re.match(r"([│ ]*)[├└]── (\S+)", line)
+        if drawn is None:
+            assert line.startswith("# {%"), line  # in the template, before it is rendered
+            continue
+        depth = len(drawn[1]) // 4
+        folders[depth:] = [drawn[2].rstrip("/")]
+        paths.append("/".join(folders))
+    return paths
+
+
+@pytest.mark.parametrize(("package", "other"), [("batteries", "experiment"), ("experiment", "batteries")])
+def test_experiment_and_batteries_never_import_each_other(package, other):
+    for file in (ROOT / package).glob("*.py"):
+        for name in imports(file):
+            assert name.split(".")[0] not in (other, "train"), f"{file} imports {name}"
+
+
+def test_inside_batteries_no_import_goes_in_a_circle():
+    inner = {
+        f"batteries.{file.stem}": {name for name in imports(file) if name.startswith("batteries.")}
+        for file in (ROOT / "batteries").glob("*.py")
+        if file.stem != "__init__"
+    }
+    while leaves := {name for name, needed in inner.items() if not needed & inner.keys()}:
+        inner = {name: needed for name, needed in inner.items() if name not in leaves}
+    assert not inner, f"a circle among {sorted(inner)}"
+
+
+def test_the_readme_draws_every_file_and_folder_that_is_there():
+    assert TREE is not None
+    drawn = set(paths_in_tree(TREE[1]))
+    top = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "_", "uv.lock"))}
+    assert {path for path in drawn if "/" not in path} == top - {"README.md", "LICENSE"}
+    for folder in ("batteries", "experiment", "scripts"):
+        there = {f"{folder}/{path.name}" for path in (ROOT / folder).iterdir() if not path.name.startswith("_")}
+        missing = drawn - there if "{%" in TREE[1] else set()  # in the template the tracker's script is not yet chosen
+        assert {path for path in drawn if path.startswith(f"{folder}/")} - missing == there
+
+
+def test_every_path_that_the_readme_names_is_real():
+    made_by_a_run = ("logs/", "stage")
+    for path in re.findall(r"`((?:tests|experiment|batteries|scripts)/[\w./]*|[\w]+\.py)", README):
+        assert (ROOT / path).exists() or path.startswith(made_by_a_run), path
+
+
+def test_every_flag_that_the_readme_names_is_real():
+    import dataclasses
+
+    from train import Config, Stage
+
+    known = {field.name for field in dataclasses.fields(Config)} | {"config", "help"}
+    known |= {f"stages.{number}.{field.name}" for number in (0, 1) for field in dataclasses.fields(Stage)}
+    for flag in re.findall(r"--([a-z][\w.-]*)", README):
+        assert flag.replace("-", "_") in known, f"--{flag}"
+
+
+def test_train_py_stays_short_and_so_do_its_functions():
+    assert (ROOT / "train.py").read_text().count("\n") <= 300
+    for file in [ROOT / "train.py", *(ROOT / "batteries").glob("*.py"), *(ROOT / "experiment").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno
+                assert length <= 60, f"{file.name}: {node.name} has {length} lines"
+
+
+def test_train_py_and_experiment_do_not_ask_how_many_processes_there_are():
+    for file in [ROOT / "train.py", *(ROOT / "experiment").glob("*.py")]:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {node.id for node in nodes if isinstance(node, ast.Name)}
+        names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        assert not names & {"rank", "local_rank", "world_size", "is_main", "distributed"}, file

@@ -1,0 +1,238 @@
+"""A whole run, its folder, and what bad input is told."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from models import tiny_network
+from processes import End, run_ranks, run_train
+from small_data import make_data
+
+import train
+from batteries.cli import from_json, parse, to_json
+from batteries.parallel import bare
+from train import Config, Stage
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def start(monkeypatch, data_dir):
+    """Runs train.py with a tiny network; flags as on the command line."""
+    monkeypatch.setattr(train, "build_model", tiny_network)
+    quick = ["--tracker", "none", "--device", "cpu", "--data-dir", str(data_dir), "--limit-batches", "3"]
+    quick += ["--stages.0.epochs", "2", "--stages.1.epochs", "1"]
+
+    def run(*flags: str) -> End:
+        return run_train(train.main, Config, *quick, *flags)
+
+    return run
+
+
+def read_metrics(logdir) -> list[dict]:
+    return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_the_files_that_the_readme_names(start, tmp_path):
+    logdir = tmp_path / "run"
+    assert start("--logdir", str(logdir), "--save-n-best", "1").code == 0
+    found = {str(path.relative_to(logdir)) for path in logdir.rglob("*")} - {"git.diff"}
+    stage1 = {"stage1", "stage1/epoch_1.pth", "stage1/best.pth", "stage1/last.pth", "stage1/checkpoints.json"}
+    assert {"config.json", "run.json", "metrics.jsonl", "timings.jsonl", "train.log"} | stage1 <= found
+    assert {"stage0/best.pth", "stage0/last.pth", "stage0/epoch_2.pth"} <= found
+    epochs = [(line["stage"], line["epoch"], line["step"]) for line in read_metrics(logdir)]
+    assert epochs == [("stage0", 1, 3), ("stage0", 2, 6), ("stage1", 1, 3)]
+    record = json.loads((logdir / "run.json").read_text())
+    assert (record["exit"], record["world_size"], record["device"]) == ("finished", 1, "cpu")
+    assert record["versions"]["torch"] == torch.__version__
+    assert "\x1b" not in (logdir / "train.log").read_text()
+
+
+def test_the_best_score_of_the_run_is_what_main_gives(monkeypatch, data_dir, tmp_path):
+    monkeypatch.setattr(train, "build_model", tiny_network)
+    config = Config(data_dir=data_dir, logdir=tmp_path / "run", tracker="none", device="cpu", limit_batches=3)
+    [best] = run_ranks(1, lambda: train.main(config), join=False)
+    assert best == max(line["valid"]["accuracy"] for line in read_metrics(tmp_path / "run"))
+
+
+def test_the_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch, data_dir, tmp_path):
+    monkeypatch.setattr(train, "build_model", tiny_network)
+    scores = iter([0.9, 0.1, 0.5])  # epoch 1 of the first stage is its best
+    monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    started = []
+
+    def note_weights(model, *_):
+        started.append({name: value.clone() for name, value in bare(model).state_dict().items()})
+        torch.nn.init.normal_(next(model.parameters()))
+        return {"loss": 1.0, "accuracy": 0.5}
+
+    monkeypatch.setattr(train, "train_fn", note_weights)
+    monkeypatch.setattr(train.Run, "log_epoch", lambda *_: None)
+    stages = Stage("stage0", 2, 0.1), Stage("stage1", 1, 0.1)
+    config = Config(stages=stages, data_dir=data_dir, logdir=tmp_path / "run", tracker="none", device="cpu")
+
+    def weights() -> list[bool]:
+        train.main(config)
+        best = torch.load(tmp_path / "run/stage0/best.pth", weights_only=True)
+        assert best["epoch"] == 1
+        return [torch.equal(started[2][name], value) for name, value in best["model_state_dict"].items()]
+
+    [equal] = run_ranks(1, weights, join=False)
+    assert all(equal)
+
+
+def test_the_same_config_gives_the_same_metrics_and_another_seed_others(start, tmp_path):
+    first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
+    assert start("--logdir", str(first), "--num-workers", "0").code == 0
+    assert start("--config", str(first / "config.json"), "--logdir", str(again), "--num-workers", "2").code == 0
+    assert start("--logdir", str(other), "--seed", "1").code == 0
+    assert (first / "metrics.jsonl").read_bytes() == (again / "metrics.jsonl").read_bytes()
+    assert (first / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
+
+
+def test_two_ranks_give_the_metrics_of_one(start, monkeypatch, data_dir, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert start("--logdir", str(one)).code == 0
+    config = from_json(Config, json.loads((one / "config.json").read_text()))
+    run_ranks(2, lambda: train.main(dataclasses.replace(config, logdir=two)), join=False)
+    for ours, theirs in zip(read_metrics(two), read_metrics(one), strict=True):
+        assert ours["valid"]["accuracy"] == theirs["valid"]["accuracy"]
+        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-6)
+
+
+def test_a_config_survives_json():
+    config = Config(stages=(Stage("a", 1, 0.1),), fold=3)
+    assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_flags_beside_a_config_file_win(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(Config(seed=5, fold=2, stages=(Stage("only", 9, 0.1),)))))
+    config = parse(Config, ["--config", str(path), "--seed", "6", "--stages.0.epochs", "4"])
+    assert (config.seed, config.fold, config.stages) == (6, 2, (Stage("only", 4, 0.1),))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--bach-size", "3"], "--bach-size is no flag; did you mean '--batch-size'?"),
+        (["--tracker", "tensorbord"], "--tracker tensorbord is no choice; did you mean 'tensorboard'? Use one of: "),
+        (["--batch-size", "many"], "--batch-size: invalid literal for int()"),
+        (
+            ["--batch-size", "33", "--accumulation-steps", "2"],
+            "--batch-size 33 must be a multiple of 2 (1 process x 2 ",
+        ),
+        (["--batch-size", "1000000"], "--batch-size 1000000 does not fit: the train split has "),
+        (["--fold", "9"], "--fold 9 is not there; use 0 to 4."),
+        (["--device", "cuda:7"], "--device cuda:7 needs GPU 7, but this machine has "),
+        (["--device", "gpu"], "--device gpu is not a device; use one of: auto, cpu"),
+        (["--seed", "-1"], "--seed -1 must be 0 to 4294967295."),
+        (["--stages.0.epochs", "0"], "--stages.0.epochs 0 must be 1 or more."),
+        (["--stages.1.lr", "nan"], "--stages.1.lr nan must be over 0."),
+        (["--stages.1.name", "../x"], "--stages.1.name '../x' must be the plain name of a folder."),
+        (["--stages.1.name", "stage0"], "--stages need different names, not stage0, stage0."),
+        (["--main-metric", "loss"], "--main-metric loss goes with --minimize-metric."),
+        (["--save-n-best", "0"], "--save-n-best 0 must be at least 1."),
+        (["--limit-batches", "0"], "--limit-batches 0 must be at least 1."),
+        (["--valid-batch-size", "0"], "--valid-batch-size 0 must be at least 1."),
+        (["--num-workers", "-1"], "--num-workers -1 must be 0 or more."),
+        (["--config", "nowhere.json"], "--config nowhere.json cannot be read"),
+        (["--config"], "--config needs a file"),
+        (["--logdir", "train.py"], "--logdir train.py cannot be a folder"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(start, tmp_path, flags, sentence):
+    logdir = tmp_path / "run"
+    end = start("--logdir", str(logdir), *flags)
+    assert end.code == 2
+    assert end.err.startswith("error: ")
+    assert sentence in end.err
+    assert end.err.count("\n") == 1
+    assert end.out == ""
+    assert not logdir.exists()
+
+
+def test_a_config_with_an_unknown_knob_is_refused_with_the_near_one(start, tmp_path):
+    (tmp_path / "config.json").write_text('{"batchsize": 3}')
+    end = start("--config", str(tmp_path / "config.json"))
+    assert end.code == 2
+    assert "'batchsize', which is no knob; did you mean 'batch_size'?" in end.err
+
+
+def test_a_logdir_that_holds_a_run_is_refused_and_left_as_it_is(start, tmp_path):
+    logdir = tmp_path / "run"
+    assert start("--logdir", str(logdir)).code == 0
+    before = {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
+    end = start("--logdir", str(logdir))
+    assert end.code == 2
+    assert end.err == f"error: --logdir {logdir} holds a run already; choose another, such as --logdir {logdir}_2.\n"
+    assert {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()} == before
+
+
+def test_a_data_set_with_too_few_of_a_class_is_refused(start, monkeypatch, tmp_path):
+    load_dataset = train.load_dataset
+
+    def load_thinned(data_dir):
+        dataset = load_dataset(data_dir)
+        rare = (dataset.targets == 3).nonzero().flatten()[2:]
+        dataset.targets[rare] = 4
+        return dataset
+
+    monkeypatch.setattr(train, "load_dataset", load_thinned)
+    end = start("--logdir", str(tmp_path / "run"))
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert "has 2 samples" in end.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_keeps_its_traceback_and_is_noted_in_the_run(start, monkeypatch, tmp_path):
+    def broken(*_):
+        return int("x")
+
+    monkeypatch.setattr(train, "train_fn", broken)
+    end = start("--logdir", str(tmp_path / "run"))
+    assert end.code == 1
+    assert "Traceback" in end.err
+    assert "invalid literal for int()" in json.loads((tmp_path / "run/run.json").read_text())["exit"]
+    assert "invalid literal for int()" in (tmp_path / "run/train.log").read_text()
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_metrics_and_never_best(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": math.nan, "loss": math.inf})
+    assert start("--logdir", str(tmp_path / "run")).code == 0
+    assert read_metrics(tmp_path / "run")[0]["valid"] == {"accuracy": None, "loss": None}
+    assert not (tmp_path / "run/stage0/best.pth").exists()
+
+
+def test_a_tracker_that_fails_warns_once_and_changes_no_weight(start, monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    assert start("--logdir", str(tmp_path / "quiet")).code == 0
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    end = start("--logdir", str(tmp_path / "noisy"), "--tracker", "tensorboard")
+    assert end.code == 0
+    assert end.out.count("tensorboard failed (disk full)") == 1
+    quiet, noisy = (
+        torch.load(tmp_path / name / "stage1/last.pth", weights_only=True)["model_state_dict"]
+        for name in ("quiet", "noisy")
+    )
+    assert all(torch.equal(quiet[name], noisy[name]) for name in quiet)
+
+
+def test_tensorboard_has_the_numbers_of_the_metrics(start, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logdir = tmp_path / "run"
+    assert start("--logdir", str(logdir), "--tracker", "tensorboard").code == 0
+    accumulator = events.EventAccumulator(str(logdir / "tensorboard")).Reload()
+    points = [(event.step, event.value) for event in accumulator.Scalars("stage0/valid/accuracy")]
+    wanted = [(line["step"], line["valid"]["accuracy"]) for line in read_metrics(logdir) if line["stage"] == "stage0"]
+    assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
