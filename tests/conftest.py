@@ -1,0 +1,63 @@
+"""Renders the template as it lies in the working tree, once per set of answers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SLUG = "{{cookiecutter.project_slug}}"
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """A copy of what git knows or would add: no caches, which cookiecutter trips over."""
+    copy = tmp_path_factory.mktemp("template") / "batteries"
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def run_cookiecutter(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`cookiecutter SOURCE --no-input` as a person runs it, with an empty home."""
+    home = tmp_path_factory.mktemp("home")
+
+    def run(source: Path | str, output: Path, **answers: str) -> subprocess.CompletedProcess[str]:
+        # cookiecutter takes ANSWER=TEXT; a config file would evaluate the text as jinja.
+        extra = [f"{name}={text}" for name, text in answers.items()]
+        command = [sys.executable, "-m", "cookiecutter", str(source), "--no-input", "-o", str(output), *extra]
+        environment = os.environ | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def render(template, run_cookiecutter, tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a repository rendered with these answers; the same answers give the same folder."""
+    rendered: dict[str, Path] = {}
+
+    def run(**answers: str) -> Path:
+        key = json.dumps(answers, sort_keys=True)
+        if key not in rendered:
+            output = tmp_path_factory.mktemp("rendered")
+            done = run_cookiecutter(template, output, **answers)
+            assert done.returncode == 0, done.stderr
+            [rendered[key]] = output.iterdir()
+        return rendered[key]
+
+    return run
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The contents of every file, by its path in `folder`."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
