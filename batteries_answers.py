@@ -17,7 +17,7 @@ LONGEST_TEXT = 200
 LONGEST_SLUG = 60
 SLUG = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
-# Device names on Windows, whatever their ending; a project with the name of a package that it needs cannot be installed.
+# Device names on Windows, whatever their ending. A project that is called like a package it needs cannot be installed.
 PORTS = [f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10)]
 WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *PORTS}
 DEPENDENCIES = {

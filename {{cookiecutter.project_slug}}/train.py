@@ -29,6 +29,7 @@ from batteries import (
     accumulate,
     default_tracker,
     evaluation,
+    first_on_each_machine,
     load_checkpoint,
     make_checkpoint,
     place_model,
@@ -116,7 +117,7 @@ def main(config: Config) -> float:
         show_warnings=config.show_warnings,
     ) as device:
         seed_all(config.seed)
-        dataset = load_dataset(config.data_dir)
+        dataset = first_on_each_machine(lambda: load_dataset(config.data_dir))
         split = split_dataset(dataset.targets.numpy(), dataset.classes, config.fold)
         train_loader = TrainLoader(
             dataset,
@@ -139,17 +140,18 @@ def main(config: Config) -> float:
             limit_batches=config.limit_batches,
             num_workers=config.num_workers,
         )
+        model_args = {"num_classes": len(dataset.classes)}
         with random_stream(config.seed, Stream.WEIGHTS):
-            model = build_model(num_classes=len(dataset.classes))
+            model = build_model(**model_args)
         model = place_model(model, device, data_parallel=config.data_parallel, sync_batchnorm=config.sync_batchnorm)
-        with Run(config.logdir, config, device) as run:
+        with Run(config.logdir, config, model_args, device) as run:
             run.say_start(model, {name: len(part) for name, part in split._asdict().items()})
             stages: list[CheckpointManager] = []
             for number in range(len(config.stages)):
                 if stages:
                     load_checkpoint(stages[-1].best_path(), model)
                 stages.append(train_stage(number, model, train_loader, valid_loader, run, config))
-            return run.say_end(stages)
+            return run.finish(stages)
 
 
 def train_stage(
@@ -172,7 +174,7 @@ def train_stage(
         step = epoch * len(train_loader)
         metrics = {"train": train, "valid": valid}
         checkpoint = make_checkpoint(
-            stage.name, epoch, model, optimizer, scheduler, metrics, experiment_args=run.config, step=step
+            stage.name, epoch, model, optimizer, scheduler, metrics, run.config, run.model_args, step=step
         )
         is_best = checkpoints.process(score=valid[config.main_metric], epoch=epoch, checkpoint=checkpoint)
         run.log_epoch(stage.name, epoch, step, float(scheduler.get_last_lr()[0]), train, valid, is_best)

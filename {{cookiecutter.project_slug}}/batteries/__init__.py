@@ -4,6 +4,7 @@ from batteries.checkpoints import CheckpointManager, load_checkpoint, make_check
 from batteries.cli import run_command
 from batteries.data import Epoch, EvalLoader, TrainLoader
 from batteries.devices import start_process
+from batteries.distributed import first_on_each_machine
 from batteries.errors import BadInput
 from batteries.metrics import Averages
 from batteries.parallel import accumulate, evaluation, place_model
@@ -24,6 +25,7 @@ __all__ = [
     "accumulate",
     "default_tracker",
     "evaluation",
+    "first_on_each_machine",
     "load_checkpoint",
     "make_checkpoint",
     "place_model",

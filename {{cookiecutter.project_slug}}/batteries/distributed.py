@@ -67,17 +67,36 @@ def union_over_ranks(names: Iterable[str]) -> list[str]:
     return sorted(set().union(*gathered))
 
 
+def first_on_each_machine(action: Callable[[], Result]) -> Result:
+    """What `action` gives, on every process, but one process of each machine goes first: it downloads for the others.
+
+    Where it fails on one machine, its error is raised everywhere.
+    """
+    if not dist.is_initialized():
+        return action()
+    result, error = _attempt(action) if local_rank() == 0 else (None, None)
+    errors: list = [None] * world_size()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found
+    return result if local_rank() == 0 else action()  # type: ignore[return-value]
+
+
 def on_main(action: Callable[[], Result]) -> Result:
     """Run `action` on rank 0 alone and give every process its result; what it raises is raised on all of them."""
     if not dist.is_initialized():
         return action()
-    outcome: list = [None, None]
-    if is_main():
-        try:
-            outcome[0] = action()
-        except Exception as error:  # noqa: BLE001 (whatever it is, no process may wait for it for ever)
-            outcome[1] = BadInput(str(error)) if is_bad_input(error) else error
+    outcome: list = [*_attempt(action)] if is_main() else [None, None]
     dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """The result or the error of `action`: whatever it is, no other process may wait for it for ever."""
+    try:
+        return action(), None
+    except Exception as error:  # noqa: BLE001 (raised again on all processes)
+        return None, BadInput(str(error)) if is_bad_input(error) else error

@@ -26,7 +26,7 @@ from batteries.errors import BadInput
 from batteries.files import write_text
 from batteries.metrics import Averages
 from batteries.parallel import bare
-from batteries.trackers import Backend, NoTracker, make_tracker
+from batteries.trackers import Backend, NoTracker, check_tracker, make_tracker
 
 ROOT = Path(__file__).parent.parent
 LOG_EVERY = 20  # steps between two reads of the metrics for the progress bar: each waits for the device
@@ -38,12 +38,14 @@ class Run:
     Raises BadInput, before anything is written, where `logdir` holds a run or cannot be written.
     """
 
-    def __init__(self, logdir: Path, config: Any, device: torch.device) -> None:
+    def __init__(self, logdir: Path, config: Any, model_args: Mapping[str, Any], device: torch.device) -> None:
         self.logdir = Path(logdir)
         self.config = to_json(config)
+        self.model_args = dict(model_args)
         self.device = device
         self.tracker: Backend = NoTracker()
         self.timing: dict[str, float] = {}
+        check_tracker(self.config["tracker"])
         on_main(lambda: check_logdir(self.logdir))
 
     def __enter__(self) -> "Run":
@@ -117,7 +119,7 @@ class Run:
         parts = [f"{stage} epoch {epoch}", "train", _means(train), "valid", _means(valid)]
         logger.info(f"{'  '.join(parts)}  {self.timing['seconds']:.1f} s{'  best' if is_best else ''}")
 
-    def say_end(self, stages: Sequence[CheckpointManager]) -> float:
+    def finish(self, stages: Sequence[CheckpointManager]) -> float:
         """What came out, and where it is; gives the best score over all stages."""
         score, best = best_of(stages)
         if is_main():
@@ -135,11 +137,11 @@ class Run:
             write_text(self.logdir / "config.json", json.dumps(self.config, indent=2) + "\n")
         except OSError as error:
             raise BadInput(f"--logdir {self.logdir} cannot be written ({error.strerror}); use another.") from None
-        self.record = describe_run(self.device, self.config.get("seed"))
+        self.record = describe_run(self.device, self.config["seed"])
         self._write_record()
         if difference := _git("diff", "HEAD"):
             write_text(self.logdir / "git.diff", difference)
-        self.tracker = make_tracker(self.config.get("tracker", "none"), self.logdir)
+        self.tracker = make_tracker(self.config["tracker"], self.logdir)
 
     def _write_record(self, **values: str) -> None:
         self.record |= values
@@ -157,7 +159,7 @@ def check_logdir(logdir: Path) -> None:
         raise BadInput(f"--logdir {logdir} cannot be written: {parent} is read-only; choose another.")
 
 
-def describe_run(device: torch.device, seed: int | None) -> dict[str, Any]:
+def describe_run(device: torch.device, seed: int) -> dict[str, Any]:
     """Command, code, versions and machine, as run.json keeps them."""
     import torchvision
 

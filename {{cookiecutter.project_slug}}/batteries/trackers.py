@@ -3,6 +3,7 @@
 import logging
 import tomllib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -31,17 +32,15 @@ def default_tracker() -> Tracker:
     return trackers[0] if trackers else "none"
 
 
-def make_tracker(name: Tracker, logdir: Path) -> Backend:
-    """The tracker of that name, writing under `logdir`, behind a guard that keeps its errors from the run.
+def check_tracker(name: Tracker) -> None:
+    """Raise BadInput where the package of that tracker is not installed."""
+    if name != "none" and find_spec(name) is None:
+        raise BadInput(f"--tracker {name} needs the package {name}: uv add {name}, or --tracker none.")
 
-    Raises BadInput where its package is not installed.
-    """
-    if name == "none":
-        return NoTracker()
-    try:
-        return _Guarded(name, TensorBoard(logdir))
-    except ImportError:
-        raise BadInput(f"--tracker {name} needs the package {name}: uv add {name}, or --tracker none.") from None
+
+def make_tracker(name: Tracker, logdir: Path) -> Backend:
+    """The tracker of that name, writing under `logdir`, behind a guard that keeps its errors from the run."""
+    return NoTracker() if name == "none" else _Guarded(name, TensorBoard(logdir))
 
 
 class NoTracker:

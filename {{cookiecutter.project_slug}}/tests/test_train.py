@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -226,6 +227,33 @@ def test_a_tracker_that_fails_warns_once_and_changes_no_weight(start, monkeypatc
         for name in ("quiet", "noisy")
     )
     assert all(torch.equal(quiet[name], noisy[name]) for name in quiet)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(start, monkeypatch, tmp_path):
+    monkeypatch.setattr("batteries.trackers.find_spec", lambda name: None)
+    end = start("--logdir", str(tmp_path / "run"), "--tracker", "tensorboard")
+    assert end.code == 2
+    assert (
+        end.err
+        == "error: --tracker tensorboard needs the package tensorboard: uv add tensorboard, or --tracker none.\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_of_a_machine_loads_the_data_before_the_others(monkeypatch, data_dir, tmp_path):
+    monkeypatch.setattr(train, "build_model", tiny_network)
+    load_dataset = train.load_dataset
+    loaded = tmp_path / "loaded"
+
+    def load_noted(folder):
+        assert loaded.exists() == (os.environ["LOCAL_RANK"] != "0")
+        dataset = load_dataset(folder)
+        loaded.touch()
+        return dataset
+
+    monkeypatch.setattr(train, "load_dataset", load_noted)
+    config = Config(data_dir=data_dir, logdir=tmp_path / "run", tracker="none", device="cpu", limit_batches=1)
+    assert len(run_ranks(2, lambda: train.main(config), join=False)) == 2
 
 
 def test_tensorboard_has_the_numbers_of_the_metrics(start, tmp_path):
