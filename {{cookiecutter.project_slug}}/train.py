@@ -29,9 +29,9 @@ from batteries import (
     accumulate,
     default_tracker,
     evaluation,
+    fingerprint,
     first_on_each_machine,
     load_checkpoint,
-    make_checkpoint,
     place_model,
     random_stream,
     run_command,
@@ -76,7 +76,9 @@ class Config:
     limit_batches: int | None = None  # at most so many steps and validation batches an epoch: a smoke run
 
     # The machine.
-    logdir: Path = Path("logs/baseline")  # the run's folder; one that holds a run is refused
+    logdir: Path = Path("logs/baseline")  # the run's folder; one that holds a run is refused without --resume
+    resume: bool = False  # go on with the run in the logdir, bit for bit; start it where there is none
+    checkpoint_every: int | None = None  # steps between checkpoints within an epoch, beside the one at its end
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one
     data_parallel: bool = False  # DataParallel over all visible GPUs, in one process
     sync_batchnorm: bool = True  # under DDP, batch norm over all ranks; without it each rank's own few samples
@@ -106,6 +108,22 @@ class Config:
         if self.minimize_metric != (self.main_metric == "loss"):
             flag = "--minimize-metric" if self.main_metric == "loss" else "--no-minimize-metric"
             raise BadInput(f"--main-metric {self.main_metric} goes with {flag}.")
+
+
+# What may be given otherwise to a run that is resumed: it changes no number.
+MAY_CHANGE = (
+    *(
+        "data_dir",
+        "num_workers",
+        "logdir",
+        "checkpoint_every",
+        "device",
+        "sharing_strategy",
+        "show_warnings",
+        "tracker",
+    ),
+    "save_n_best",
+)
 
 
 def main(config: Config) -> float:
@@ -144,11 +162,12 @@ def main(config: Config) -> float:
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(**model_args)
         model = place_model(model, device, data_parallel=config.data_parallel, sync_batchnorm=config.sync_batchnorm)
-        with Run(config.logdir, config, model_args, device) as run:
+        data = fingerprint(dataset.fingerprint(), *split)
+        with Run(config.logdir, config, device, model_args=model_args, data=data, may_change=MAY_CHANGE) as run:
             run.say_start(model, {name: len(part) for name, part in split._asdict().items()})
             stages: list[CheckpointManager] = []
             for number in range(len(config.stages)):
-                if stages:
+                if stages and not run.has_begun(number):
                     load_checkpoint(stages[-1].best_path(), model)
                 stages.append(train_stage(number, model, train_loader, valid_loader, run, config))
             return run.finish(stages)
@@ -167,17 +186,16 @@ def train_stage(
     checkpoints = CheckpointManager(
         run.logdir / stage.name, config.main_metric, config.minimize_metric, config.save_n_best
     )
-    for epoch in range(1, stage.epochs + 1):
-        batches = train_loader.epoch(number, epoch)
+    start = run.begin_stage(number, model, optimizer, scheduler, checkpoints)
+    for epoch in range(start.epoch, stage.epochs + 1):
+        batches = train_loader.epoch(number, epoch, start.step if epoch == start.epoch else 0)
         train = train_fn(model, batches, criterion, optimizer, scheduler, run, f"{stage.name} {epoch}/{stage.epochs}")
         valid = valid_fn(model, valid_loader, criterion, run)
-        step = epoch * len(train_loader)
-        metrics = {"train": train, "valid": valid}
-        checkpoint = make_checkpoint(
-            stage.name, epoch, model, optimizer, scheduler, metrics, run.config, run.model_args, step=step
-        )
-        is_best = checkpoints.process(score=valid[config.main_metric], epoch=epoch, checkpoint=checkpoint)
-        run.log_epoch(stage.name, epoch, step, float(scheduler.get_last_lr()[0]), train, valid, is_best)
+        step, score = epoch * len(train_loader), valid[config.main_metric]
+        lr = float(scheduler.get_last_lr()[0])
+        run.log_epoch(stage.name, epoch, step, lr, train, valid, checkpoints.is_better(score))
+        checkpoint = run.make_checkpoint(epoch, step, {"train": train, "valid": valid})
+        checkpoints.process(score=score, epoch=epoch, checkpoint=checkpoint)
     return checkpoints
 
 

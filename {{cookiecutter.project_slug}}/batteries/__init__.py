@@ -9,6 +9,7 @@ from batteries.errors import BadInput
 from batteries.metrics import Averages
 from batteries.parallel import accumulate, evaluation, place_model
 from batteries.randomness import Stream, random_stream, seed_all
+from batteries.resume import fingerprint
 from batteries.runs import Run
 from batteries.trackers import Tracker, default_tracker
 
@@ -25,6 +26,7 @@ __all__ = [
     "accumulate",
     "default_tracker",
     "evaluation",
+    "fingerprint",
     "first_on_each_machine",
     "load_checkpoint",
     "make_checkpoint",

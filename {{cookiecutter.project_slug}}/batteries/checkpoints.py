@@ -46,10 +46,12 @@ def make_checkpoint(
     experiment_args: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
     step: int = 0,
+    resume: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that a later run needs, as tensors and plain values.
 
-    `step` counts the optimizer steps of the stage. The model's state is the bare one, without a wrapper's prefix.
+    `step` counts the optimizer steps of the stage; `resume` is what batteries.resume needs besides. The model's state
+    is the bare one, without a wrapper's prefix.
     """
     return {
         "format": FORMAT,
@@ -62,6 +64,7 @@ def make_checkpoint(
         "metrics": dict(metrics or {}),
         "experiment_args": dict(experiment_args or {}),
         "model_args": dict(model_args or {}),
+        "resume": dict(resume or {}),
     }
 
 
@@ -85,14 +88,25 @@ def load_checkpoint(
     architecture, before anything is loaded.
     """
     checkpoint = on_main(lambda: read_checkpoint(Path(path)))
+    apply_checkpoint(checkpoint, str(path), model, optimizer, scheduler)
+    return checkpoint
+
+
+def apply_checkpoint(
+    checkpoint: Mapping[str, Any],
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> None:
+    """Put a checkpoint that was read into model, optimizer and scheduler; `name` is what an error calls it."""
     network = bare(model)
-    _check_architecture(Path(path), checkpoint["model_state_dict"], network)
+    _check_architecture(name, checkpoint["model_state_dict"], network)
     network.load_state_dict(checkpoint["model_state_dict"])
     if optimizer is not None:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     if scheduler is not None:
         scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-    return checkpoint
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -111,9 +125,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class CheckpointManager:
-    """Keeps the last, the best and the n best checkpoints of one stage in `logdir`.
+    """Keeps the n best checkpoints of one stage in `logdir`, and the two newest: one in reserve, should a disk fail.
 
-    A score that is not finite is never best; a tie keeps the earlier. Every rank calls `process`; rank 0 writes.
+    A score that is not finite is never best; a tie keeps the earlier. Every rank makes the same calls; rank 0 writes.
     """
 
     def __init__(
@@ -134,8 +148,30 @@ class CheckpointManager:
         is_best = self.is_better(score)
         if is_best:
             self.best_score, self.best_epoch = score, epoch
-        on_main(lambda: self._write(score, epoch, checkpoint, is_best))
+        on_main(lambda: self._write(f"epoch_{epoch}.pth", score, checkpoint, is_best))
         return is_best
+
+    def save(self, checkpoint: Mapping[str, Any]) -> None:
+        """Write a checkpoint within an epoch: it has no score, and stays until two newer ones are there."""
+        name = f"epoch_{checkpoint['epoch']}_step_{checkpoint['step']}.pth"
+        on_main(lambda: self._write(name, math.nan, checkpoint, is_best=False))
+
+    def restore(self, checkpoint: Mapping[str, Any] | None = None) -> None:
+        """Go on with the ledger in `logdir`: up to `checkpoint`, or to its end where the stage is finished."""
+        ledger = on_main(lambda: read_ledger(self.logdir))
+        self.rows = [row for row in ledger["rows"] if checkpoint is None or row.step <= checkpoint["step"]]
+        best = (checkpoint or ledger)["best"]
+        self.best_epoch, self.best_score = best["epoch"], best["score"]
+        if checkpoint is not None:
+            on_main(self._mend)
+
+    def discard(self) -> None:
+        """Drop what a stage has left that is done again from its start."""
+        on_main(lambda: [path.unlink() for path in [*self._files(), *self.logdir.glob(LEDGER)]])
+
+    def best(self) -> dict[str, Any]:
+        """Epoch and score of the best checkpoint; None where there is none."""
+        return {"epoch": self.best_epoch, "score": self.best_score}
 
     def is_better(self, score: float) -> bool:
         """Whether `score` is finite and better than the best so far."""
@@ -150,24 +186,40 @@ class CheckpointManager:
     def _signed(self, score: float) -> float:
         return -score if self.metric_minimization else score
 
-    def _write(self, score: float, epoch: int, checkpoint: Mapping[str, Any], is_best: bool) -> None:
+    def _write(self, name: str, score: float, checkpoint: Mapping[str, Any], is_best: bool) -> None:
         """The file, the ledger, the links, retention, in this order: so the ledger always lists what is on disk."""
         self.logdir.mkdir(parents=True, exist_ok=True)
-        path = self.logdir / f"epoch_{epoch}.pth"
-        size, sha256 = save_checkpoint(path, checkpoint)
-        step = int(checkpoint.get("step", 0))
-        self.rows.append(Row(path.name, size, sha256, epoch, step, score if math.isfinite(score) else None))
+        path = self.logdir / name
+        size, sha256 = save_checkpoint(path, {**checkpoint, "best": self.best()})
+        finite = score if math.isfinite(score) else None
+        self.rows.append(Row(name, size, sha256, int(checkpoint["epoch"]), int(checkpoint["step"]), finite))
         self._write_ledger()
         link_atomically(path, self.logdir / "last.pth")
         if is_best:
             link_atomically(path, self.logdir / "best.pth")
         self._retire()
 
+    def _mend(self) -> None:
+        """Make links and ledger fit the rows: a kill may have come between them, or a damaged file was set aside."""
+        listed = {"last.pth"} | {row.file for row in self.rows}
+        link_atomically(self.logdir / self.rows[-1].file, self.logdir / "last.pth")
+        for row in self.rows:
+            if row.score is not None and row.epoch == self.best_epoch:
+                link_atomically(self.logdir / row.file, self.logdir / "best.pth")
+                listed.add("best.pth")
+        self._write_ledger()
+        for path in self._files():
+            if path.name not in listed:
+                path.unlink()  # written just before a kill, or by steps that are done again
+
+    def _files(self) -> list[Path]:
+        return [*self.logdir.glob("*.pth"), *self.logdir.glob(".*.tmp")]
+
     def _retire(self) -> None:
-        """Drop what is neither among the n best nor the last."""
+        """Drop what is neither among the n best nor the two newest."""
         finite = [row for row in self.rows if row.score is not None]
         ranked = sorted(finite, key=lambda row: (-self._signed(row.score), row.epoch))  # type: ignore[arg-type]
-        kept = {row.file for row in ranked[: self.save_n_best]} | {self.rows[-1].file}
+        kept = {row.file for row in ranked[: self.save_n_best]} | {row.file for row in self.rows[-2:]}
         retired = [row for row in self.rows if row.file not in kept]
         self.rows = [row for row in self.rows if row.file in kept]
         if retired:
@@ -180,8 +232,7 @@ class CheckpointManager:
             "format": FORMAT,
             "metric": self.metric,
             "metric_minimization": self.metric_minimization,
-            "best_epoch": self.best_epoch,
-            "last_epoch": self.rows[-1].epoch,
+            "best": self.best(),
             "checkpoints": [asdict(row) for row in self.rows],
         }
         write_text(self.logdir / LEDGER, json.dumps(ledger, indent=2) + "\n")
@@ -194,6 +245,21 @@ def best_of(stages: Sequence[CheckpointManager]) -> tuple[float, CheckpointManag
         if stage.best_score is not None and best.is_better(stage.best_score):
             best = stage
     return (math.nan if best.best_score is None else best.best_score), best
+
+
+def read_ledger(folder: Path) -> dict[str, Any]:
+    """The rows of the ledger in `folder`, oldest first, and the best; none where the folder has no checkpoints.
+
+    Raises BadInput where checkpoints are there without their ledger.
+    """
+    path = folder / LEDGER
+    if not path.is_file():
+        # One file may lie there alone: the first of a stage, killed before its ledger was written.
+        if len(list(folder.glob("epoch_*.pth"))) > 1:
+            raise BadInput(f"{path} is missing, so nothing says which checkpoints in {folder} are sound; put it back.")
+        return {"rows": [], "best": {"epoch": None, "score": None}}
+    ledger = json.loads(path.read_text())
+    return {"rows": [Row(**row) for row in ledger["checkpoints"]], "best": ledger["best"]}
 
 
 class _Digest:
@@ -227,13 +293,13 @@ def _check_bytes(path: Path) -> None:
         return
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 not in {row["sha256"] for row in json.loads(ledger.read_text())["checkpoints"]}:
+    if sha256 not in {row.sha256 for row in read_ledger(path.parent)["rows"]}:
         raise BadInput(
             f"{path} is not the file that {ledger.name} beside it lists: it was torn or changed; use another."
         )
 
 
-def _check_architecture(path: Path, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+def _check_architecture(name: str, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
@@ -245,4 +311,4 @@ def _check_architecture(path: Path, state: Mapping[str, torch.Tensor], model: nn
     differences = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     found = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
     if found:
-        raise BadInput(f"{path} is of another architecture than the model ({'; '.join(found)}).")
+        raise BadInput(f"{name} is of another architecture than the model ({'; '.join(found)}).")

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,13 +58,18 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather_over_ranks(value: Any) -> list[Any]:
+    """What each process has, in the order of ranks, the same list on each."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def union_over_ranks(names: Iterable[str]) -> list[str]:
     """All names that any process has, sorted, the same list on each."""
-    if not dist.is_initialized():
-        return sorted(names)
-    gathered: list = [None] * world_size()
-    dist.all_gather_object(gathered, list(names))
-    return sorted(set().union(*gathered))
+    return sorted(set().union(*gather_over_ranks(list(names))))
 
 
 def first_on_each_machine(action: Callable[[], Result]) -> Result:
@@ -75,9 +80,7 @@ def first_on_each_machine(action: Callable[[], Result]) -> Result:
     if not dist.is_initialized():
         return action()
     result, error = _attempt(action) if local_rank() == 0 else (None, None)
-    errors: list = [None] * world_size()
-    dist.all_gather_object(errors, error)
-    for found in errors:
+    for found in gather_over_ranks(error):
         if found is not None:
             raise found
     return result if local_rank() == 0 else action()  # type: ignore[return-value]

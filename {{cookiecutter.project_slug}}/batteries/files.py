@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
+
+from batteries.errors import BadInput
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -43,6 +46,43 @@ def link_atomically(source: Path, link: Path) -> None:
     os.replace(temporary, link)  # a no-op on POSIX where both are the same file already: then `temporary` stays
     temporary.unlink(missing_ok=True)
     sync_folder(link.parent)
+
+
+class Lock:
+    """Keeps a second process out of a folder. The system lets go of it when its owner ends, however that comes.
+
+    A record lock, which a loader's worker does not inherit: it would outlive its killed parent for some seconds.
+    Windows has none; there two processes are not kept apart.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, once. Raises BadInput where another process has it."""
+        if self.file is not None or os.name == "nt":
+            return
+        import fcntl
+
+        file = self.path.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            raise BadInput(f"--logdir {self.path.parent} is in use by {owner}; wait for it, or use another.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self.file = file
+
+    def release(self) -> None:
+        """Let go of it; the file stays."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,8 +1,11 @@
 """Metrics, summed on the device and read once: a read waits for the GPU, so no step may do it."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 
-from batteries.distributed import sum_over_ranks, union_over_ranks
+from batteries.distributed import gather_over_ranks, is_main, rank, sum_over_ranks, union_over_ranks, world_size
 
 
 class Averages:
@@ -40,3 +43,16 @@ class Averages:
     def compute_local(self) -> dict[str, float]:
         """The means on this rank so far, for the progress bar. Waits for the device."""
         return {name: (total / self.count).item() for name, total in self.sums.items()}
+
+    def state(self) -> list[dict[str, Any]]:
+        """The sums of every rank, as plain values. Every rank has to call it."""
+        sums = {name: total.item() for name, total in self.sums.items()}
+        return gather_over_ranks({"count": self.count, "sums": sums})
+
+    def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what `state` gave; with another number of ranks the first takes the sums of all."""
+        parts = [state[rank()]] if len(state) == world_size() else state if is_main() else []
+        self.count = sum(part["count"] for part in parts)
+        for name in sorted(set().union(*(part["sums"] for part in parts))):
+            total = sum(part["sums"].get(name, 0.0) for part in parts)
+            self.sums[name] = torch.tensor(total, dtype=self.dtype, device=self.device)

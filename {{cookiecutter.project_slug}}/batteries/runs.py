@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from batteries.checkpoints import CheckpointManager, best_of
+from batteries.checkpoints import CheckpointManager, apply_checkpoint, best_of, make_checkpoint
 from batteries.cli import to_json
 from batteries.console import Console, logger
 from batteries.data import Batch, Epoch
 from batteries.distributed import is_main, on_main, world_size
 from batteries.errors import BadInput
-from batteries.files import write_text
+from batteries.files import Lock, write_text
 from batteries.metrics import Averages
 from batteries.parallel import bare
+from batteries.resume import Cursor, Found, check_same_run, cut_lines, find_newest
 from batteries.trackers import Backend, NoTracker, check_tracker, make_tracker
 
 ROOT = Path(__file__).parent.parent
@@ -33,24 +34,42 @@ LOG_EVERY = 20  # steps between two reads of the metrics for the progress bar: e
 
 
 class Run:
-    """Owns `logdir`; rank 0 writes and speaks, the other ranks make the same calls for nothing.
+    """Owns `logdir`; rank 0 writes and speaks, the other ranks make the same calls.
 
-    Raises BadInput, before anything is written, where `logdir` holds a run or cannot be written.
+    With `config.resume` it goes on with the run in `logdir`, at `cursor`; the knobs in `may_change` may differ then.
+    `data` is a fingerprint of what is trained on. Raises BadInput, before anything is written, where `logdir` holds a
+    run that is not to be resumed or is another one, is in use, or cannot be written.
     """
 
-    def __init__(self, logdir: Path, config: Any, model_args: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        logdir: Path,
+        config: Any,
+        device: torch.device,
+        *,
+        model_args: Mapping[str, Any],
+        data: str,
+        may_change: Sequence[str],
+    ) -> None:
         self.logdir = Path(logdir)
         self.config = to_json(config)
-        self.model_args = dict(model_args)
+        self.resume = self.config.pop("resume")  # a way to start, not part of what is repeated
         self.device = device
+        self.model_args = dict(model_args)
+        self.data = data
         self.tracker: Backend = NoTracker()
         self.timing: dict[str, float] = {}
+        self.total_step = self.offset = 0  # optimizer steps of the run, and those before this stage
+        self.lock = Lock(self.logdir / ".lock")
         check_tracker(self.config["tracker"])
-        on_main(lambda: check_logdir(self.logdir))
+        self.found = on_main(lambda: self._find(may_change))
+        self.cursor = self.found.cursor
 
     def __enter__(self) -> "Run":
         on_main(self._start)
         self.console = Console(self.logdir / "train.log")
+        for message in self.found.messages:
+            logger.warning(message)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -59,6 +78,7 @@ class Run:
             outcome = _describe_end(kind, error)
             self._write_record(end=_now(), exit=outcome)
             self.console.note(outcome)
+            self.lock.release()
         self.console.close()
 
     def say_start(self, model: nn.Module, samples: Mapping[str, int]) -> None:
@@ -73,18 +93,96 @@ class Run:
         logger.info(f"device   {self.device}, {world_size()} x {torch.get_num_threads()} threads{wrapper}")
         logger.info(f"data     {', '.join(f'{name} {count:,}' for name, count in samples.items())}")
         logger.info(f"model    {type(bare(model)).__name__}, {parameters:,} parameters")
+        if self.found.checkpoint is not None:
+            logger.info(f"resume   {self.found.name}, {self._describe_cursor()}")
         logger.info(f"code     git {self.record['git_commit'] or 'without a commit'}, torch {torch.__version__}")
 
+    def begin_stage(
+        self,
+        number: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        checkpoints: CheckpointManager,
+    ) -> Cursor:
+        """Where to begin in stage `number`; what the run was cut in is put back into model, optimizer and the rest."""
+        self.training = model, optimizer, scheduler, checkpoints
+        self.stage = number
+        checkpoint = self.found.checkpoint
+        if checkpoint is not None and number < self.cursor.stage:
+            checkpoints.restore()
+            return Cursor(number, epoch=self.config["stages"][number]["epochs"] + 1)
+        if checkpoint is not None and number == self.cursor.stage:
+            apply_checkpoint(checkpoint, self.found.name, model, optimizer, scheduler)
+            checkpoints.restore(checkpoint)
+            self.total_step = checkpoint["resume"]["total_step"]
+            self.offset = self.total_step - checkpoint["step"]
+            return self.cursor
+        checkpoints.discard()
+        self.offset = self.total_step
+        return Cursor(number)
+
+    def has_begun(self, stage: int) -> bool:
+        """Whether stage `stage` (from 0) was begun when the run was cut: then its weights are in the checkpoint."""
+        return self.found.checkpoint is not None and stage <= self.cursor.stage
+
+    def _describe_cursor(self) -> str:
+        stages = self.config["stages"]
+        stage, epoch, step = self.cursor
+        if epoch <= stages[stage]["epochs"]:
+            return f"{stages[stage]['name']} epoch {epoch} after {step} steps"
+        if stage + 1 < len(stages):
+            return f"then {stages[stage + 1]['name']}"
+        return "which is the last: finished already"
+
     def track(self, batches: Epoch, metrics: Averages, label: str) -> Iterator[Batch]:
-        """Give `batches` on, show how far they are, and keep the time for `log_epoch`."""
-        begin = time.monotonic()
-        yield from self.console.track(batches, metrics, label, LOG_EVERY)
+        """Give `batches` on, show how far they are, keep the time for `log_epoch`, and save within the epoch."""
+        if batches.first_step:
+            metrics.restore(self.found.checkpoint["resume"]["running"])  # type: ignore[index]
+        begin, before = time.monotonic(), metrics.count
+        done = batches.first_step
+        for batch in self.console.track(batches, metrics, label, LOG_EVERY):
+            yield batch
+            if batch.ends_step:
+                done += 1
+                self._save_when_due(batches, done, metrics)
         seconds = time.monotonic() - begin
         self.timing = {
             "seconds": round(seconds, 3),
-            "samples_per_second": round(metrics.count * world_size() / seconds, 1),
+            "samples_per_second": round((metrics.count - before) * world_size() / seconds, 1),
             "peak_memory_bytes": _peak_memory(self.device),
         }
+
+    def make_checkpoint(self, epoch: int, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The checkpoint at the end of `epoch`; `step` counts the optimizer steps of the stage."""
+        return self._make_checkpoint(epoch, step, metrics, Cursor(self.stage, epoch + 1), running=[])
+
+    def _make_checkpoint(
+        self, epoch: int, step: int, metrics: Mapping[str, Any], cursor: Cursor, running: list
+    ) -> dict[str, Any]:
+        model, optimizer, scheduler, _ = self.training
+        resume = {
+            "cursor": list(cursor),
+            "running": running,
+            "data": self.data,
+            "world_size": world_size(),
+            "total_step": self.offset + step,
+        }
+        name = self.config["stages"][self.stage]["name"]
+        return make_checkpoint(
+            name, epoch, model, optimizer, scheduler, metrics, self.config, self.model_args, step=step, resume=resume
+        )
+
+    def _save_when_due(self, batches: Epoch, done: int, metrics: Averages) -> None:
+        """A checkpoint within the epoch, every so many steps."""
+        every = self.config["checkpoint_every"]
+        if every is None or done % every or done == len(batches):
+            return
+        epoch = batches.key[2]
+        step = (epoch - 1) * len(batches) + done
+        running = metrics.state()
+        checkpoint = self._make_checkpoint(epoch, step, {}, Cursor(self.stage, epoch, done), running)
+        self.training[3].save(checkpoint)
 
     def log_epoch(
         self,
@@ -101,6 +199,7 @@ class Run:
         `step` counts the optimizer steps of the stage. Numbers that are not finite become null in the files: JSON has
         none.
         """
+        self.total_step = self.offset + step
         if not is_main():
             return
         record = {
@@ -115,7 +214,7 @@ class Run:
         _append(self.logdir / "timings.jsonl", {"stage": stage, "epoch": epoch, **self.timing})
         curves = {f"{stage}/train/{name}": value for name, value in train.items()}
         curves |= {f"{stage}/valid/{name}": value for name, value in valid.items()}
-        self.tracker.log({**curves, f"{stage}/lr": lr}, step)
+        self.tracker.log({**curves, f"{stage}/lr": lr}, self.total_step)
         parts = [f"{stage} epoch {epoch}", "train", _means(train), "valid", _means(valid)]
         logger.info(f"{'  '.join(parts)}  {self.timing['seconds']:.1f} s{'  best' if is_best else ''}")
 
@@ -131,27 +230,62 @@ class Run:
             logger.info("look     scripts/tensorboard.sh")
         return score
 
+    def _find(self, may_change: Sequence[str]) -> Found:
+        """What there is to go on from; nothing is written but the names of damaged files."""
+        if not self.resume or not holds_run(self.logdir):
+            check_logdir(self.logdir)
+            return Found()
+        self.lock.acquire()
+        found = find_newest(self.logdir, [stage["name"] for stage in self.config["stages"]])
+        if found.checkpoint is not None:
+            check_same_run(found.checkpoint["experiment_args"], self.config, may_change, found.cursor)
+            if found.checkpoint["resume"]["data"] != self.data:
+                raise BadInput(f"--resume would change the run: the data or their split are not those of {found.name}.")
+            if (ranks := found.checkpoint["resume"]["world_size"]) != world_size():
+                found.messages.append(
+                    f"The run had {ranks} processes and has {world_size()} now: it goes on equal to rounding, "
+                    "not bit for bit."
+                )
+        return found
+
     def _start(self) -> None:
         try:
             self.logdir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
             write_text(self.logdir / "config.json", json.dumps(self.config, indent=2) + "\n")
         except OSError as error:
             raise BadInput(f"--logdir {self.logdir} cannot be written ({error.strerror}); use another.") from None
+        names = [stage["name"] for stage in self.config["stages"]]
+        for file in ("metrics.jsonl", "timings.jsonl"):
+            cut_lines(self.logdir / file, names, self.cursor)
         self.record = describe_run(self.device, self.config["seed"])
+        if self.resume and (earlier := _read_json(self.logdir / "run.json")):
+            resumed = [*earlier.get("resumed", []), self.record["start"]]
+            self.record |= {"start": earlier["start"], "resumed": resumed}
         self._write_record()
         if difference := _git("diff", "HEAD"):
             write_text(self.logdir / "git.diff", difference)
-        self.tracker = make_tracker(self.config["tracker"], self.logdir)
+        checkpoint = self.found.checkpoint
+        purge_step = None if checkpoint is None else checkpoint["resume"]["total_step"] + 1
+        self.tracker = make_tracker(self.config["tracker"], self.logdir, purge_step)
 
     def _write_record(self, **values: str) -> None:
         self.record |= values
         write_text(self.logdir / "run.json", json.dumps(self.record, indent=2) + "\n")
 
 
+def holds_run(logdir: Path) -> bool:
+    """Whether a run was started in `logdir`."""
+    return any((logdir / name).exists() for name in ("config.json", "run.json", "metrics.jsonl", "train.log"))
+
+
 def check_logdir(logdir: Path) -> None:
     """Raise BadInput where `logdir` holds a run already or is no folder: nothing of the user's is overwritten."""
-    if any((logdir / name).exists() for name in ("config.json", "run.json", "metrics.jsonl", "train.log")):
-        raise BadInput(f"--logdir {logdir} holds a run already; choose another, such as --logdir {_free_name(logdir)}.")
+    if holds_run(logdir):
+        raise BadInput(
+            f"--logdir {logdir} holds a run already; go on with it by --resume, or choose another, such as "
+            f"--logdir {_free_name(logdir)}."
+        )
     parent = next(folder for folder in (logdir, *logdir.absolute().parents) if folder.exists())
     if not parent.is_dir():
         raise BadInput(f"--logdir {logdir} cannot be a folder: {parent} is a file; choose another.")
@@ -180,6 +314,10 @@ def describe_run(device: torch.device, seed: int) -> dict[str, Any]:
         "end": None,
         "exit": None,
     }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _git(*arguments: str) -> str | None:

@@ -38,9 +38,12 @@ def check_tracker(name: Tracker) -> None:
         raise BadInput(f"--tracker {name} needs the package {name}: uv add {name}, or --tracker none.")
 
 
-def make_tracker(name: Tracker, logdir: Path) -> Backend:
-    """The tracker of that name, writing under `logdir`, behind a guard that keeps its errors from the run."""
-    return NoTracker() if name == "none" else _Guarded(name, TensorBoard(logdir))
+def make_tracker(name: Tracker, logdir: Path, purge_step: int | None = None) -> Backend:
+    """The tracker of that name, writing under `logdir`, behind a guard that keeps its errors from the run.
+
+    A resumed run gives `purge_step`: points at this step and later are hidden, since they come again.
+    """
+    return NoTracker() if name == "none" else _Guarded(name, TensorBoard(logdir, purge_step))
 
 
 class NoTracker:
@@ -56,10 +59,10 @@ class NoTracker:
 class TensorBoard:
     """TensorBoard's own event files, by torch's writer, in `logdir`/tensorboard."""
 
-    def __init__(self, logdir: Path) -> None:
+    def __init__(self, logdir: Path, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(logdir / "tensorboard"))
+        self.writer = SummaryWriter(str(logdir / "tensorboard"), purge_step=purge_step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """One scalar for each value."""

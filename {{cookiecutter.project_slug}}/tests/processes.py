@@ -28,7 +28,7 @@ def run_ranks(world_size: int, function: Callable[[], Any], join: bool = True) -
     `join=False` leaves it to `function`, such as train.main, to join the process group.
     """
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
@@ -45,11 +45,16 @@ def run_ranks(world_size: int, function: Callable[[], Any], join: bool = True) -
 
 
 def _run_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, join: bool, pipe: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    join_ranks(rank, world_size, port)
     with process_group(torch.device("cpu")) if join else nullcontext():
         result = function()
     pipe.send_bytes(pickle.dumps(result))
+
+
+def join_ranks(rank: int, world_size: int, port: int) -> None:
+    """Make this process one of many, as torchrun does."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
 
 
 class End(NamedTuple):
@@ -83,7 +88,7 @@ def _run_command(main: Any, config_class: type, flags: tuple[str, ...], out: Pat
         sys.stderr.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

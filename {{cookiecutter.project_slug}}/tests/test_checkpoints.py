@@ -43,17 +43,18 @@ NAN, INFINITE = math.nan, math.inf
     [
         ([0.1, 0.3, 0.2], False, 1, 2, {2, 3}),
         ([0.1, 0.3, 0.2], False, 3, 2, {1, 2, 3}),
-        ([0.1, 0.3, 0.2, 0.25], False, 2, 2, {2, 4}),
-        ([0.1, 0.3, 0.2], True, 1, 1, {1, 3}),
-        ([0.3, 0.3, 0.3], False, 1, 1, {1, 3}),  # a tie keeps the earlier
-        ([0.3, 0.3, 0.3, 0.1], False, 2, 1, {1, 2, 4}),
+        ([0.1, 0.3, 0.2, 0.25], False, 2, 2, {2, 3, 4}),
+        ([0.5, 0.3, 0.2, 0.25], False, 1, 1, {1, 3, 4}),
+        ([0.1, 0.3, 0.2], True, 1, 1, {1, 2, 3}),
+        ([0.3, 0.3, 0.3], False, 1, 1, {1, 2, 3}),  # a tie keeps the earlier
+        ([0.3, 0.3, 0.3, 0.1], False, 2, 1, {1, 2, 3, 4}),
         ([NAN, 0.1, NAN], False, 1, 2, {2, 3}),
-        ([0.2, NAN, INFINITE, 0.1], False, 3, 1, {1, 4}),
-        ([0.2, -INFINITE, NAN], True, 3, 1, {1, 3}),
+        ([0.2, NAN, INFINITE, 0.1], False, 3, 1, {1, 3, 4}),
+        ([0.2, -INFINITE, NAN], True, 3, 1, {1, 2, 3}),
         ([np.float32(0.1), torch.tensor(0.5), np.float64(0.2)], False, 1, 2, {2, 3}),
     ],
 )
-def test_best_last_and_n_best_are_kept_and_nothing_else(tmp_path, scores, minimize, n_best, best, kept):
+def test_the_n_best_and_the_two_newest_are_kept_and_nothing_else(tmp_path, scores, minimize, n_best, best, kept):
     manager = process(tmp_path, scores, metric_minimization=minimize, save_n_best=n_best)
     assert manager.best_epoch == best
     assert epoch_in(tmp_path / "best.pth") == epoch_in(manager.best_path()) == best
@@ -72,7 +73,7 @@ def test_where_no_score_is_finite_there_is_no_best_and_the_last_stands_in(tmp_pa
 def test_the_ledger_lists_each_file_with_its_bytes_and_sha256(tmp_path):
     process(tmp_path, [0.1, NAN, 0.2])
     ledger = json.loads((tmp_path / "checkpoints.json").read_text())
-    assert [row["epoch"] for row in ledger["checkpoints"]] == [1, 3]
+    assert [row["epoch"] for row in ledger["checkpoints"]] == [1, 2, 3]
     for row in ledger["checkpoints"]:
         data = (tmp_path / row["file"]).read_bytes()
         assert row["bytes"] == len(data)

@@ -171,7 +171,10 @@ def test_a_logdir_that_holds_a_run_is_refused_and_left_as_it_is(start, tmp_path)
     before = {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
     end = start("--logdir", str(logdir))
     assert end.code == 2
-    assert end.err == f"error: --logdir {logdir} holds a run already; choose another, such as --logdir {logdir}_2.\n"
+    assert end.err == (
+        f"error: --logdir {logdir} holds a run already; go on with it by --resume, "
+        f"or choose another, such as --logdir {logdir}_2.\n"
+    )
     assert {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()} == before
 
 

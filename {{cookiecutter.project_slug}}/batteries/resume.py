@@ -1,0 +1,120 @@
+"""Go on with a run that was cut, from its newest sound checkpoint, at the step after it.
+
+Random streams follow from (seed, stage, epoch, position), so that no generator's state has to be kept: a cursor is
+enough.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from batteries.checkpoints import Row, read_checkpoint, read_ledger
+from batteries.errors import BadInput
+from batteries.files import write_text
+
+
+class Cursor(NamedTuple):
+    """Where to go on: the stage from 0, the epoch from 1, and how many of its steps are done."""
+
+    stage: int = 0
+    epoch: int = 1
+    step: int = 0
+
+
+@dataclass
+class Found:
+    """The newest sound checkpoint of a run, None where it has none yet, and what happened to newer ones."""
+
+    checkpoint: dict[str, Any] | None = None
+    name: str = ""
+    messages: list[str] = field(default_factory=list)
+
+    @property
+    def cursor(self) -> Cursor:
+        """The first step that is not in the checkpoint."""
+        return Cursor() if self.checkpoint is None else Cursor(*self.checkpoint["resume"]["cursor"])
+
+
+def find_newest(logdir: Path, stages: Sequence[str]) -> Found:
+    """The newest checkpoint whose bytes are what the ledger says; damaged ones become `*.corrupt`.
+
+    Raises BadInput where the run has checkpoints and none is sound: never a silent fresh start.
+    """
+    rows = [(name, row) for name in stages for row in read_ledger(logdir / name)["rows"]]
+    messages = []
+    for stage, row in reversed(rows):
+        path = logdir / stage / row.file
+        try:
+            return Found(read_checkpoint(path), str(path), [*messages, *_steps_lost(rows[-1], stage, row)])
+        except BadInput:
+            messages.append(_set_aside(path))
+    if rows:
+        raise BadInput(f"--resume finds no sound checkpoint in {logdir}: {' '.join(messages)} Start in another logdir.")
+    return Found()
+
+
+def _set_aside(path: Path) -> str:
+    if not path.exists():
+        return f"{path} is missing."
+    os.replace(path, f"{path}.corrupt")
+    return f"{path} is damaged and was set aside as {path.name}.corrupt."
+
+
+def _steps_lost(newest: tuple[str, Row], stage: str, row: Row) -> list[str]:
+    if newest == (stage, row):
+        return []
+    lost = (
+        f"{newest[1].step - row.step} steps of it" if newest[0] == stage else f"{newest[1].step} steps of {newest[0]}"
+    )
+    return [f"The run goes on from {stage}/{row.file}; {lost} are done again."]
+
+
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Sequence[str], cursor: Cursor) -> None:
+    """Raise BadInput where a knob that matters has changed since the run was cut, with both values.
+
+    Stages that have not begun may change; `may_change` names the knobs that change no number.
+    """
+    for name in [*new, *(set(old) - set(new))]:
+        if name not in may_change and name != "stages" and old.get(name) != new.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(
+                f"--resume would change the run: {flag} was {old.get(name)} and is {new.get(name)}; "
+                f"give {flag} {old.get(name)}, or another --logdir."
+            )
+    begun = cursor.stage + 1
+    for number, (was, now) in enumerate(zip(old["stages"][:begun], [*new["stages"], *[None] * begun], strict=False)):
+        if was != now:
+            raise BadInput(
+                f"--resume would change the run: --stages.{number} was {was} and is {now}, and it has begun."
+            )
+
+
+def fingerprint(*parts: Any) -> str:
+    """A sha256 over arrays, texts and numbers: what a run is trained on."""
+    digest = hashlib.sha256()
+    for part in parts:
+        array = np.ascontiguousarray(part)
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def cut_lines(path: Path, stages: Sequence[str], cursor: Cursor) -> None:
+    """Drop from a .jsonl file what comes at or after the cursor, and a line that a kill has torn."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        record = json.loads(line)
+        if (stages.index(record["stage"]), record["epoch"]) >= cursor[:2]:
+            break
+        kept.append(line)
+    write_text(path, "".join(kept))

@@ -1,0 +1,379 @@
+"""L1, crash-exact: a run that is killed at any instant and resumed ends bit for bit as one that was not."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import CHANNELS
+from processes import End, free_port, join_ranks, run_train
+from small_data import make_data
+from torch import nn
+
+import train
+from batteries.files import Lock
+from train import Config, Stage
+
+STAGES = (Stage("stage0", 3, 1e-2), Stage("stage1", 2, 1e-3))
+
+
+def dropout_network(num_classes: int) -> nn.Module:
+    """Small, with dropout and batch norm, so that everything that can differ would."""
+    layers = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(CHANNELS * 16, 16), nn.BatchNorm1d(16)]
+    return nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(16, num_classes))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(monkeypatch, data_dir, tmp_path) -> Config:
+    monkeypatch.setattr(train, "build_model", dropout_network)
+    return Config(
+        stages=STAGES,
+        accumulation_steps=2,
+        data_dir=data_dir,
+        device="cpu",
+        tracker="none",
+        num_workers=0,
+        limit_batches=5,
+        save_n_best=1,
+        checkpoint_every=2,
+        resume=True,
+        logdir=tmp_path / "run",
+    )
+
+
+def start(config: Config, world_size: int = 1) -> list:
+    """The processes of a run, one for each rank, forked from here so that nothing is imported anew."""
+    port = free_port()
+
+    def rank_main(rank: int) -> None:
+        os.setpgrp()  # so that a kill reaches the workers of its loader as well
+        if world_size > 1:
+            join_ranks(rank, world_size, port)
+        train.main(config)
+
+    processes = [get_context("fork").Process(target=rank_main, args=(rank,)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(config: Config, world_size: int = 1) -> None:
+    for process in start(config, world_size):
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def kill_after(seconds: float, config: Config, world_size: int = 1) -> bool:
+    """Start the run and end it with SIGKILL; whether it was still running."""
+    processes = start(config, world_size)
+    time.sleep(seconds)
+    running = all(process.exitcode is None for process in processes)
+    for process in processes:
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    return running
+
+
+def digest(logdir: Path) -> dict[str, str]:
+    """sha256 of the final weights and optimizer state of each stage, of the best weights, and of the metrics."""
+    found = {"metrics": hashlib.sha256((logdir / "metrics.jsonl").read_bytes()).hexdigest()}
+    for file in sorted(logdir.glob("stage*/*.pth")):
+        if file.name in ("best.pth", "last.pth"):
+            checkpoint = torch.load(file, weights_only=True)
+            state = [checkpoint[f"{part}_state_dict"] for part in ("model", "optimizer", "scheduler")]
+            found[f"{file.parent.name}/{file.name}"] = f"{hash_of(state)} of epoch {checkpoint['epoch']}"
+    return found
+
+
+def hash_of(value) -> str:
+    """sha256 over nested tensors and plain values."""
+    if isinstance(value, torch.Tensor):
+        data = value.contiguous().numpy().tobytes()
+    elif isinstance(value, dict):
+        data = "".join(f"{name}:{hash_of(part)}" for name, part in value.items()).encode()
+    elif isinstance(value, list | tuple):
+        data = "".join(hash_of(part) for part in value).encode()
+    else:
+        data = repr(value).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
+def whole_run(config: Config, world_size: int = 1) -> tuple[dict[str, str], float]:
+    """What the run ends with when nobody kills it, and how long it takes."""
+    whole = dataclasses.replace(config, logdir=config.logdir.with_name("whole"))
+    begin = time.monotonic()
+    finish(whole, world_size)
+    return digest(whole.logdir), time.monotonic() - begin
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "world_size", "kills", "checkpoint_every"),
+    [(0, 1, 20, 2), (0, 1, 20, 1), (2, 1, 20, 2), (0, 2, 5, 2)],
+)
+def test_a_run_killed_at_random_instants_ends_as_one_that_was_not(
+    config, num_workers, world_size, kills, checkpoint_every
+):
+    config = dataclasses.replace(config, num_workers=num_workers, checkpoint_every=checkpoint_every)
+    wanted, seconds = whole_run(config, world_size)
+    assert len(wanted) == 5
+    chance = random.Random(num_workers + checkpoint_every)
+    done = 0
+    while done < kills:
+        if kill_after(chance.uniform(0, seconds), config, world_size):
+            done += 1
+        else:  # it had ended: the next kills fall on a new run
+            assert digest(config.logdir) == wanted
+            shutil.rmtree(config.logdir)
+    finish(config, world_size)
+    assert digest(config.logdir) == wanted
+
+
+@pytest.fixture
+def cut_run(config) -> Config:
+    """A run that was killed within the second epoch of its second stage, with a checkpoint in that epoch."""
+    wanted = "epoch_2_step_7.pth"
+    original = train.CheckpointManager.save
+
+    def save_and_die(self, checkpoint):
+        original(self, checkpoint)
+        if self.logdir.name == "stage1" and (self.logdir / wanted).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.CheckpointManager.save = save_and_die
+    try:
+        [process] = start(config)
+        process.join()
+    finally:
+        train.CheckpointManager.save = original
+    assert process.exitcode == -signal.SIGKILL
+    assert (config.logdir / "stage1" / wanted).exists()
+    return config
+
+
+def resume(config: Config, **changes) -> End:
+    """The end of `python train.py --resume` with this config."""
+    path = config.logdir.with_name("config.json")
+    path.write_text(json.dumps(train_json(dataclasses.replace(config, **changes))))
+    return run_train(train.main, Config, "--config", str(path), "--resume")
+
+
+def train_json(config: Config) -> dict:
+    from batteries.cli import to_json
+
+    return to_json(config)
+
+
+def test_a_resumed_run_says_where_it_goes_on(cut_run):
+    end = resume(cut_run)
+    assert end.code == 0, end.err
+    assert "resume   " in end.out
+    assert "stage1/epoch_2_step_7.pth, stage1 epoch 2 after 2 steps" in end.out
+    record = json.loads((cut_run.logdir / "run.json").read_text())
+    assert len(record["resumed"]) == 1
+    assert record["exit"] == "finished"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "remove"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(cut_run, damage):
+    wanted, _ = whole_run(cut_run)
+    path = cut_run.logdir / "stage1/epoch_2_step_7.pth"
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    elif damage == "truncate":
+        del data[-100:]
+    elif damage == "zero":
+        data[:512] = bytes(512)
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data)
+    end = resume(cut_run)
+    assert end.code == 0, end.err
+    assert f"{path} is " in end.out
+    assert "The run goes on from stage1/epoch_1.pth; 2 steps of it are done again." in end.out
+    assert (path.with_name(f"{path.name}.corrupt").exists()) == (damage != "remove")
+    assert digest(cut_run.logdir) == wanted
+
+
+def test_a_stage_whose_checkpoints_are_all_damaged_is_done_again_from_the_stage_before(cut_run):
+    wanted, _ = whole_run(cut_run)
+    for path in (cut_run.logdir / "stage1").glob("epoch_*.pth"):
+        path.write_bytes(b"torn")
+    end = resume(cut_run)
+    assert end.code == 0, end.err
+    assert "The run goes on from stage0/epoch_3.pth; 7 steps of stage1 are done again." in end.out
+    assert digest(cut_run.logdir) == wanted
+
+
+def test_where_no_checkpoint_is_sound_the_run_is_refused_and_never_started_afresh(cut_run):
+    for path in cut_run.logdir.glob("stage*/epoch_*.pth"):
+        path.write_bytes(b"torn")
+    metrics = (cut_run.logdir / "metrics.jsonl").read_bytes()
+    end = resume(cut_run)
+    assert end.code == 2
+    assert "--resume finds no sound checkpoint in " in end.err
+    assert (cut_run.logdir / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_missing_ledger_is_refused_by_name(cut_run):
+    (cut_run.logdir / "stage1/checkpoints.json").unlink()
+    end = resume(cut_run)
+    assert end.code == 2
+    assert f"{cut_run.logdir}/stage1/checkpoints.json is missing" in end.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_size": 16}, "--batch-size was 32 and is 16; give --batch-size 32, or another --logdir."),
+        ({"seed": 1}, "--seed was 0 and is 1"),
+        ({"fold": 1}, "--fold was 0 and is 1"),
+        ({"accumulation_steps": 1}, "--accumulation-steps was 2 and is 1"),
+        ({"stages": (Stage("stage0", 4, 1e-2), STAGES[1])}, "--stages.0 was {'name': 'stage0', 'epochs': 3"),
+        ({"stages": (STAGES[0], Stage("stage1", 2, 2e-3))}, "--stages.1 was {'name': 'stage1', 'epochs': 2, "),
+    ],
+)
+def test_another_run_is_not_resumed_and_the_difference_is_named(cut_run, changes, sentence):
+    before = {path: path.read_bytes() for path in cut_run.logdir.rglob("[!.]*") if path.is_file()}
+    end = resume(cut_run, **changes)
+    assert end.code == 2
+    assert sentence in end.err
+    assert end.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_other_data_are_not_resumed(cut_run, monkeypatch):
+    load_dataset = train.load_dataset
+
+    def load_changed(data_dir):
+        dataset = load_dataset(data_dir)
+        dataset.images[0] = 255 - dataset.images[0]
+        return dataset
+
+    monkeypatch.setattr(train, "load_dataset", load_changed)
+    end = resume(cut_run)
+    assert end.code == 2
+    assert "the data or their split are not those of " in end.err
+
+
+def test_another_model_is_not_resumed(cut_run, monkeypatch):
+    monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(dropout_network(num_classes)))
+    end = resume(cut_run)
+    assert end.code == 2
+    assert "epoch_2_step_7.pth is of another architecture than the model (missing: 0.2.weight" in end.err
+
+
+def test_what_changes_no_number_may_change(cut_run):
+    wanted, _ = whole_run(cut_run)
+    assert resume(cut_run, num_workers=2, checkpoint_every=None, show_warnings=True).code == 0
+    assert digest(cut_run.logdir) == wanted
+
+
+def test_a_stage_that_has_not_begun_may_change(config):
+    first = dataclasses.replace(config, stages=STAGES[:1])
+    finish(first)
+    assert resume(config).code == 0
+    wanted, _ = whole_run(config)
+    assert digest(config.logdir) == wanted
+
+
+def test_a_finished_run_says_so_and_changes_no_number(config):
+    finish(config)
+    before = digest(config.logdir)
+    end = resume(config)
+    assert end.code == 0
+    assert "finished already" in end.out
+    assert digest(config.logdir) == before
+
+
+def test_resume_starts_a_run_where_there_is_none(config):
+    end = resume(config)
+    assert end.code == 0
+    assert "resume   " not in end.out
+    assert digest(config.logdir) == whole_run(config)[0]
+
+
+def test_a_second_process_on_the_same_logdir_is_refused(cut_run):
+    lock = Lock(cut_run.logdir / ".lock")
+    lock.acquire()
+    end = resume(cut_run)
+    lock.release()
+    assert end.code == 2
+    assert f"is in use by process {os.getpid()} on " in end.err
+
+
+def test_ranks_may_change_at_a_resume_and_then_it_is_said_that_bits_may_differ(cut_run):
+    wanted, _ = whole_run(cut_run)
+    finish(cut_run, world_size=2)
+    assert "equal to rounding" in (cut_run.logdir / "train.log").read_text()
+    ours, theirs = (
+        torch.load(logdir / "stage1/last.pth", weights_only=True)["model_state_dict"]
+        for logdir in (cut_run.logdir, cut_run.logdir.with_name("whole"))
+    )
+    assert ours.keys() == theirs.keys()
+    assert json.loads((cut_run.logdir / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 2
+    assert wanted
+
+
+def test_tensorboard_has_no_point_twice_after_a_resume(config):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = dataclasses.replace(config, tracker="tensorboard", stages=STAGES[:1])
+    chance = random.Random(0)
+    _, seconds = whole_run(config)
+    for _ in range(6):
+        kill_after(chance.uniform(0.3, 1) * seconds, config)
+    finish(config)
+    accumulator = events.EventAccumulator(str(config.logdir / "tensorboard")).Reload()
+    points = [(event.step, event.value) for event in accumulator.Scalars("stage0/valid/accuracy")]
+    lines = [json.loads(line) for line in (config.logdir / "metrics.jsonl").read_text().splitlines()]
+    assert points == [(line["step"], pytest.approx(line["valid"]["accuracy"], rel=1e-6)) for line in lines]
+
+
+def test_the_best_checkpoint_survives_restarts(config, monkeypatch):
+    scores = {("stage0", 1): 0.4, ("stage0", 2): 0.9, ("stage0", 3): 0.5, ("stage1", 1): 0.3, ("stage1", 2): 0.2}
+    calls = list(scores.values())
+    path = config.logdir.with_name("calls")
+
+    def scripted(*_):
+        position = int(path.read_text()) if path.exists() else 0
+        path.write_text(str(position + 1))
+        return {"accuracy": calls[position], "loss": 1.0}
+
+    monkeypatch.setattr(train, "valid_fn", scripted)
+    original = train.CheckpointManager.process
+
+    def process_and_die(self, score, epoch, checkpoint):
+        original(self, score, epoch, checkpoint)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(train.CheckpointManager, "process", process_and_die)
+    for _ in calls:
+        [process] = start(config)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    finish(config)
+    best = torch.load(config.logdir / "stage0/best.pth", weights_only=True)
+    assert (best["epoch"], best["metrics"]["valid"]["accuracy"]) == (2, 0.9)
+    assert torch.load(config.logdir / "stage1/best.pth", weights_only=True)["epoch"] == 1
+    assert json.loads((config.logdir / "run.json").read_text())["best"] == {
+        "metric": "accuracy",
+        "score": 0.9,
+        "epoch": 2,
+    }
+    assert np.isclose(0.9, max(calls))
