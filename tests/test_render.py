@@ -23,7 +23,7 @@ FILES = {
         f"batteries/{name}.py"
         for name in (
             *("__init__", "batchnorm", "checkpoints", "cli", "console", "data", "devices", "distributed", "errors"),
-            *("files", "launch", "metrics", "parallel", "randomness", "runs", "trackers"),
+            *("files", "launch", "metrics", "parallel", "randomness", "resume", "runs", "trackers"),
         )
     ),
     *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp")),
@@ -31,7 +31,7 @@ FILES = {
         f"tests/{name}.py"
         for name in (
             *("conftest", "models", "pictures", "processes", "small_data", "test_checkpoints", "test_data"),
-            *("test_parallel", "test_scripts", "test_structure", "test_train"),
+            *("test_parallel", "test_resume", "test_scripts", "test_structure", "test_train"),
         )
     ),
 }

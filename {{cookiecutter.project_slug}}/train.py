@@ -77,8 +77,9 @@ class Config:
 
     # The machine.
     logdir: Path = Path("logs/baseline")  # the run's folder; one that holds a run is refused without --resume
+    init_from: Path | None = None  # a checkpoint, whose weights a new run starts from instead of random ones
     resume: bool = False  # go on with the run in the logdir, bit for bit; start it where there is none
-    checkpoint_every: int | None = None  # steps between checkpoints within an epoch, beside the one at its end
+    checkpoint_every_steps: int | None = None  # steps between checkpoints within an epoch, beside the one at its end
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one
     data_parallel: bool = False  # DataParallel over all visible GPUs, in one process
     sync_batchnorm: bool = True  # under DDP, batch norm over all ranks; without it each rank's own few samples
@@ -116,7 +117,7 @@ MAY_CHANGE = (
         "data_dir",
         "num_workers",
         "logdir",
-        "checkpoint_every",
+        "checkpoint_every_steps",
         "device",
         "sharing_strategy",
         "show_warnings",
@@ -163,7 +164,11 @@ def main(config: Config) -> float:
             model = build_model(**model_args)
         model = place_model(model, device, data_parallel=config.data_parallel, sync_batchnorm=config.sync_batchnorm)
         data = fingerprint(dataset.fingerprint(), *split)
-        with Run(config.logdir, config, device, model_args=model_args, data=data, may_change=MAY_CHANGE) as run:
+        run = Run(config.logdir, config, device, model_args=model_args, data=data, may_change=MAY_CHANGE)
+        # Where weights come from: the run's own checkpoint, then --init-from, then the seed.
+        if config.init_from is not None and not run.has_begun(0):
+            load_checkpoint(config.init_from, model)
+        with run:
             run.say_start(model, {name: len(part) for name, part in split._asdict().items()})
             stages: list[CheckpointManager] = []
             for number in range(len(config.stages)):

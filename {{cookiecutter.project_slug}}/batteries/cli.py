@@ -79,7 +79,7 @@ def from_json(config_class: type[Config], values: Mapping[str, Any], where: str 
 def _restore(kind: Any, value: Any, where: str) -> Any:
     """The value of one field: JSON has no Path, tuple or dataclass."""
     arguments = get_args(kind)
-    if kind is Path:
+    if isinstance(value, str) and (kind is Path or Path in arguments):
         return Path(value)
     if isinstance(value, list) and arguments:
         return tuple(_restore(arguments[0], item, where) for item in value)

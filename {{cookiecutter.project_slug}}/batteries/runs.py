@@ -93,8 +93,7 @@ class Run:
         logger.info(f"device   {self.device}, {world_size()} x {torch.get_num_threads()} threads{wrapper}")
         logger.info(f"data     {', '.join(f'{name} {count:,}' for name, count in samples.items())}")
         logger.info(f"model    {type(bare(model)).__name__}, {parameters:,} parameters")
-        if self.found.checkpoint is not None:
-            logger.info(f"resume   {self.found.name}, {self._describe_cursor()}")
+        logger.info(f"weights  {self._describe_weights()}")
         logger.info(f"code     git {self.record['git_commit'] or 'without a commit'}, torch {torch.__version__}")
 
     def begin_stage(
@@ -126,14 +125,16 @@ class Run:
         """Whether stage `stage` (from 0) was begun when the run was cut: then its weights are in the checkpoint."""
         return self.found.checkpoint is not None and stage <= self.cursor.stage
 
-    def _describe_cursor(self) -> str:
-        stages = self.config["stages"]
-        stage, epoch, step = self.cursor
+    def _describe_weights(self) -> str:
+        """Where the first weights come from, and where a resumed run goes on."""
+        if self.found.checkpoint is None:
+            return self.config["init_from"] or f"random, from seed {self.config['seed']}"
+        stages, (stage, epoch, step) = self.config["stages"], self.cursor
         if epoch <= stages[stage]["epochs"]:
-            return f"{stages[stage]['name']} epoch {epoch} after {step} steps"
+            return f"resumed from {self.found.name}, in {stages[stage]['name']} epoch {epoch} after {step} steps"
         if stage + 1 < len(stages):
-            return f"then {stages[stage + 1]['name']}"
-        return "which is the last: finished already"
+            return f"resumed from {self.found.name}, the end of {stages[stage]['name']}"
+        return f"resumed from {self.found.name}: finished already"
 
     def track(self, batches: Epoch, metrics: Averages, label: str) -> Iterator[Batch]:
         """Give `batches` on, show how far they are, keep the time for `log_epoch`, and save within the epoch."""
@@ -175,7 +176,7 @@ class Run:
 
     def _save_when_due(self, batches: Epoch, done: int, metrics: Averages) -> None:
         """A checkpoint within the epoch, every so many steps."""
-        every = self.config["checkpoint_every"]
+        every = self.config["checkpoint_every_steps"]
         if every is None or done % every or done == len(batches):
             return
         epoch = batches.key[2]
@@ -222,9 +223,8 @@ class Run:
         """What came out, and where it is; gives the best score over all stages."""
         score, best = best_of(stages)
         if is_main():
-            self.record |= {
-                "best": {"metric": best.metric, "score": _finite({"": score})[""], "epoch": best.best_epoch}
-            }
+            finite = _finite({"score": score})
+            self.record["best"] = {"metric": best.metric, **finite, "stage": best.logdir.name, "epoch": best.best_epoch}
         logger.info(f"best     {best.metric} {score:.4f} in {best.best_path()}")
         if self.config["tracker"] == "tensorboard":
             logger.info("look     scripts/tensorboard.sh")

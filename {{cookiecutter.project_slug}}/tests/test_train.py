@@ -87,6 +87,28 @@ def test_the_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch,
     assert all(equal)
 
 
+def test_init_from_starts_a_new_run_from_the_weights_of_another(start, monkeypatch, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert start("--logdir", str(first)).code == 0
+    monkeypatch.setattr(train, "train_fn", lambda *_: {"accuracy": 0.5, "loss": 1.0})  # changes no weight
+    monkeypatch.setattr(train.Run, "log_epoch", lambda *_: None)
+    best = first / "stage1/best.pth"
+    end = start("--logdir", str(second), "--init-from", str(best))
+    assert end.code == 0, end.err
+    assert f"weights  {best}" in end.out
+    ours, theirs = (
+        torch.load(path, weights_only=True)["model_state_dict"] for path in (second / "stage0/last.pth", best)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_init_from_a_file_that_is_not_there_is_refused_before_anything_is_written(start, tmp_path):
+    end = start("--logdir", str(tmp_path / "run"), "--init-from", "nowhere.pth")
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert "nowhere.pth is not there" in end.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_same_config_gives_the_same_metrics_and_another_seed_others(start, tmp_path):
     first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
     assert start("--logdir", str(first), "--num-workers", "0").code == 0
