@@ -335,18 +335,28 @@ def test_ranks_may_change_at_a_resume_and_then_weights_agree_to_rounding_and_it_
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_tensorboard_has_no_point_twice_after_a_resume(config):
+def test_tensorboard_has_no_point_twice_after_a_kill_between_the_point_and_the_checkpoint(config, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = dataclasses.replace(config, tracker="tensorboard", stages=STAGES[:1])
-    chance = random.Random(0)
-    _, seconds = whole_run(config)
-    for _ in range(6):
-        kill_after(chance.uniform(0.3, 1) * seconds, config)
+    config = dataclasses.replace(config, tracker="tensorboard")
+    process = train.CheckpointManager.process
+
+    def die_first(self, score, epoch, checkpoint):
+        if epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return process(self, score, epoch, checkpoint)
+
+    monkeypatch.setattr(train.CheckpointManager, "process", die_first)
+    [killed] = start(config)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    monkeypatch.setattr(train.CheckpointManager, "process", process)
     finish(config)
     accumulator = events.EventAccumulator(str(config.logdir / "tensorboard")).Reload()
-    points = [(event.step, event.value) for event in accumulator.Scalars("stage0/valid/accuracy")]
     lines = [json.loads(line) for line in (config.logdir / "metrics.jsonl").read_text().splitlines()]
-    assert points == [(line["step"], pytest.approx(line["valid"]["accuracy"], rel=1e-6)) for line in lines]
+    for stage, before in (("stage0", 0), ("stage1", 15)):
+        points = [(event.step, event.value) for event in accumulator.Scalars(f"{stage}/valid/accuracy")]
+        wanted = [(before + line["step"], line["valid"]["accuracy"]) for line in lines if line["stage"] == stage]
+        assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
 
 
 def test_the_best_checkpoint_survives_restarts(config, monkeypatch):
