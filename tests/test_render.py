@@ -23,7 +23,7 @@ FILES = {
         f"batteries/{name}.py"
         for name in (
             *("__init__", "batchnorm", "checkpoints", "cli", "console", "data", "devices", "distributed", "errors"),
-            *("files", "launch", "metrics", "parallel", "randomness", "resume", "runs", "trackers"),
+            *("files", "interrupts", "launch", "metrics", "parallel", "randomness", "resume", "runs", "trackers"),
         )
     ),
     *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp")),

@@ -8,10 +8,13 @@ batteries/; what is learned, and from what, is in experiment/. One process is th
 Relative paths count from the folder that holds this file when you use scripts/.
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
@@ -27,6 +30,7 @@ from batteries import (
     Tracker,
     TrainLoader,
     accumulate,
+    check_batchnorm,
     default_tracker,
     evaluation,
     fingerprint,
@@ -79,7 +83,8 @@ class Config:
     logdir: Path = Path("logs/baseline")  # the run's folder; one that holds a run is refused without --resume
     init_from: Path | None = None  # a checkpoint, whose weights a new run starts from instead of random ones
     resume: bool = False  # go on with the run in the logdir, bit for bit; start it where there is none
-    checkpoint_every_steps: int | None = None  # steps between checkpoints within an epoch, beside the one at its end
+    checkpoint_every_minutes: float | None = 10  # between checkpoints within an epoch, beside the one at its end
+    checkpoint_every_steps: int | None = None  # the same, counted in steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto takes a GPU where there is one
     data_parallel: bool = False  # DataParallel over all visible GPUs, in one process
     sync_batchnorm: bool = True  # under DDP, batch norm over all ranks; without it each rank's own few samples
@@ -91,24 +96,35 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant. What needs the data or the machine is checked where they are known."""
         names = [stage.name for stage in self.stages]
-        if len(set(names)) < len(names):
-            raise BadInput(f"--stages need different names, not {', '.join(names)}.")
+        if not names or len(set(names)) < len(names):
+            raise BadInput(f"--stages need one or more, of different names, not {', '.join(names) or 'none'}.")
         for number, stage in enumerate(self.stages):
-            if Path(stage.name).name != stage.name:
-                raise BadInput(f"--stages.{number}.name {stage.name!r} must be the plain name of a folder.")
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", stage.name) or stage.name in ("tensorboard", "predictions", "plots"):
+                raise BadInput(
+                    f"--stages.{number}.name {stage.name!r} must be the name of a folder of its own: a-z, 0-9, _, -."
+                )
             if stage.epochs < 1:
                 raise BadInput(f"--stages.{number}.epochs {stage.epochs} must be 1 or more.")
-            if not stage.lr > 0:
-                raise BadInput(f"--stages.{number}.lr {stage.lr} must be over 0.")
+            if not 0 < stage.lr < math.inf:
+                raise BadInput(f"--stages.{number}.lr {stage.lr} must be over 0 and finite.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise BadInput(f"--weight-decay {self.weight_decay} must be 0 or more and finite.")
         if not 0 <= self.seed < 2**32:
             raise BadInput(f"--seed {self.seed} must be 0 to {2**32 - 1}.")
-        for flag in ("accumulation_steps", "save_n_best", "valid_batch_size", "limit_batches"):
+        for flag in (
+            "accumulation_steps",
+            "save_n_best",
+            "valid_batch_size",
+            "limit_batches",
+            "checkpoint_every_steps",
+        ):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise BadInput(f"--{flag.replace('_', '-')} {value} must be at least 1.")
-        if self.minimize_metric != (self.main_metric == "loss"):
-            flag = "--minimize-metric" if self.main_metric == "loss" else "--no-minimize-metric"
-            raise BadInput(f"--main-metric {self.main_metric} goes with {flag}.")
+        if self.main_metric == "loss" and not self.minimize_metric:
+            raise BadInput("--main-metric loss is better when it is less: give --minimize-metric too.")
+        if self.main_metric == "accuracy" and self.minimize_metric:
+            raise BadInput("--main-metric accuracy is better when it is more: leave --minimize-metric out.")
 
 
 # What may be given otherwise to a run that is resumed: it changes no number.
@@ -116,14 +132,13 @@ MAY_CHANGE = (
     *(
         "data_dir",
         "num_workers",
+        "save_n_best",
         "logdir",
+        "init_from",
+        "checkpoint_every_minutes",
         "checkpoint_every_steps",
-        "device",
-        "sharing_strategy",
-        "show_warnings",
-        "tracker",
     ),
-    "save_n_best",
+    *("device", "sharing_strategy", "show_warnings", "tracker"),
 )
 
 
@@ -137,7 +152,7 @@ def main(config: Config) -> float:
     ) as device:
         seed_all(config.seed)
         dataset = first_on_each_machine(lambda: load_dataset(config.data_dir))
-        split = split_dataset(dataset.targets.numpy(), dataset.classes, config.fold)
+        split = split_dataset(np.asarray(dataset.targets), dataset.classes, config.fold)
         train_loader = TrainLoader(
             dataset,
             split.train,
@@ -162,6 +177,7 @@ def main(config: Config) -> float:
         model_args = {"num_classes": len(dataset.classes)}
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(**model_args)
+        check_batchnorm(model, train_loader, synchronised=config.sync_batchnorm)
         model = place_model(model, device, data_parallel=config.data_parallel, sync_batchnorm=config.sync_batchnorm)
         data = fingerprint(dataset.fingerprint(), *split)
         run = Run(config.logdir, config, device, model_args=model_args, data=data, may_change=MAY_CHANGE)

@@ -7,7 +7,7 @@ from batteries.devices import start_process
 from batteries.distributed import first_on_each_machine
 from batteries.errors import BadInput
 from batteries.metrics import Averages
-from batteries.parallel import accumulate, evaluation, place_model
+from batteries.parallel import accumulate, check_batchnorm, evaluation, place_model
 from batteries.randomness import Stream, random_stream, seed_all
 from batteries.resume import fingerprint
 from batteries.runs import Run
@@ -24,6 +24,7 @@ __all__ = [
     "Tracker",
     "TrainLoader",
     "accumulate",
+    "check_batchnorm",
     "default_tracker",
     "evaluation",
     "fingerprint",

@@ -9,12 +9,14 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from batteries.distributed import is_main, rank, world_size
 from batteries.errors import BadInput, is_bad_input, near
+from batteries.interrupts import Stopped
 
 Config = TypeVar("Config")
 
@@ -24,12 +26,15 @@ SECONDS_TO_SPEAK = 4  # torchrun looks after its processes ten times a second
 def run_command(main: Callable[[Config], object], config_class: type[Config]) -> None:
     """Parse the command line, run `main`, and end with the exit code that fits.
 
-    Bad input: one sentence and 2. Ctrl-C: 130. Anything else is a bug: its traceback and 1. Of many ranks one speaks.
+    Bad input: one sentence and 2. A signal: 128 and its number, after a save. Anything else is a bug: its traceback
+    and 1. Of many ranks one speaks.
     """
     try:
         main(parse(config_class, sys.argv[1:]))
+    except Stopped as stopped:
+        _end(128 + stopped.number, f"{stopped}; the run is saved, --resume goes on with it." if is_main() else "")
     except KeyboardInterrupt:
-        _end(130, "interrupted by Ctrl-C; what is in the logdir is whole." if is_main() else "")
+        _end(130, "stopped by SIGINT before the first step." if is_main() else "")
     except Exception as error:  # noqa: BLE001 (what is not for the user is shown with its traceback)
         _wait_for_another_rank(error)
         if is_bad_input(error):
@@ -48,7 +53,7 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config_class, args=arguments, default=defaults, console_outputs=True)
+            return tyro.cli(config_class, args=arguments, default=defaults, console_outputs=is_main())
     except SystemExit as end:
         if not end.code:
             raise
@@ -60,16 +65,18 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_json(config_class: type[Config], values: Mapping[str, Any], where: str = "the config") -> Config:
+def from_json(config_class: type[Config], values: Any, where: str = "the config") -> Config:
     """A Config from what `to_json` gave; fields that are not named keep their defaults.
 
-    Raises BadInput for a name that is no field.
+    Raises BadInput for a name that is no field and for a value of another type.
     """
+    if not isinstance(values, dict):
+        raise BadInput(f'{where} must be an object of knobs, such as {{"batch_size": 32}}, not {values!r}.')
     types = get_type_hints(config_class)
     for name in values:
         if name not in types:
-            raise BadInput(f"{where} has {name!r}, which is no knob{near(name, types)}.")
-    fields = {name: _restore(types[name], value, where) for name, value in values.items()}
+            raise BadInput(f"{where} has {name!r}, which is no knob{near(name, types) or '.'}")
+    fields = {name: _restore(types[name], value, f"{where}: {name}") for name, value in values.items()}
     try:
         return config_class(**fields)
     except TypeError as error:
@@ -77,15 +84,22 @@ def from_json(config_class: type[Config], values: Mapping[str, Any], where: str 
 
 
 def _restore(kind: Any, value: Any, where: str) -> Any:
-    """The value of one field: JSON has no Path, tuple or dataclass."""
+    """The value of one field, which JSON holds without Path, tuple and dataclass; `kind` is its type."""
     arguments = get_args(kind)
-    if isinstance(value, str) and (kind is Path or Path in arguments):
-        return Path(value)
-    if isinstance(value, list) and arguments:
-        return tuple(_restore(arguments[0], item, where) for item in value)
     if dataclasses.is_dataclass(kind):
         return from_json(kind, value, where)  # type: ignore[arg-type]
-    return value
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_restore(arguments[0], item, where) for item in value)
+    if get_origin(kind) in (Union, UnionType):
+        return None if value is None else _restore(arguments[0], value, where)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if value in arguments if get_origin(kind) is Literal else type(value) is kind:
+        return value
+    wanted = " or ".join(map(repr, arguments)) if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
+    raise BadInput(f"{where} is {value!r}, and must be {wanted}.")
 
 
 def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple[Config, list[str]]:
@@ -93,8 +107,10 @@ def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple
     rest, path = [], None
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--config" or argument.startswith("--config="):
-            path = argument.removeprefix("--config").removeprefix("=") or next(remaining, "")
+        if argument == "--config":
+            path = next(remaining, "")
+        elif argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
         else:
             rest.append(argument)
     if path is None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from batteries.distributed import rank, world_size
 from batteries.errors import BadInput
+from batteries.interrupts import SIGNALS
 from batteries.randomness import Stream, preserved_random_state, reseed, stream_seeds
 
 Transform = Callable[[Any, Any], tuple[Any, Any]]
@@ -147,6 +148,12 @@ class TrainLoader:
         self.size = len(indices) if limit_batches is None else min(len(indices), limit_batches * batch_size)
         self.steps = min(steps, limit_batches or steps)
         self.cutting = batch_size, accumulation_steps, rank(), world_size(), drop_last
+        tail = self.size % batch_size if not drop_last else 0
+        self.smallest_micro_batch = min(
+            size // (min(accumulation_steps, size // world_size()) * world_size())
+            for size in (batch_size, tail)
+            if size
+        )
         self.requests: list[Request] = []
         self.batches = _make_loader(Samples(dataset, transform), self.requests, device, num_workers, start_method)
 
@@ -288,7 +295,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class _WorkerStart:
-    """What a worker does first. Ctrl-C reaches it as well, but it is for the main process to end it.
+    """What a worker does first. A signal to all processes reaches it as well, but the main one still needs its data.
 
     The sharing strategy is that of the process that made it; a spawned one would start with torch's default.
     """
@@ -297,5 +304,6 @@ class _WorkerStart:
         self.sharing_strategy = torch.multiprocessing.get_sharing_strategy()
 
     def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # it ends when the main process says so, or is gone
         torch.multiprocessing.set_sharing_strategy(self.sharing_strategy)

@@ -13,19 +13,24 @@ from batteries.errors import BadInput, is_bad_input
 Result = TypeVar("Result")
 
 
+def is_launched() -> bool:
+    """Whether torchrun started this process: it sets all of these. One alone comes from elsewhere and means nothing."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
 def rank() -> int:
     """This process's number among all; 0 when it is alone."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def local_rank() -> int:
     """This process's number among those on its machine; 0 when it is alone."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 def is_main() -> bool:
@@ -35,8 +40,8 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started (it sets RANK and its kin); a process on its own has nothing to join."""
-    if "RANK" not in os.environ:
+    """Join the processes that torchrun started; a process on its own has nothing to join."""
+    if not is_launched():
         yield
         return
     # gloo carries the objects of `on_main` and runs on a CPU; NCCL carries the gradients between GPUs.
@@ -56,6 +61,26 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+class Agreement:
+    """The largest wish of any process, given to all of them one call later, so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self._work: Any = None
+        self._wish = torch.zeros((), dtype=torch.int64)
+
+    def __call__(self, wish: int) -> int:
+        """Ask for `wish`; what was agreed in the call before, 0 in the first. Alone one agrees at once."""
+        if not dist.is_initialized():
+            return wish
+        agreed = 0
+        if self._work is not None:
+            self._work.wait()
+            agreed = int(self._wish)
+        self._wish = torch.tensor(wish)
+        self._work = dist.all_reduce(self._wish, op=dist.ReduceOp.MAX, async_op=True)
+        return agreed
 
 
 def gather_over_ranks(value: Any) -> list[Any]:

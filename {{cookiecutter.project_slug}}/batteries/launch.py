@@ -10,6 +10,7 @@ is that of the first process that failed, and its message is the last line.
 import logging
 import os
 import shlex
+import signal
 import sys
 
 import torch
@@ -54,6 +55,9 @@ def count_processes() -> int:
 def rendezvous() -> list[str]:
     """Where the processes meet: a free port on this machine, or the address of the first of several machines."""
     nodes = os.environ.get("NNODES", "1")
+    for name in ("NNODES", "NODE_RANK", "MASTER_PORT"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise BadInput(f"{name}={os.environ[name]} must be a whole number.")
     if nodes == "1":
         return ["--standalone"]
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in os.environ]
@@ -69,7 +73,12 @@ def rendezvous() -> list[str]:
 
 def exit_code(error: ChildFailedError) -> int:
     """The first failed process's own exit code; 128 + the signal where one ended it, as a shell says it."""
-    code = error.get_first_failure()[1].exitcode
+    rank, failure = error.get_first_failure()
+    code = failure.exitcode
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (is memory short?)" if name == "SIGKILL" else ""
+        print(f"error: rank {rank} was ended by {name}{hint}, and the others with it.", file=sys.stderr)
     return 128 - code if code < 0 else code
 
 

@@ -24,6 +24,10 @@ class Averages:
         """Add `count` samples; a value is one number per sample, shape (count,), or their mean, shape ()."""
         self.count += count
         for name, value in values.items():
+            if value.shape not in ((), (count,)):
+                raise ValueError(
+                    f"metric {name} has shape {tuple(value.shape)} for {count} samples; give () or ({count},)"
+                )
             value = value.detach()
             total = value.sum(dtype=self.dtype) if value.ndim else value.to(self.dtype) * count
             self.sums[name] = self.sums[name] + total if name in self.sums else total

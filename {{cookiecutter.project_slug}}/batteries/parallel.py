@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from batteries.batchnorm import synchronise_batchnorm
-from batteries.data import Batch
+from batteries.data import Batch, TrainLoader
+from batteries.distributed import world_size
 from batteries.errors import BadInput
 from batteries.randomness import reseed, reseed_devices
 
@@ -26,9 +28,25 @@ def place_model(model: nn.Module, device: torch.device, *, data_parallel: bool, 
         device_ids = [device.index] if device.type == "cuda" else None
         # Buffers are sent once an epoch (see `evaluation`), not before each forward pass.
         return DistributedDataParallel(model.to(device), device_ids=device_ids, broadcast_buffers=False)
-    if data_parallel:
+    if data_parallel and device.type == "cuda" and device.index != 0:
+        raise BadInput(f"--data-parallel takes all visible GPUs; leave --device {device} out.")
+    if data_parallel and (device.type == "cuda" or not torch.cuda.is_available()):
         return DataParallel(model.to(device))
     return model.to(device)
+
+
+def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool) -> None:
+    """Raise BadInput where a micro-batch is one sample, of which batch norm has no variance.
+
+    Counted per rank, or over all ranks where batch norm is synchronised.
+    """
+    has_batchnorm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    samples = loader.smallest_micro_batch * (world_size() if synchronised else 1)
+    if has_batchnorm and samples < 2:
+        raise BadInput(
+            "--batch-size leaves micro-batches of one sample, and batch norm needs two or more; use a larger --batch-size, "
+            "fewer --accumulation-steps, or --drop-last."
+        )
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -1,7 +1,8 @@
 """Random streams that follow from a key, so that no process, worker or restart can change them.
 
 A key is a tuple of whole numbers, such as (seed, stage, epoch, position). numpy's SeedSequence mixes it into 64 bits
-that are independent for any two keys (O'Neill 2015, "Developing a seed_seq alternative"). No rank and no worker number
+that are independent for any two keys but for zeros at their ends (O'Neill 2015, "Developing a seed_seq alternative");
+epochs count from 1, so no two of ours differ in those alone. No rank and no worker number
 is ever part of a key.
 """
 

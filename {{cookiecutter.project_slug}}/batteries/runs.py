@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,15 +22,17 @@ from batteries.checkpoints import CheckpointManager, apply_checkpoint, best_of, 
 from batteries.cli import to_json
 from batteries.console import Console, logger
 from batteries.data import Batch, Epoch
-from batteries.distributed import is_main, on_main, world_size
+from batteries.distributed import Agreement, is_main, on_main, world_size
 from batteries.errors import BadInput
-from batteries.files import Lock, write_text
+from batteries.files import Lock, write_atomically, write_text
+from batteries.interrupts import SIGNALS, Interrupts, Stopped
 from batteries.metrics import Averages
 from batteries.parallel import bare
 from batteries.resume import Cursor, Found, check_same_run, cut_lines, find_newest
 from batteries.trackers import Backend, NoTracker, check_tracker, make_tracker
 
 ROOT = Path(__file__).parent.parent
+SAVE = 1  # a wish below any signal's number
 LOG_EVERY = 20  # steps between two reads of the metrics for the progress bar: each waits for the device
 
 
@@ -60,6 +63,8 @@ class Run:
         self.tracker: Backend = NoTracker()
         self.timing: dict[str, float] = {}
         self.total_step = self.offset = 0  # optimizer steps of the run, and those before this stage
+        self.agreement, self.interrupts = Agreement(), Interrupts()
+        self.saved_at = time.monotonic()
         self.lock = Lock(self.logdir / ".lock")
         check_tracker(self.config["tracker"])
         self.found = on_main(lambda: self._find(may_change))
@@ -68,11 +73,17 @@ class Run:
     def __enter__(self) -> "Run":
         on_main(self._start)
         self.console = Console(self.logdir / "train.log")
+        if is_main():
+            checkpoint = self.found.checkpoint
+            purge_step = None if checkpoint is None else checkpoint["resume"]["total_step"] + 1
+            self.tracker = make_tracker(self.config["tracker"], self.logdir, purge_step)
         for message in self.found.messages:
             logger.warning(message)
+        self.interrupts.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.interrupts.__exit__()
         if is_main():
             self.tracker.finish()
             outcome = _describe_end(kind, error)
@@ -146,7 +157,7 @@ class Run:
             yield batch
             if batch.ends_step:
                 done += 1
-                self._save_when_due(batches, done, metrics)
+                self._after_step(batches, done, metrics)
         seconds = time.monotonic() - begin
         self.timing = {
             "seconds": round(seconds, 3),
@@ -174,16 +185,28 @@ class Run:
             name, epoch, model, optimizer, scheduler, metrics, self.config, self.model_args, step=step, resume=resume
         )
 
-    def _save_when_due(self, batches: Epoch, done: int, metrics: Averages) -> None:
-        """A checkpoint within the epoch, every so many steps."""
+    def _after_step(self, batches: Epoch, done: int, metrics: Averages) -> None:
+        """A checkpoint within the epoch where one is due; where a signal came, one before the end. All ranks agree."""
+        agreed = self.agreement(self.interrupts.received or self._due_by_clock())
         every = self.config["checkpoint_every_steps"]
-        if every is None or done % every or done == len(batches):
+        due_by_count = every is not None and done % every == 0 and done < len(batches)
+        if not agreed and not due_by_count:
             return
         epoch = batches.key[2]
         step = (epoch - 1) * len(batches) + done
-        running = metrics.state()
-        checkpoint = self._make_checkpoint(epoch, step, {}, Cursor(self.stage, epoch, done), running)
+        checkpoint = self._make_checkpoint(epoch, step, {}, Cursor(self.stage, epoch, done), metrics.state())
         self.training[3].save(checkpoint)
+        self.saved_at = time.monotonic()
+        if agreed in SIGNALS:
+            raise Stopped(agreed)
+
+    def _due_by_clock(self) -> int:
+        """Whether it is time for a checkpoint; rank 0 looks at its clock for all."""
+        minutes = self.config["checkpoint_every_minutes"]
+        if minutes is None or not is_main() or time.monotonic() - self.saved_at < 60 * minutes:
+            return 0
+        self.saved_at = time.monotonic()
+        return SAVE
 
     def log_epoch(
         self,
@@ -263,11 +286,8 @@ class Run:
             resumed = [*earlier.get("resumed", []), self.record["start"]]
             self.record |= {"start": earlier["start"], "resumed": resumed}
         self._write_record()
-        if difference := _git("diff", "HEAD"):
-            write_text(self.logdir / "git.diff", difference)
-        checkpoint = self.found.checkpoint
-        purge_step = None if checkpoint is None else checkpoint["resume"]["total_step"] + 1
-        self.tracker = make_tracker(self.config["tracker"], self.logdir, purge_step)
+        if difference := uncommitted():
+            write_atomically(self.logdir / "git.diff", lambda file: file.write(difference))
 
     def _write_record(self, **values: str) -> None:
         self.record |= values
@@ -275,12 +295,15 @@ class Run:
 
 
 def holds_run(logdir: Path) -> bool:
-    """Whether a run was started in `logdir`."""
-    return any((logdir / name).exists() for name in ("config.json", "run.json", "metrics.jsonl", "train.log"))
+    """Whether a run was started in `logdir`, or its checkpoints were put there."""
+    files = ("config.json", "run.json", "metrics.jsonl", "train.log", "tensorboard")
+    return any((logdir / name).exists() for name in files) or any(logdir.glob("*/*.pth"))
 
 
 def check_logdir(logdir: Path) -> None:
     """Raise BadInput where `logdir` holds a run already or is no folder: nothing of the user's is overwritten."""
+    if logdir.resolve() == ROOT.resolve():
+        raise BadInput(f"--logdir {logdir} is this repository itself; give a folder of its own, such as logs/baseline.")
     if holds_run(logdir):
         raise BadInput(
             f"--logdir {logdir} holds a run already; go on with it by --resume, or choose another, such as "
@@ -301,7 +324,7 @@ def describe_run(device: torch.device, seed: int) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     return {
         "command": shlex.join(sys.argv),
-        "git_commit": (_git("rev-parse", "HEAD") or "").strip() or None,
+        "git_commit": (_git("rev-parse", "HEAD") or b"").decode().strip() or None,
         "versions": {**versions, "cuda": torch.version.cuda},
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -320,13 +343,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _git(*arguments: str) -> str | None:
+def uncommitted() -> bytes | None:
+    """The difference between the last commit and the files here, new ones included; None without git or a commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = os.path.join(folder, "index")  # an index of our own, so that the user's is left as it is
+        if _git("read-tree", "HEAD", index=index) is None or _git("add", "-N", ".", index=index) is None:
+            return None
+        return _git("diff", "HEAD", "--", ".", index=index)
+
+
+def _git(*arguments: str, index: str | None = None) -> bytes | None:
     """What git says of this repository; None without git, a repository or a commit."""
+    environment = os.environ | ({} if index is None else {"GIT_INDEX_FILE": index})
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True, env=environment).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
@@ -363,7 +395,7 @@ def _now() -> str:
 def _describe_end(kind: type[BaseException] | None, error: BaseException | None) -> str:
     if kind is None:
         return "finished"
-    return "interrupted" if issubclass(kind, KeyboardInterrupt) else f"failed: {kind.__name__}: {error}"
+    return str(error) if issubclass(kind, Stopped) else f"failed: {kind.__name__}: {error}"
 
 
 def _means(values: Mapping[str, float]) -> str:

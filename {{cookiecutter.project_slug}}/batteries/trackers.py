@@ -2,7 +2,7 @@
 
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -43,7 +43,7 @@ def make_tracker(name: Tracker, logdir: Path, purge_step: int | None = None) -> 
 
     A resumed run gives `purge_step`: points at this step and later are hidden, since they come again.
     """
-    return NoTracker() if name == "none" else _Guarded(name, TensorBoard(logdir, purge_step))
+    return NoTracker() if name == "none" else _Guarded(name, lambda: TensorBoard(logdir, purge_step))
 
 
 class NoTracker:
@@ -78,9 +78,13 @@ class TensorBoard:
 class _Guarded:
     """Passes calls on until one fails; warns then, once, and drops the rest."""
 
-    def __init__(self, name: str, tracker: Backend) -> None:
+    def __init__(self, name: str, make: Callable[[], Backend]) -> None:
         self.name = name
-        self.tracker: Backend = tracker
+        self.tracker: Backend = NoTracker()
+        try:
+            self.tracker = make()
+        except Exception as error:  # noqa: BLE001 (no tracker may end a run)
+            self._give_up(error)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._call("log", values, step)
@@ -92,7 +96,8 @@ class _Guarded:
         try:
             getattr(self.tracker, method)(*arguments)
         except Exception as error:  # noqa: BLE001 (no tracker may end a run)
-            logger.warning(
-                f"{self.name} failed ({error}) and is left out from here on; see metrics.jsonl for the rest."
-            )
-            self.tracker = NoTracker()
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning(f"{self.name} failed ({error}) and is left out from here on; metrics.jsonl has the rest.")
+        self.tracker = NoTracker()

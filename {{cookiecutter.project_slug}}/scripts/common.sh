@@ -1,7 +1,8 @@
 # Sourced by the scripts beside it: goes to the repository's root, and finds the Python to run with.
 # shellcheck shell=bash disable=SC2034
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH
+cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # PYTHON=python runs without uv, in whatever environment that python belongs to.
 if [[ -n "${PYTHON:-}" ]]; then

@@ -4,4 +4,4 @@
 #   scripts/train_device.sh --logdir logs/first
 #   DEVICE=cuda:1 scripts/train_device.sh        # or cpu, mps; auto takes a GPU where there is one
 source "$(dirname "$0")/common.sh"
-run "${python[@]}" train.py --device "${DEVICE:-auto}" "$@"
+run "${python[@]}" train.py ${DEVICE:+--device "$DEVICE"} "$@"

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +20,7 @@ from small_data import make_data
 from torch import nn
 
 import train
+from batteries import cli
 from batteries.cli import to_json
 from batteries.files import Lock
 from train import Config, Stage
@@ -55,15 +57,22 @@ def config(monkeypatch, data_dir, tmp_path) -> Config:
     )
 
 
-def start(config: Config, world_size: int = 1) -> list:
-    """The processes of a run, one for each rank, forked from here so that nothing is imported anew."""
+def start(config: Config, world_size: int = 1, command: bool = False) -> list:
+    """The processes of a run, one for each rank, forked from here so that nothing is imported anew.
+
+    With `command` they end as the command line does, with its exit code.
+    """
     port = free_port()
 
     def rank_main(rank: int) -> None:
         os.setpgrp()  # so that a kill reaches the workers of its loader as well
         if world_size > 1:
             join_ranks(rank, world_size, port)
-        train.main(config)
+        if command:
+            sys.argv = ["train.py"]
+            cli.run_command(lambda _: train.main(config), Config)
+        else:
+            train.main(config)
 
     processes = [get_context("fork").Process(target=rank_main, args=(rank,)) for rank in range(world_size)]
     for process in processes:
@@ -357,6 +366,44 @@ def test_tensorboard_has_no_point_twice_after_a_kill_between_the_point_and_the_c
         points = [(event.step, event.value) for event in accumulator.Scalars(f"{stage}/valid/accuracy")]
         wanted = [(before + line["step"], line["valid"]["accuracy"]) for line in lines if line["stage"] == stage]
         assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_one_rank_saves_the_run_on_all_and_it_goes_on_bit_for_bit(config, name, world_size):
+    config = dataclasses.replace(config, checkpoint_every_steps=None, num_workers=1)
+    wanted, seconds = whole_run(config, world_size)
+    number = getattr(signal, name)
+    chance = random.Random(number)
+    stopped = 0
+    while stopped < 3:
+        processes = start(config, world_size, command=True)
+        until = time.monotonic() + 60
+        while not (config.logdir / "stage0").exists() and time.monotonic() < until:
+            time.sleep(0.01)  # before its first step a run has nothing to save, and a signal ends it at once
+        time.sleep(chance.uniform(0, seconds / 2))
+        if processes[-1].exitcode is None:
+            os.kill(processes[-1].pid, number)
+        for process in processes:
+            process.join(30)
+        codes = {process.exitcode for process in processes}
+        if codes == {0}:  # it ended before the signal came
+            assert digest(config.logdir) == wanted
+            shutil.rmtree(config.logdir)
+        elif (config.logdir / "stage0").exists() and codes == {128 + number}:
+            assert json.loads((config.logdir / "run.json").read_text())["exit"] == f"stopped by {name}"
+            stopped += 1
+        else:  # a resumed run was not yet listening
+            assert codes <= {-number, 128 + number, 130}
+    finish(config, world_size)
+    assert digest(config.logdir) == wanted
+
+
+def test_a_checkpoint_is_written_within_the_epoch_when_the_minutes_are_over(config):
+    config = dataclasses.replace(config, checkpoint_every_steps=None, checkpoint_every_minutes=0.0, stages=STAGES[:1])
+    finish(config)
+    ledger = json.loads((config.logdir / "stage0/checkpoints.json").read_text())
+    assert "epoch_3_step_15.pth" in [row["file"] for row in ledger["checkpoints"]]
 
 
 def test_the_best_checkpoint_survives_restarts(config, monkeypatch):

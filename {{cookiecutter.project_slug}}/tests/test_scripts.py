@@ -82,6 +82,35 @@ def test_bad_input_under_ddp_is_said_once_with_exit_code_2(flags, sentence, data
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
+    flags = [*data_flags, "--device", "cpu", "--logdir", str(tmp_path / "run"), "--limit-batches", "1"]
+    with subprocess.Popen(
+        [ROOT / "scripts/train_ddp.sh", *flags, "--stages.0.epochs", "1000"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        for _ in range(1200):
+            if (tmp_path / "run/metrics.jsonl").exists():
+                break
+            time.sleep(0.1)
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+        os.kill(int(found.split()[-1]), signal.SIGKILL)
+        _, messages = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert messages == "error: rank 1 was ended by SIGKILL (is memory short?), and the others with it.\n"
+    assert not processes_of_session(process.pid)
+
+
+def test_a_config_with_a_device_keeps_it_unless_told_otherwise(tmp_path):
+    (tmp_path / "config.json").write_text('{"device": "cuda:7"}')
+    flags = ["--config", str(tmp_path / "config.json"), "--logdir", str(tmp_path / "run")]
+    assert "--device cuda:7 needs GPU 7" in run_script("train_device.sh", *flags, folder=tmp_path).stderr
+    assert "--device nowhere" in run_script("train_device.sh", *flags, folder=tmp_path, DEVICE="nowhere").stderr
+
+
 def test_a_number_of_processes_that_is_none_is_refused(tmp_path):
     done = run_script("train_ddp.sh", folder=tmp_path, NPROC="many")
     assert (done.returncode, done.stderr) == (2, "error: NPROC=many must be a whole number of processes, 1 or more.\n")
@@ -99,7 +128,7 @@ def test_a_rank_that_fails_ends_all_with_its_cause_once(data_flags, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train_device.sh", "train_ddp.sh"])
-def test_ctrl_c_ends_all_processes_and_says_so_once(script, data_flags, tmp_path):
+def test_ctrl_c_saves_the_run_ends_all_processes_and_says_so_once(script, data_flags, tmp_path):
     flags = [*data_flags, "--device", "cpu", "--logdir", str(tmp_path / "run"), "--stages.0.epochs", "1000"]
     flags += ["--limit-batches", "1", "--num-workers", "1", "--save-n-best", "1"]
     out, err = (tmp_path / "out").open("w+"), (tmp_path / "err").open("w+")
@@ -115,8 +144,8 @@ def test_ctrl_c_ends_all_processes_and_says_so_once(script, data_flags, tmp_path
         assert process.wait(timeout=20) == 130
     assert not processes_of_session(process.pid)
     messages = (tmp_path / "err").read_text()
-    assert messages == "interrupted by Ctrl-C; what is in the logdir is whole.\n"
-    assert "interrupted" in json.loads((tmp_path / "run/run.json").read_text())["exit"]
+    assert messages == "stopped by SIGINT; the run is saved, --resume goes on with it.\n"
+    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == "stopped by SIGINT"
 
 
 def processes_of_session(session: int) -> list[int]:

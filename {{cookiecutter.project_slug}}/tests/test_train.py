@@ -4,14 +4,17 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
 
 import pytest
 import torch
 from models import tiny_network
 from processes import End, run_ranks, run_train
 from small_data import make_data
+from torch import nn
 
 import train
+from batteries import Averages, runs
 from batteries.cli import from_json, parse, to_json
 from batteries.parallel import bare
 from train import Config, Stage
@@ -156,10 +159,18 @@ def test_flags_beside_a_config_file_win(tmp_path):
         (["--device", "gpu"], "--device gpu is not a device; use one of: auto, cpu"),
         (["--seed", "-1"], "--seed -1 must be 0 to 4294967295."),
         (["--stages.0.epochs", "0"], "--stages.0.epochs 0 must be 1 or more."),
-        (["--stages.1.lr", "nan"], "--stages.1.lr nan must be over 0."),
-        (["--stages.1.name", "../x"], "--stages.1.name '../x' must be the plain name of a folder."),
-        (["--stages.1.name", "stage0"], "--stages need different names, not stage0, stage0."),
-        (["--main-metric", "loss"], "--main-metric loss goes with --minimize-metric."),
+        (["--stages.1.lr", "nan"], "--stages.1.lr nan must be over 0 and finite."),
+        (["--stages.1.lr", "inf"], "--stages.1.lr inf must be over 0 and finite."),
+        (["--stages.1.name", "../x"], "--stages.1.name '../x' must be the name of a folder of its own"),
+        (["--stages.1.name", ".."], "--stages.1.name '..' must be the name of a folder of its own"),
+        (["--stages.1.name", ""], "--stages.1.name '' must be the name of a folder of its own"),
+        (["--stages.1.name", "train.log"], "--stages.1.name 'train.log' must be the name of a folder of its own"),
+        (["--stages.1.name", "stage0"], "--stages need one or more, of different names, not stage0, stage0."),
+        (["--main-metric", "loss"], "--main-metric loss is better when it is less: give --minimize-metric too."),
+        (["--minimize-metric"], "--main-metric accuracy is better when it is more: leave --minimize-metric out."),
+        (["--weight-decay", "-1"], "--weight-decay -1.0 must be 0 or more and finite."),
+        (["--accumulation-steps", "32"], "--batch-size leaves micro-batches of one sample, and batch norm needs two"),
+        (["--logdir", ""], "--logdir . is this repository itself"),
         (["--save-n-best", "0"], "--save-n-best 0 must be at least 1."),
         (["--limit-batches", "0"], "--limit-batches 0 must be at least 1."),
         (["--valid-batch-size", "0"], "--valid-batch-size 0 must be at least 1."),
@@ -169,7 +180,10 @@ def test_flags_beside_a_config_file_win(tmp_path):
         (["--logdir", "train.py"], "--logdir train.py cannot be a folder"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(start, tmp_path, flags, sentence):
+def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(
+    start, monkeypatch, tmp_path, flags, sentence
+):
+    monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()))
     logdir = tmp_path / "run"
     end = start("--logdir", str(logdir), *flags)
     assert end.code == 2
@@ -178,6 +192,63 @@ def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(star
     assert end.err.count("\n") == 1
     assert end.out == ""
     assert not logdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"batch_size": "32"}', "batch_size is '32', and must be int."),
+        ('{"batch_size": null}', "batch_size is None, and must be int."),
+        ('{"seed": true}', "seed is True, and must be int."),
+        ('{"deterministic": "no"}', "deterministic is 'no', and must be bool."),
+        ('{"weight_decay": "0.1"}', "weight_decay is '0.1', and must be float."),
+        ('{"main_metric": "f1"}', "main_metric is 'f1', and must be 'accuracy' or 'loss'."),
+        ('{"logdir": null}', "logdir is None, and must be Path."),
+        ('{"stages": []}', "--stages need one or more, of different names, not none."),
+        ('{"stages": ["a"]}', "stages must be an object of knobs"),
+        ('{"stages": {"name": "a"}}', "stages is {'name': 'a'}, and must be tuple"),
+        ('{"stages": [{"name": "a", "epochs": 1.5, "lr": 1}]}', "stages: epochs is 1.5, and must be int."),
+        ('{"stages": [{"name": "a"}]}', "does not make a Stage"),
+        ("[1]", "must be an object of knobs"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_config_file_with_a_value_of_another_kind_is_refused(start, tmp_path, text, sentence):
+    (tmp_path / "config.json").write_text(text)
+    end = run_train(train.main, Config, "--config", str(tmp_path / "config.json"), "--logdir", str(tmp_path / "run"))
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert sentence in end.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_checkpoints_alone_holds_a_run_too(start, tmp_path):
+    (tmp_path / "run/stage0").mkdir(parents=True)
+    (tmp_path / "run/stage0/best.pth").write_text("precious")
+    assert "holds a run already" in start("--logdir", str(tmp_path / "run")).err
+    assert (tmp_path / "run/stage0/best.pth").read_text() == "precious"
+
+
+def test_a_variable_of_torchrun_that_strayed_into_the_environment_changes_nothing(start, monkeypatch, tmp_path):
+    assert start("--logdir", str(tmp_path / "plain")).code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert start("--logdir", str(tmp_path / "stray")).code == 0
+    assert (tmp_path / "plain/metrics.jsonl").read_bytes() == (tmp_path / "stray/metrics.jsonl").read_bytes()
+
+
+def test_what_was_not_committed_is_kept_with_new_files_and_any_bytes(monkeypatch, tmp_path):
+    git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "empty"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    (tmp_path / "new.py").write_bytes(b"caf\xe9\n")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert b"+caf\xe9" in (runs.uncommitted() or b"")
+    assert subprocess.run(["git", "status", "-s"], cwd=tmp_path, capture_output=True).stdout == b"?? new.py\n"
+
+
+def test_a_metric_of_another_shape_than_one_number_a_sample_is_refused(cpu):
+    with pytest.raises(ValueError, match=r"metric accuracy has shape \(8, 5\) for 8 samples"):
+        Averages(cpu).update(8, accuracy=torch.ones(8, 5))
 
 
 def test_a_config_with_an_unknown_knob_is_refused_with_the_near_one(start, tmp_path):
@@ -235,15 +306,16 @@ def test_a_loss_that_is_not_finite_is_null_in_the_metrics_and_never_best(start, 
     assert not (tmp_path / "run/stage0/best.pth").exists()
 
 
-def test_a_tracker_that_fails_warns_once_and_changes_no_weight(start, monkeypatch, tmp_path):
+@pytest.mark.parametrize("method", ["__init__", "add_scalar", "close"])
+def test_a_tracker_that_fails_warns_once_and_changes_no_weight(start, monkeypatch, tmp_path, method):
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("disk full")
 
     assert start("--logdir", str(tmp_path / "quiet")).code == 0
-    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    monkeypatch.setattr(SummaryWriter, method, fail)
     end = start("--logdir", str(tmp_path / "noisy"), "--tracker", "tensorboard")
     assert end.code == 0
     assert end.out.count("tensorboard failed (disk full)") == 1
