@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -146,9 +148,18 @@ def _end(code: int, message: str) -> NoReturn:
         who = f"[rank {rank()}] " if not is_main() else ""
         print(who + message, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    _end_workers()
     if world_size() > 1:
         os._exit(code)  # no destructor may wait for a rank that has gone
     sys.exit(code)
+
+
+def _end_workers() -> None:
+    """End the workers of a loader whose epoch was cut short; torch takes the death of one for an error."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _wait_for_another_rank(error: Exception) -> None:

@@ -294,6 +294,9 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+SECONDS_TO_LIVE = 10  # of a worker after SIGTERM: the main process finishes its step with it
+
+
 class _WorkerStart:
     """What a worker does first. A signal to all processes reaches it as well, but the main one still needs its data.
 
@@ -305,5 +308,7 @@ class _WorkerStart:
 
     def __call__(self, worker: int) -> None:
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # it ends when the main process says so, or is gone
+            signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "alarm"):  # python ends workers that are left over with SIGTERM, and waits for them
+            signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_LIVE))
         torch.multiprocessing.set_sharing_strategy(self.sharing_strategy)

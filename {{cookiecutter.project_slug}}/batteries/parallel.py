@@ -44,8 +44,8 @@ def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool
     samples = loader.smallest_micro_batch * (world_size() if synchronised else 1)
     if has_batchnorm and samples < 2:
         raise BadInput(
-            "--batch-size leaves micro-batches of one sample, and batch norm needs two or more; use a larger --batch-size, "
-            "fewer --accumulation-steps, or --drop-last."
+            "--batch-size leaves micro-batches of one sample, and batch norm needs two or more; "
+            "use a larger --batch-size, fewer --accumulation-steps, or --drop-last."
         )
 
 

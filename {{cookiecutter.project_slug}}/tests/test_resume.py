@@ -368,6 +368,16 @@ def test_tensorboard_has_no_point_twice_after_a_kill_between_the_point_and_the_c
         assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
 
 
+def wait_for_start(logdir: Path, starts: int) -> None:
+    """Wait until the run has said for the `starts`-th time where it begins: from then on it listens to signals."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if (logdir / "train.log").exists() and (logdir / "train.log").read_text().count("INFO code ") >= starts:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run does not start")
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_one_rank_saves_the_run_on_all_and_it_goes_on_bit_for_bit(config, name, world_size):
@@ -375,26 +385,25 @@ def test_a_signal_to_one_rank_saves_the_run_on_all_and_it_goes_on_bit_for_bit(co
     wanted, seconds = whole_run(config, world_size)
     number = getattr(signal, name)
     chance = random.Random(number)
-    stopped = 0
+    stopped = started = 0
     while stopped < 3:
         processes = start(config, world_size, command=True)
-        until = time.monotonic() + 60
-        while not (config.logdir / "stage0").exists() and time.monotonic() < until:
-            time.sleep(0.01)  # before its first step a run has nothing to save, and a signal ends it at once
-        time.sleep(chance.uniform(0, seconds / 2))
+        wait_for_start(config.logdir, starts=started + 1)
+        started += 1
+        time.sleep(0.1 + chance.uniform(0, seconds / 2))
         if processes[-1].exitcode is None:
             os.kill(processes[-1].pid, number)
         for process in processes:
-            process.join(30)
-        codes = {process.exitcode for process in processes}
-        if codes == {0}:  # it ended before the signal came
+            process.join(60)
+        exit_said = json.loads((config.logdir / "run.json").read_text())["exit"]
+        if exit_said == "finished":  # it had ended before the signal came
             assert digest(config.logdir) == wanted
             shutil.rmtree(config.logdir)
-        elif (config.logdir / "stage0").exists() and codes == {128 + number}:
-            assert json.loads((config.logdir / "run.json").read_text())["exit"] == f"stopped by {name}"
-            stopped += 1
-        else:  # a resumed run was not yet listening
-            assert codes <= {-number, 128 + number, 130}
+            started = 0
+            continue
+        assert {process.exitcode for process in processes} == {128 + number}
+        assert exit_said == f"stopped by {name}"
+        stopped += 1
     finish(config, world_size)
     assert digest(config.logdir) == wanted
 
