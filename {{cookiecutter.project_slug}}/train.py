@@ -10,9 +10,13 @@ Relative paths count from the folder that holds this file when you use scripts/.
 
 import math
 import re
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends them without a traceback
 
 import numpy as np
 import torch

@@ -31,6 +31,7 @@ def run_command(main: Callable[[Config], object], config_class: type[Config]) ->
     Bad input: one sentence and 2. A signal: 128 and its number, after a save. Anything else is a bug: its traceback
     and 1. Of many ranks one speaks.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(parse(config_class, sys.argv[1:]))
     except Stopped as stopped:

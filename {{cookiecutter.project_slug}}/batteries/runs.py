@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -91,6 +92,8 @@ class Run:
             self.console.note(outcome)
             self.lock.release()
         self.console.close()
+        if kind not in (None, Stopped) and self.interrupts.received:
+            signal.raise_signal(self.interrupts.received)  # torchrun's: another rank failed, and will say why
 
     def say_start(self, model: nn.Module, samples: Mapping[str, int]) -> None:
         """What will run, before the first step; `samples` counts each split."""

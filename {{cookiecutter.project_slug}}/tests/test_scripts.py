@@ -148,6 +148,24 @@ def test_ctrl_c_saves_the_run_ends_all_processes_and_says_so_once(script, data_f
     assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == "stopped by SIGINT"
 
 
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 3])
+def test_ctrl_c_while_train_py_starts_shows_no_traceback(seconds, data_flags, tmp_path):
+    flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run"), "--stages.0.epochs", "1000"]
+    with subprocess.Popen(
+        [ROOT / "scripts/train_device.sh", *flags],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, messages = process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in messages
+
+
 def processes_of_session(session: int) -> list[int]:
     """The processes that the script left behind."""
     found = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True).stdout
