@@ -21,11 +21,11 @@ demo: $(UV) clean  ## render with default answers, train, and show where the res
 	ls $$folder/my-experiment/logs/baseline
 
 .PHONY: test
-test: $(UV)  ## all tests, of the template and of what it renders (about 10 minutes on 2 cores)
+test: $(UV)  ## all tests, of the template and of what it renders (12 minutes on 2 cores)
 	uv run pytest -p no:cacheprovider
 
 .PHONY: test-fast
-test-fast: $(UV)  ## those that start no processes of their own (about 2 minutes)
+test-fast: $(UV)  ## without the launch scripts and spawned workers (3 minutes)
 	uv run pytest -p no:cacheprovider -m "not slow"
 
 .PHONY: check
