@@ -72,7 +72,7 @@ class Config:
     weight_decay: float = 0.05  # AdamW's, as for small networks (Loshchilov and Hutter 2019)
     main_metric: Literal["accuracy", "loss"] = "accuracy"  # the validation metric that ranks checkpoints
     minimize_metric: bool = False  # whether less of it is better
-    save_n_best: int = 3  # checkpoints kept per stage beside the last; averaging wants several
+    save_n_best: int = 3  # checkpoints kept per stage beside the two newest; averaging wants several
 
     # The data.
     data_dir: Path = Path("data")  # where data sets that are files are kept

@@ -66,7 +66,7 @@ def start_process(
     found = find_device(device)
     if not show_warnings:
         warnings.filterwarnings("ignore")
-    torch.autograd.set_detect_anomaly(False)  # it doubles the time of a step; turn it on to find a NaN
+    torch.autograd.set_detect_anomaly(False)  # it slows every step down; turn it on to find a NaN
     torch.multiprocessing.set_sharing_strategy(sharing_strategy)
     _set_determinism(deterministic)
     if found.type == "cuda":

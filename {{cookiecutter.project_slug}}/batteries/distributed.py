@@ -50,12 +50,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it would wait for ranks that have gone
 
 
-def barrier() -> None:
-    """Wait until every process has come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` (any shape) over all processes, in place, the same bits on each."""
     if dist.is_initialized():

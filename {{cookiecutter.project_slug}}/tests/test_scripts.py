@@ -82,20 +82,30 @@ def test_bad_input_under_ddp_is_said_once_with_exit_code_2(flags, sentence, data
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
-    flags = [*data_flags, "--device", "cpu", "--logdir", str(tmp_path / "run"), "--limit-batches", "1"]
-    with subprocess.Popen(
-        [ROOT / "scripts/train_ddp.sh", *flags, "--stages.0.epochs", "1000"],
+def start_script(script: str, *flags: str) -> subprocess.Popen[str]:
+    """A script that trains for long, as a job of its own; its messages can be read."""
+    return subprocess.Popen(
+        [ROOT / "scripts" / script, *flags, "--device", "cpu", "--limit-batches", "1", "--stages.0.epochs", "1000"],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    ) as process:
-        for _ in range(1200):
-            if (tmp_path / "run/metrics.jsonl").exists():
-                break
-            time.sleep(0.1)
+    )
+
+
+def wait_for_metrics(logdir: Path) -> None:
+    """Wait until the first epoch is over."""
+    for _ in range(1200):
+        if (logdir / "metrics.jsonl").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run does not start")
+
+
+def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
+    with start_script("train_ddp.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
+        wait_for_metrics(tmp_path / "run")
         found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
         os.kill(int(found.split()[-1]), signal.SIGKILL)
         _, messages = process.communicate(timeout=30)
@@ -129,36 +139,19 @@ def test_a_rank_that_fails_ends_all_with_its_cause_once(data_flags, tmp_path):
 
 @pytest.mark.parametrize("script", ["train_device.sh", "train_ddp.sh"])
 def test_ctrl_c_saves_the_run_ends_all_processes_and_says_so_once(script, data_flags, tmp_path):
-    flags = [*data_flags, "--device", "cpu", "--logdir", str(tmp_path / "run"), "--stages.0.epochs", "1000"]
-    flags += ["--limit-batches", "1", "--num-workers", "1", "--save-n-best", "1"]
-    out, err = (tmp_path / "out").open("w+"), (tmp_path / "err").open("w+")
-    with subprocess.Popen(
-        [ROOT / "scripts" / script, *flags], env=environment(), stdout=out, stderr=err, start_new_session=True
-    ) as process:
-        for _ in range(1200):
-            if (tmp_path / "run/metrics.jsonl").exists():
-                break
-            time.sleep(0.1)
-        assert process.poll() is None
+    with start_script(script, *data_flags, "--logdir", str(tmp_path / "run"), "--num-workers", "1") as process:
+        wait_for_metrics(tmp_path / "run")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the job
-        assert process.wait(timeout=20) == 130
+        _, messages = process.communicate(timeout=20)
+    assert process.returncode == 130
     assert not processes_of_session(process.pid)
-    messages = (tmp_path / "err").read_text()
     assert messages == "stopped by SIGINT; the run is saved, --resume goes on with it.\n"
     assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == "stopped by SIGINT"
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 3])
 def test_ctrl_c_while_train_py_starts_shows_no_traceback(seconds, data_flags, tmp_path):
-    flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run"), "--stages.0.epochs", "1000"]
-    with subprocess.Popen(
-        [ROOT / "scripts/train_device.sh", *flags],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with start_script("train_device.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGINT)
         _, messages = process.communicate(timeout=30)
