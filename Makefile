@@ -35,6 +35,12 @@ check: $(UV)  ## style and types, of the template and in place of what it render
 	cd '{{cookiecutter.project_slug}}' && uv run --project .. basedpyright
 	cd '{{cookiecutter.project_slug}}' && uv run --project .. shellcheck -x -P scripts scripts/*.sh
 
+BENCHMARKS := loop start ddp checkpoints loader gpu
+.PHONY: bench $(BENCHMARKS:%=bench-%)
+bench: $(filter-out bench-gpu,$(BENCHMARKS:%=bench-%))  ## every benchmark but that of a GPU; see benchmarks/README.md
+$(BENCHMARKS:%=bench-%): bench-%: $(UV)
+	uv run --with accelerate --with lightning --with pytorch-ignite --with timm --with tqdm python benchmarks/$*.py
+
 .PHONY: clean
 clean:  ## caches that would be in the way of rendering from this folder
 	find '{{cookiecutter.project_slug}}' tests -name __pycache__ -prune -exec rm -rf {} +

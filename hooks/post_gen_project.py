@@ -10,6 +10,7 @@ from pathlib import Path
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
 VARIANTS = Path(".variants")
 QUESTIONS = ("license", "data_set", "tracker")
+FOUNDATIONS = {"csv": "image_folder"}  # an answer whose files lie over those of another
 
 NEXT_STEPS = """
 {name} is ready.
@@ -22,16 +23,20 @@ README.md shows the rest, in five minutes.
 """
 EXPECTATIONS = {
     "digits": "accuracy about 0.99 within a minute on a CPU",
+    "image_folder": "wants data/CLASS/*.jpg, or --data-dir, and a GPU",
+    "csv": "wants data/samples.csv with path and label, or --data-dir, and a GPU",
     "cifar10": "downloads 170 MB first; wants a GPU",
+    "mnist": "downloads 12 MB first; wants a GPU",
 }
 
 
 def main() -> None:
     """Choose, clean up, and speak."""
     for question in QUESTIONS:
-        chosen = VARIANTS / question / ANSWERS[question]
-        if chosen.is_dir():
-            shutil.copytree(chosen, ".", dirs_exist_ok=True)
+        answer = ANSWERS[question]
+        for layer in (FOUNDATIONS.get(answer, answer), answer):
+            if (VARIANTS / question / layer).is_dir():
+                shutil.copytree(VARIANTS / question / layer, ".", dirs_exist_ok=True)
     shutil.rmtree(VARIANTS)
     for script in Path("scripts").glob("*.sh"):
         if script.read_text(encoding="utf-8").startswith("#!"):

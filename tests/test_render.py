@@ -10,43 +10,58 @@ import pytest
 import yaml
 from conftest import SLUG, files_in
 
-DATA_SETS = ["digits", "cifar10"]
+DATA_SETS = ["digits", "image_folder", "csv", "cifar10", "mnist"]
 TRACKERS = ["tensorboard", "none"]
 LICENSES = ["MIT", "BSD-3-Clause", "Apache-2.0", "Proprietary"]
 PAIRS = [(data_set, tracker) for data_set in DATA_SETS for tracker in TRACKERS]
 
 FILES = {
     *(".github/workflows/ci.yml", ".gitignore", ".pre-commit-config.yaml", "LICENSE", "Makefile", "README.md"),
-    *("pyproject.toml", "train.py", "data/.gitkeep", "logs/.gitkeep"),
+    *("pyproject.toml", "data/.gitkeep", "logs/.gitkeep", "splits/.gitkeep", ".gitattributes"),
+    *(f"{name}.py" for name in ("average", "blend", "predict", "preview", "scores", "split", "submit", "train")),
     *(f"experiment/{name}.py" for name in ("__init__", "augmentations", "dataset", "model", "splits")),
     *(
         f"batteries/{name}.py"
         for name in (
-            *("__init__", "batchnorm", "checkpoints", "cli", "console", "data", "devices", "distributed", "errors"),
-            *("files", "interrupts", "launch", "metrics", "parallel", "randomness", "resume", "runs", "trackers"),
+            *("averaging", "blends", "images", "ledger", "past_runs", "predictions", "scoring", "submissions", "views"),
+            *("__init__", "background", "batchnorm", "checkpoints", "cli", "console", "data", "devices", "distributed"),
+            *("errors", "files", "folds", "interrupts", "knobs", "launch", "logdirs", "metrics", "parallel", "pixels"),
+            *("randomness", "records", "resume", "runs", "schedules", "sheets", "splits", "state", "steps", "stopping"),
+            *("timing", "trackers", "weights"),
         )
     ),
-    *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp")),
+    *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp", "train_folds")),
     *(
         f"tests/{name}.py"
         for name in (
-            *("conftest", "models", "pictures", "processes", "small_data", "test_checkpoints", "test_data"),
-            *("test_parallel", "test_resume", "test_scripts", "test_structure", "test_train"),
+            *("tables", "test_averaging", "test_blend", "test_predict", "test_road", "test_scores", "test_submit"),
+            *("conftest", "loops", "models", "pictures", "processes", "small_data", "test_background"),
+            *("test_checkpoints", "test_data", "test_folds", "test_parallel", "test_preview", "test_recipe"),
+            *("test_resume", "test_scripts", "test_splits", "test_starter", "test_structure", "test_train"),
         )
     ),
 }
 
 
+# Files of one choice alone.
+OWN_FILES = {
+    "image_folder": {"experiment/images.py", "tests/test_dataset.py", "tests/test_images.py"},
+    "csv": {"experiment/images.py", "tests/test_dataset.py", "tests/test_images.py"},
+    "tensorboard": {"scripts/tensorboard.sh"},
+}
+
+
 @pytest.mark.parametrize(("data_set", "tracker"), PAIRS)
 def test_each_choice_leaves_exactly_its_own_files(render, data_set, tracker):
-    expected = FILES | ({"scripts/tensorboard.sh"} if tracker == "tensorboard" else set())
+    expected = FILES | OWN_FILES.get(data_set, set()) | OWN_FILES.get(tracker, set())
     assert set(files_in(render(data_set=data_set, tracker=tracker))) == expected
 
 
 @pytest.mark.parametrize(("data_set", "tracker"), PAIRS)
 def test_python_and_shell_equal_the_templates_byte_for_byte(render, template, data_set, tracker):
     source = template / SLUG
-    chosen = [source / ".variants/data_set" / data_set, source / ".variants/tracker" / tracker, source]
+    chosen = [source / ".variants/data_set" / data_set, source / ".variants/tracker" / tracker]
+    chosen += [source / ".variants/data_set/image_folder"] * (data_set == "csv") + [source]
     for name, content in files_in(render(data_set=data_set, tracker=tracker)).items():
         if name.endswith((".py", ".sh")):
             original = next(folder / name for folder in chosen if (folder / name).is_file())

@@ -34,12 +34,15 @@ def test_the_default_repository_passes_its_own_slow_tests_with_each_launch_scrip
 
 
 @pytest.mark.slow
-def test_the_repository_for_cifar10_without_a_tracker_passes_its_own_fast_tests(render):
-    assert_tests_pass(render(data_set="cifar10", tracker="none"), "not slow")
+@pytest.mark.parametrize("data_set", ["image_folder", "csv", "cifar10", "mnist"])
+def test_a_repository_for_other_data_without_a_tracker_passes_its_own_fast_tests(render, data_set):
+    assert_tests_pass(render(data_set=data_set, tracker="none"), "not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data_set", "tracker"), [("digits", "tensorboard"), ("cifar10", "none")])
+@pytest.mark.parametrize(
+    ("data_set", "tracker"), [("digits", "tensorboard"), ("image_folder", "none"), ("csv", "none")]
+)
 def test_style_types_and_shell_scripts_are_clean(render, data_set, tracker):
     done = run_in(render(data_set=data_set, tracker=tracker), "make", "check")
     assert done.returncode == 0, done.stdout

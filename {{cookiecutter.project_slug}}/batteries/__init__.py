@@ -1,5 +1,6 @@
 """Batteries: the parts of a training run that one can only get wrong. None of them knows your task."""
 
+from batteries.averaging import average_checkpoints
 from batteries.checkpoints import CheckpointManager, load_checkpoint, make_checkpoint, save_checkpoint
 from batteries.cli import run_command
 from batteries.data import Epoch, EvalLoader, TrainLoader
@@ -11,6 +12,8 @@ from batteries.parallel import accumulate, check_batchnorm, evaluation, place_mo
 from batteries.randomness import Stream, random_stream, seed_all
 from batteries.resume import fingerprint
 from batteries.runs import Run
+from batteries.sheets import sample_sheet
+from batteries.splits import SplitFile, check_files
 from batteries.trackers import Tracker, default_tracker
 
 __all__ = [
@@ -20,11 +23,14 @@ __all__ = [
     "Epoch",
     "EvalLoader",
     "Run",
+    "SplitFile",
     "Stream",
     "Tracker",
     "TrainLoader",
     "accumulate",
+    "average_checkpoints",
     "check_batchnorm",
+    "check_files",
     "default_tracker",
     "evaluation",
     "fingerprint",
@@ -34,6 +40,7 @@ __all__ = [
     "place_model",
     "random_stream",
     "run_command",
+    "sample_sheet",
     "save_checkpoint",
     "seed_all",
     "start_process",

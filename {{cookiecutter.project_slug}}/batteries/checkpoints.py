@@ -10,18 +10,32 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, Literal, Protocol, cast
 
 import torch
 from torch import nn
 
+from batteries.background import Writer
+from batteries.console import logger
 from batteries.distributed import on_main
 from batteries.errors import BadInput
-from batteries.files import link_atomically, write_atomically, write_text
+from batteries.files import DiskFull, is_disk_full, link_atomically, read_json, write_atomically, write_text
 from batteries.parallel import bare
 
-FORMAT = 1
+FORMAT = 2
 LEDGER = "checkpoints.json"
+AVERAGE = "swa.pth"  # what average.py makes of the others; swa.json beside it says what should be in it
+
+
+class Scheduler(Protocol):
+    """What a checkpoint asks of a scheduler, of torch or not."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> None:
+        """Go on from what `state_dict` gave."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +55,17 @@ def make_checkpoint(
     epoch: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    scheduler: Scheduler | None = None,
     metrics: Mapping[str, Any] | None = None,
     experiment_args: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
     step: int = 0,
-    resume: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that a later run needs, as tensors and plain values.
 
-    `step` counts the optimizer steps of the stage; `resume` is what batteries.resume needs besides. The model's state
-    is the bare one, without a wrapper's prefix.
+    `step` counts the optimizer steps of the stage; `extra` is what a run keeps besides. The model's state is the bare
+    one, without a wrapper's prefix.
     """
     return {
         "format": FORMAT,
@@ -64,14 +78,22 @@ def make_checkpoint(
         "metrics": dict(metrics or {}),
         "experiment_args": dict(experiment_args or {}),
         "model_args": dict(model_args or {}),
-        "resume": dict(resume or {}),
+        **(extra or {}),
     }
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[int, str]:
-    """Write `checkpoint` into `path` in one step; gives its size in bytes and its sha256."""
+    """Write `checkpoint` into `path` in one step; gives its size in bytes and its sha256.
+
+    Raises DiskFull where there is no room for it; what was at `path` before is still there then.
+    """
     digest = _Digest()
-    write_atomically(Path(path), lambda file: torch.save(dict(checkpoint), cast(IO[bytes], digest.over(file))))
+    try:
+        write_atomically(Path(path), lambda file: torch.save(dict(checkpoint), cast(IO[bytes], digest.over(file))))
+    except Exception as error:
+        if is_disk_full(digest.error or error):
+            raise DiskFull(Path(path), _count_bytes(checkpoint)) from None
+        raise
     return digest.bytes, digest.sha256
 
 
@@ -79,7 +101,7 @@ def load_checkpoint(
     path: str | Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    scheduler: Scheduler | None = None,
 ) -> dict[str, Any]:
     """Put a checkpoint into `model`, and into optimizer and scheduler where they are given; gives it back whole.
 
@@ -92,16 +114,27 @@ def load_checkpoint(
     return checkpoint
 
 
+def load_weights(path: str | Path, model: nn.Module) -> None:
+    """Put the weights of a checkpoint into `model`: the averaged ones where it has them, since those were scored."""
+    checkpoint = on_main(lambda: read_checkpoint(Path(path)))
+    apply_checkpoint({"model_state_dict": scored_weights(checkpoint)}, str(path), model)
+
+
+def scored_weights(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that the score of a checkpoint belongs to: their moving average where there is one."""
+    return checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"]
+
+
 def apply_checkpoint(
     checkpoint: Mapping[str, Any],
     name: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    scheduler: Scheduler | None = None,
 ) -> None:
     """Put a checkpoint that was read into model, optimizer and scheduler; `name` is what an error calls it."""
     network = bare(model)
-    _check_architecture(name, checkpoint["model_state_dict"], network)
+    check_architecture(name, checkpoint["model_state_dict"], network)
     network.load_state_dict(checkpoint["model_state_dict"])
     if optimizer is not None:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
@@ -117,7 +150,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = type(error).__name__
         raise BadInput(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason}).") from error
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
         raise BadInput(f"{path} holds no model_state_dict; give a file that make_checkpoint made.")
@@ -128,38 +161,58 @@ class CheckpointManager:
     """Keeps the n best checkpoints of one stage in `logdir`, and the two newest: one in reserve, should a disk fail.
 
     A score that is not finite is never best; a tie keeps the earlier. Every rank makes the same calls; rank 0 writes.
+    With a `writer` it writes in the background, until `wait`; a full disk is then forgiven once in a row.
     """
 
     def __init__(
-        self, logdir: str | Path, metric: str = "accuracy", metric_minimization: bool = False, save_n_best: int = 5
+        self,
+        logdir: str | Path,
+        metric: str = "accuracy",
+        metric_minimization: bool = False,
+        save_n_best: int = 5,
+        writer: Writer | None = None,
     ) -> None:
         assert save_n_best > 0
         self.logdir = Path(logdir)
         self.metric = metric
         self.metric_minimization = metric_minimization
         self.save_n_best = save_n_best
+        self._writer = writer or Writer()
+        self._in_background = writer is not None
         self.rows: list[Row] = []
         self.best_score: float | None = None
         self.best_epoch: int | None = None
+        self._in_flight: tuple[str, dict[str, Any]] | None = None  # the file being written, and the best without it
+        self._forgiven = False  # whether the last save found the disk full
 
     def process(self, score: float, epoch: int, checkpoint: Mapping[str, Any]) -> bool:
         """Write the checkpoint of `epoch`, point last and best at what they name; whether it is the new best."""
         score = float(score)
         is_best = self.is_better(score)
+        before = self.best()
         if is_best:
             self.best_score, self.best_epoch = score, epoch
-        on_main(lambda: self._write(f"epoch_{epoch}.pth", score, checkpoint, is_best))
+        self._submit(f"epoch_{epoch}.pth", score, checkpoint, before)
         return is_best
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
         """Write a checkpoint within an epoch: it has no score, and stays until two newer ones are there."""
-        name = f"epoch_{checkpoint['epoch']}_step_{checkpoint['step']}.pth"
-        on_main(lambda: self._write(name, math.nan, checkpoint, is_best=False))
+        self._settle(forgiving=True)
+        self._submit(f"epoch_{checkpoint['epoch']}_step_{checkpoint['step']}.pth", math.nan, checkpoint, self.best())
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises what its writing failed with, on all ranks."""
+        self._settle(forgiving=False)
 
     def restore(self, checkpoint: Mapping[str, Any] | None = None) -> None:
         """Go on with the ledger in `logdir`: up to `checkpoint`, or to its end where the stage is finished."""
         ledger = on_main(lambda: read_ledger(self.logdir))
-        self.rows = [row for row in ledger["rows"] if checkpoint is None or row.step <= checkpoint["step"]]
+        there = on_main(lambda: {row.file for row in ledger["rows"] if (self.logdir / row.file).exists()})
+        self.rows = [
+            row
+            for row in ledger["rows"]
+            if checkpoint is None or (row.step <= checkpoint["step"] and row.file in there)  # others were set aside
+        ]
         best = (checkpoint or ledger)["best"]
         self.best_epoch, self.best_score = best["epoch"], best["score"]
         if checkpoint is not None:
@@ -175,67 +228,113 @@ class CheckpointManager:
 
     def is_better(self, score: float) -> bool:
         """Whether `score` is finite and better than the best so far."""
+        self._settle(forgiving=True)
         if not math.isfinite(score):
             return False
         return self.best_score is None or self._signed(score) > self._signed(self.best_score)
 
     def best_path(self) -> Path:
         """The best checkpoint; the last one where no score was finite."""
-        return self.logdir / ("last.pth" if self.best_score is None else "best.pth")
+        return self.path_of("best")
+
+    def path_of(self, which: Literal["best", "last"]) -> Path:
+        """The best checkpoint or the last; the last one, too, where no score was finite."""
+        self.wait()
+        return self.logdir / ("last.pth" if which == "last" or self.best_score is None else "best.pth")
 
     def _signed(self, score: float) -> float:
         return -score if self.metric_minimization else score
 
-    def _write(self, name: str, score: float, checkpoint: Mapping[str, Any], is_best: bool) -> None:
+    def _submit(self, name: str, score: float, checkpoint: Mapping[str, Any], best_before: dict[str, Any]) -> None:
+        """Have rank 0 write one file, and all that follows from it."""
+        state = {**checkpoint, "best": self.best()}
+        self._in_flight = name, best_before
+        on_main(lambda: self._writer.submit(state, lambda copy: self._write(name, score, copy)))
+        if not self._in_background:
+            self.wait()
+
+    def _settle(self, forgiving: bool) -> None:
+        """Wait for the save in flight. Where it failed, what was best before it is so again."""
+        if self._in_flight is None:
+            return
+        (name, before), self._in_flight = self._in_flight, None
+        written = False
+        try:
+            written = on_main(lambda: self._is_written(name, forgiving))
+        finally:
+            if not written:
+                self.best_epoch, self.best_score = before["epoch"], before["score"]
+
+    def _is_written(self, name: str, forgiving: bool) -> bool:
+        try:
+            self._writer.wait()
+        except DiskFull as error:
+            if not forgiving or self._forgiven:
+                raise
+            logger.warning(f"{error} The run goes on; it ends where the next checkpoint does not fit either.")
+            self._forgiven = True
+            return self.rows[-1:] != [] and self.rows[-1].file == name  # the ledger may have it: then it is whole
+        self._forgiven = False
+        return True
+
+    def _write(self, name: str, score: float, state: Mapping[str, Any]) -> None:
         """The file, the ledger, the links, retention, in this order: so the ledger always lists what is on disk."""
         self.logdir.mkdir(parents=True, exist_ok=True)
-        path = self.logdir / name
-        size, sha256 = save_checkpoint(path, {**checkpoint, "best": self.best()})
-        finite = score if math.isfinite(score) else None
-        self.rows.append(Row(name, size, sha256, int(checkpoint["epoch"]), int(checkpoint["step"]), finite))
-        self._write_ledger()
-        link_atomically(path, self.logdir / "last.pth")
-        if is_best:
-            link_atomically(path, self.logdir / "best.pth")
-        self._retire()
+        path, finite = self.logdir / name, score if math.isfinite(score) else None
+        size, sha256 = save_checkpoint(path, state)
+        row = Row(name, size, sha256, int(state["epoch"]), int(state["step"]), finite)
+        try:
+            self._write_ledger([*self.rows, row], state["best"])
+            self._link(state["best"])
+            self._retire(state["best"])
+        except OSError as error:
+            if row not in self.rows:
+                path.unlink()
+            if is_disk_full(error):
+                raise DiskFull(path, size) from None
+            raise
+
+    def _link(self, best: Mapping[str, Any]) -> None:
+        """Point last and best at what they name."""
+        link_atomically(self.logdir / self.rows[-1].file, self.logdir / "last.pth")
+        for row in self.rows:
+            if row.score is not None and row.epoch == best["epoch"]:
+                link_atomically(self.logdir / row.file, self.logdir / "best.pth")
 
     def _mend(self) -> None:
         """Make links and ledger fit the rows: a kill may have come between them, or a damaged file was set aside."""
-        listed = {"last.pth"} | {row.file for row in self.rows}
-        link_atomically(self.logdir / self.rows[-1].file, self.logdir / "last.pth")
-        for row in self.rows:
-            if row.score is not None and row.epoch == self.best_epoch:
-                link_atomically(self.logdir / row.file, self.logdir / "best.pth")
-                listed.add("best.pth")
-        self._write_ledger()
+        self._link(self.best())
+        self._write_ledger(self.rows, self.best())
+        listed = {"last.pth", *(["best.pth"] if self.best_epoch else []), *(row.file for row in self.rows)}
         for path in self._files():
             if path.name not in listed:
                 path.unlink()  # written just before a kill, or by steps that are done again
 
     def _files(self) -> list[Path]:
-        return [*self.logdir.glob("*.pth"), *self.logdir.glob(".*.tmp")]
+        ours = [path for path in self.logdir.glob("*.pth") if path.name != AVERAGE]
+        return [*ours, *self.logdir.glob(".*.tmp")]
 
-    def _retire(self) -> None:
+    def _retire(self, best: Mapping[str, Any]) -> None:
         """Drop what is neither among the n best nor the two newest."""
         finite = [row for row in self.rows if row.score is not None]
         ranked = sorted(finite, key=lambda row: (-self._signed(row.score), row.epoch))  # type: ignore[arg-type]
         kept = {row.file for row in ranked[: self.save_n_best]} | {row.file for row in self.rows[-2:]}
         retired = [row for row in self.rows if row.file not in kept]
-        self.rows = [row for row in self.rows if row.file in kept]
         if retired:
-            self._write_ledger()
+            self._write_ledger([row for row in self.rows if row.file in kept], best)
         for row in retired:
             (self.logdir / row.file).unlink(missing_ok=True)
 
-    def _write_ledger(self) -> None:
+    def _write_ledger(self, rows: list[Row], best: Mapping[str, Any]) -> None:
         ledger = {
             "format": FORMAT,
             "metric": self.metric,
             "metric_minimization": self.metric_minimization,
-            "best": self.best(),
-            "checkpoints": [asdict(row) for row in self.rows],
+            "best": best,
+            "checkpoints": [asdict(row) for row in rows],
         }
         write_text(self.logdir / LEDGER, json.dumps(ledger, indent=2) + "\n")
+        self.rows = rows
 
 
 def best_of(stages: Sequence[CheckpointManager]) -> tuple[float, CheckpointManager]:
@@ -258,7 +357,7 @@ def read_ledger(folder: Path) -> dict[str, Any]:
         if len(list(folder.glob("epoch_*.pth"))) > 1:
             raise BadInput(f"{path} is missing, so nothing says which checkpoints in {folder} are sound; put it back.")
         return {"rows": [], "best": {"epoch": None, "score": None}}
-    ledger = json.loads(path.read_text())
+    ledger = read_json(path)
     return {"rows": [Row(**row) for row in ledger["checkpoints"]], "best": ledger["best"]}
 
 
@@ -268,6 +367,7 @@ class _Digest:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self.bytes = 0
+        self.error: OSError | None = None  # torch reports it as one of its own
 
     def over(self, file: BinaryIO) -> "_Digest":
         self._file = file
@@ -276,7 +376,11 @@ class _Digest:
     def write(self, data: bytes) -> int:
         self._hash.update(data)
         self.bytes += len(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -286,20 +390,35 @@ class _Digest:
         return self._hash.hexdigest()
 
 
+def _count_bytes(value: Any) -> int:
+    """Bytes of all tensors in a checkpoint: nearly those of its file."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_count_bytes, value.values()))
+    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
 def _check_bytes(path: Path) -> None:
     """Compare a file with the ledger beside it, by its contents: links have the contents of some row."""
-    ledger = path.parent / LEDGER
+    ledger = path.with_suffix(".json") if path.name == AVERAGE else path.parent / LEDGER
     if not ledger.is_file():
         return
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 not in {row.sha256 for row in read_ledger(path.parent)["rows"]}:
+    listed = (
+        {json.loads(ledger.read_text())["sha256"]}
+        if path.name == AVERAGE
+        else {row.sha256 for row in read_ledger(path.parent)["rows"]}
+    )
+    if sha256 not in listed:
         raise BadInput(
             f"{path} is not the file that {ledger.name} beside it lists: it was torn or changed; use another."
         )
 
 
-def _check_architecture(name: str, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+def check_architecture(name: str, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise BadInput where `state`, of the checkpoint called `name`, does not fit `model`, with the names."""
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from batteries.data import explain_lost_worker
 from batteries.distributed import is_main, rank, world_size
-from batteries.errors import BadInput, is_bad_input, near
+from batteries.errors import BadInput, RunFailed, is_bad_input, near
 from batteries.interrupts import Stopped
 
 Config = TypeVar("Config")
@@ -25,42 +26,62 @@ Config = TypeVar("Config")
 SECONDS_TO_SPEAK = 4  # torchrun looks after its processes ten times a second
 
 
-def run_command(main: Callable[[Config], object], config_class: type[Config]) -> None:
+def run_command(
+    main: Callable[[Config], object], config_class: Any, *, repeats: bool = True, default: Any = None
+) -> None:
     """Parse the command line, run `main`, and end with the exit code that fits.
 
-    Bad input: one sentence and 2. A signal: 128 and its number, after a save. Anything else is a bug: its traceback
-    and 1. Of many ranks one speaks.
+    `config_class` is a dataclass of knobs, or a union of them, one for each subcommand; then `default` is what no
+    subcommand means. With `repeats`, `--config FILE` repeats what a run was given.
+    Bad input: one sentence and 2. A signal: 128 and its number, after a save. A run that cannot go on, such as one that
+    lost a worker of a loader: one sentence and 1. Anything else is a bug: its traceback and 1. Of many one speaks.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(parse(config_class, sys.argv[1:]))
+        main(parse(config_class, sys.argv[1:], repeats=repeats, default=default))
     except Stopped as stopped:
         _end(128 + stopped.number, f"{stopped}; the run is saved, --resume goes on with it." if is_main() else "")
     except KeyboardInterrupt:
-        _end(130, "stopped by SIGINT before the first step." if is_main() else "")
+        _end(130, f"stopped by SIGINT{' before the first step' if repeats else ''}." if is_main() else "")
     except Exception as error:  # noqa: BLE001 (what is not for the user is shown with its traceback)
         _wait_for_another_rank(error)
         if is_bad_input(error):
             _end(2, f"error: {error}")
+        if isinstance(error, RunFailed):
+            _end(1, f"error: {error}")
+        if lost := explain_lost_worker(error):
+            _end(1, f"error: {lost}")
         _end(1, traceback.format_exc())
 
 
-def parse(config_class: type[Config], arguments: list[str]) -> Config:
-    """A Config from flags; `--config FILE` gives the values that no flag beside it sets.
+def parse(config_class: Any, arguments: list[str], *, repeats: bool = True, default: Any = None) -> Any:
+    """A Config from flags; with `repeats`, `--config FILE` gives the values that no flag beside it sets.
 
     Raises BadInput in the words of the flags; `--help` prints and exits with 0.
     """
     import tyro  # here, so that a worker process that imports train.py does not pay for it
 
-    defaults, arguments = _take_config_file(config_class, arguments)
+    if repeats:
+        default, arguments = _take_config_file(config_class, arguments)
+    else:
+        _refuse_doubles(arguments)
+        default = tyro.MISSING_NONPROP if default is None else default
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config_class, args=arguments, default=defaults, console_outputs=is_main())
+            return tyro.cli(config_class, args=arguments, default=default, console_outputs=is_main())
     except SystemExit as end:
         if not end.code:
             raise
         raise BadInput(_one_sentence(said.getvalue())) from None
+
+
+def _refuse_doubles(arguments: list[str]) -> None:
+    """Raise BadInput for a flag that is given twice: only the last would count, and `--run a --run b` means both."""
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise BadInput(f"{flag} is given twice; give it once, with all its values.")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -129,18 +150,23 @@ def _take_config_file(config_class: type[Config], arguments: list[str]) -> tuple
 
 def _one_sentence(panel: str) -> str:
     """The panel of tyro as one sentence, with the nearest flag or choice."""
+    see = f"See python {Path(sys.argv[0]).name} --help."
     plain = re.sub(r"\x1b\[[0-9;]*m", "", panel)
     title_lines = 1 if plain.startswith("╭") else 2  # it draws a box or, where the terminal has no UTF-8, two lines
     lines = [line.strip(" │") for line in plain.splitlines()][title_lines:]
     ruled = [set(line) <= set("─-╰╯") for line in lines]
     text = " ".join(lines[: ruled.index(True)] if True in ruled else lines).rstrip(".")
-    if unknown := re.match(r"Unrecognized options: ([^\s,]+)", text):
-        flags = re.findall(r"--[\w.-]+", plain.partition("Perhaps you meant")[2])
-        return f"{unknown[1]} is no flag{near(unknown[1], flags) or '.'} See python train.py --help."
+    if unknown := re.match(r"Unrecognized (?:or misplaced )?options: ([^\s,]+)", text):
+        known = re.findall(r"--[\w.-]+", plain.partition("Perhaps you meant")[2])
+        known += re.findall(r"\w+", "".join(re.findall(r"Available subcommands: ([\w, ]+)", plain)))
+        kind = "flag" if unknown[1].startswith("-") else "command or flag"
+        return f"{unknown[1]} is no {kind}{near(unknown[1], known) or '.'} {see}"
+    if missing := re.match(r"Missing from (.+?): (\S+) (.*?) ?\(required\)", text):
+        return f"{missing[1]} needs {missing[2]}: {missing[3]}. {see}"
     if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text):
         known = re.findall(r"'([^']*)'", choice[3])
         return f"{choice[2]} {choice[1]} is no choice{near(choice[1], known) or '.'} Use one of: {', '.join(known)}."
-    return f"{text.removeprefix('Error parsing ')}. See python train.py --help."
+    return f"{text.removeprefix('Error parsing ')}. {see}"
 
 
 def _end(code: int, message: str) -> NoReturn:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batteries.data import Batch, Epoch
-from batteries.distributed import is_main, world_size
-from batteries.metrics import Averages
+from batteries.data import Batch
+from batteries.distributed import is_main
+from batteries.timing import Stopwatch
 
 logger = logging.getLogger("batteries")
 
 SECONDS_BETWEEN_LINES = 30  # where there is no terminal, such as in a pipe or a batch job
+SECONDS_BETWEEN_DRAWINGS = 0.25  # of the bar: each takes some milliseconds
 
 
 class Console:
@@ -30,6 +31,7 @@ class Console:
         self.screen = _screen()
         logger.addHandler(_ScreenHandler(self.screen))
         self.log = logging.FileHandler(log_file, encoding="utf-8")
+        self.log.handleError = lambda record: None  # a full disk; the screen has it all the same
         self.log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(self.log)
 
@@ -43,49 +45,47 @@ class Console:
         """A line for train.log alone."""
         self.log.emit(logging.makeLogRecord({"msg": text, "levelname": "INFO"}))
 
-    def track(self, batches: Epoch, metrics: Averages, label: str, log_every: int) -> Iterator[Batch]:
-        """Give `batches` on and show how far they are; metrics are read, and waited for, every `log_every` steps."""
+    def track(self, watch: Stopwatch, label: str, log_every: int) -> Iterator[Batch]:
+        """Give batches on and show how far they are; metrics are read, and waited for, every `log_every` steps."""
         if self.screen is None:
-            yield from batches
+            yield from watch
         elif self.screen.is_terminal:
-            yield from self._with_bar(batches, metrics, label, log_every)
+            yield from self._with_bar(watch, label, log_every)
         else:
-            yield from self._with_lines(batches, metrics, label)
+            yield from self._with_lines(watch, label)
 
-    def _with_bar(self, batches: Epoch, metrics: Averages, label: str, log_every: int) -> Iterator[Batch]:
+    def _with_bar(self, watch: Stopwatch, label: str, log_every: int) -> Iterator[Batch]:
         from rich import progress
 
         columns = [
             progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=None),
+            progress.BarColumn(bar_width=max(4, self.screen.width - 72)),
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[status]}"),
             progress.TimeRemainingColumn(compact=True),
         ]
         # The bar is drawn when it is told so: a thread that redraws would compete with the step.
-        bar = progress.Progress(*columns, console=self.screen, transient=True, expand=True, auto_refresh=False)
+        bar = progress.Progress(*columns, console=self.screen, transient=True, auto_refresh=False)
         with bar:
-            task = bar.add_task(label, total=len(batches), status="")
-            begin = drawn = time.monotonic()
-            step = batches.first_step
-            for batch in batches:
+            total, step, drawn = len(watch.batches), watch.batches.first_step, time.monotonic()
+            task = bar.add_task(label, total=total, status="")
+            for batch in watch:
                 yield batch
                 step += batch.ends_step
-                if batch.ends_step and (step % log_every == 0 or step == len(batches)):
-                    bar.update(task, status=_status(metrics, begin))
-                if (now := time.monotonic()) - drawn > 0.1:
+                if batch.ends_step and (step % log_every == 0 or step == total):
+                    bar.update(task, status=watch.status())
+                if (now := time.monotonic()) - drawn > SECONDS_BETWEEN_DRAWINGS:
                     drawn = now
                     bar.update(task, completed=step, refresh=True)
 
-    def _with_lines(self, batches: Epoch, metrics: Averages, label: str) -> Iterator[Batch]:
-        begin = said = time.monotonic()
-        step = batches.first_step
-        for batch in batches:
+    def _with_lines(self, watch: Stopwatch, label: str) -> Iterator[Batch]:
+        said, step = time.monotonic(), watch.batches.first_step
+        for batch in watch:
             yield batch
             step += batch.ends_step
             if batch.ends_step and time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                logger.info(f"{label}  {step}/{len(batches)}  {_status(metrics, begin)}")
+                logger.info(f"{label}  {step}/{len(watch.batches)}  {watch.status()}")
 
 
 class _ScreenHandler(logging.Handler):
@@ -104,9 +104,3 @@ def _screen() -> Any:
     from rich.console import Console as Screen
 
     return Screen(file=sys.stdout)
-
-
-def _status(metrics: Averages, begin: float) -> str:
-    means = "  ".join(f"{name} {value:.4f}" for name, value in metrics.compute_local().items())
-    rate = metrics.count * world_size() / (time.monotonic() - begin)
-    return f"{means}  {rate:.0f} samples/s"

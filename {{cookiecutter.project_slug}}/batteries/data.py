@@ -6,6 +6,7 @@ its own, keyed by its position in that order. So who loads a sample, and when, c
 """
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from batteries.distributed import rank, world_size
-from batteries.errors import BadInput
+from batteries.errors import BadInput, is_bad_input
 from batteries.interrupts import SIGNALS
-from batteries.randomness import Stream, preserved_random_state, reseed, stream_seeds
+from batteries.randomness import Stream, preserved_random_state, reseed, reseed_devices, stream_seeds
 
 Transform = Callable[[Any, Any], tuple[Any, Any]]
+# Mixes a batch (images, targets) on the device, each sample with the one before it alone (torchvision's MixUp and
+# CutMix do), and draws for the batch, not for a sample.
+Mixer = Callable[[Any, Any], tuple[Any, Any]]
 
 
 class SampleSource(Protocol):
@@ -82,6 +86,13 @@ class Request(NamedTuple):
     seeds: np.ndarray
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """What a worker sends instead of a batch where the data are bad."""
+
+    sentence: str
+
+
 class Samples:
     """A data set as the loader reads it: by whole batches, each sample under its own random stream."""
 
@@ -93,7 +104,18 @@ class Samples:
         return len(self.dataset)
 
     def __getitems__(self, request: Request) -> Any:
-        """A collated batch; torch's fetcher calls this with whatever the batch sampler gave."""
+        """A collated batch; torch's fetcher calls this with whatever the batch sampler gave.
+
+        A Refusal where the user has to mend something: torch would send an error of a worker as a page of text.
+        """
+        try:
+            return self._load(request)
+        except Exception as error:
+            if is_bad_input(error):
+                return Refusal(str(error))
+            raise
+
+    def _load(self, request: Request) -> Any:
         get_batch = getattr(self.dataset, "get_batch", None)
         if self.transform is None and get_batch is not None:
             return get_batch(request.indices)
@@ -117,12 +139,22 @@ class Batch:
     ends_step: bool
     seed: int
 
+    def weigh(self, loss: torch.Tensor) -> torch.Tensor:
+        """`loss` (a mean over the micro-batch) by its share: the micro-batches of a step add up to the mean over it.
+
+        A loss that is not finite makes NaN of all gradients of the step, on all ranks: it is skipped as a whole.
+        """
+        return loss * (self.share + 0.0 * loss.detach())
+
 
 class TrainLoader:
     """Micro-batches for training, by promise L0; `len()` is the number of optimizer steps in an epoch.
 
     `batch_size` counts the samples of one optimizer step over all ranks and micro-batches. Raises BadInput where it
     does not divide, and where `indices` do not fill one step.
+
+    With a `mixer` each sample is mixed with the one before it in its step (the first with the last), by one draw a
+    step. A rank loads one sample more for that, so that mixed batches follow L0 too, whatever the accumulation.
     """
 
     def __init__(
@@ -139,11 +171,15 @@ class TrainLoader:
         limit_batches: int | None = None,
         num_workers: int | None = 0,
         start_method: str | None = None,
+        mixer: Mixer | None = None,
     ) -> None:
         check_batch_size(batch_size, accumulation_steps, len(indices), drop_last)
         self.indices = np.asarray(indices)
+        self.ids = getattr(dataset, "ids", None)
+        self.batch_size = batch_size
         self.device = device
         self.seed = seed
+        self.mixer = mixer
         steps = count_steps(len(indices), batch_size, drop_last)
         self.size = len(indices) if limit_batches is None else min(len(indices), limit_batches * batch_size)
         self.steps = min(steps, limit_batches or steps)
@@ -155,7 +191,8 @@ class TrainLoader:
             if size
         )
         self.requests: list[Request] = []
-        self.batches = _make_loader(Samples(dataset, transform), self.requests, device, num_workers, start_method)
+        self.samples = Samples(dataset, transform)
+        self.batches = _make_loader(self.samples, self.requests, device, num_workers, start_method)
 
     def __len__(self) -> int:
         return self.steps
@@ -172,20 +209,68 @@ class Epoch:
         self.loader = loader
         self.key = key
         self.first_step = first_step
+        self.order = loader.indices[_permutation(len(loader.indices), *key)]
+        self.sample_seeds = stream_seeds(loader.size, *key, Stream.SAMPLE)
 
     def __len__(self) -> int:
         return len(self.loader)
 
+    def samples_of(self, step: int) -> list[str]:
+        """The ids of the samples of one step (counted from 1) over all ranks; their indices where there are no ids."""
+        size, ids = self.loader.batch_size, self.loader.ids
+        return [str(index if ids is None else ids[index]) for index in self.order[(step - 1) * size : step * size]]
+
     def __iter__(self) -> Iterator[Batch]:
         loader = self.loader
-        order = loader.indices[_permutation(len(loader.indices), *self.key)]
-        sample_seeds = stream_seeds(loader.size, *self.key, Stream.SAMPLE)
         model_seeds = stream_seeds(loader.size, *self.key, Stream.MODEL)
+        mixing_seeds = stream_seeds(len(loader), *self.key, Stream.MIXING)
         cuts = list(cut_epoch(loader.size, *loader.cutting, self.first_step))
-        loader.requests[:] = [Request(order[cut.start : cut.stop], sample_seeds[cut.start : cut.stop]) for cut in cuts]
-        for cut, (images, targets) in zip(cuts, loader.batches, strict=True):
-            images, targets = to_device(images, loader.device), to_device(targets, loader.device)
+        loader.requests[:] = [self._request(cut.start, cut.stop) for cut in cuts]
+        for cut, loaded in zip(cuts, loader.batches, strict=True):
+            images, targets = self._receive(loaded, int(mixing_seeds[cut.start // loader.batch_size]))
             yield Batch(images, targets, cut.share, cut.ends_step, seed=int(model_seeds[cut.start]))
+
+    def peek(self, count: int) -> tuple[list[Any], Any, Any]:
+        """The first `count` samples of the epoch: as the data set has them, and their images and targets in training.
+
+        They are loaded in this process, and nothing of the epoch is used up.
+        """
+        count = min(count, self.loader.batch_size, self.loader.size)
+        seed = int(stream_seeds(1, *self.key, Stream.MIXING)[0])
+        with preserved_random_state():
+            originals = [self.loader.samples.dataset[index][0] for index in self.order[:count].tolist()]
+        return originals, *self._receive(self.loader.samples.__getitems__(self._request(0, count)), seed)
+
+    def sample(self, index: int) -> tuple[Any, Any]:
+        """(image, target) of the sample `index` of the data set as this epoch augments it, before any mixing."""
+        [position] = np.flatnonzero(self.order == index)
+        images, targets = receive(
+            self.loader.samples.__getitems__(self._plain(np.array([position]))), self.loader.device
+        )
+        return images[0], targets[0]
+
+    def _plain(self, positions: np.ndarray) -> Request:
+        return Request(self.order[positions], self.sample_seeds[positions])
+
+    def _request(self, start: int, stop: int) -> Request:
+        """Positions [start, stop) of the order; where samples are mixed, after the one before them in their step."""
+        positions = np.arange(start, stop)
+        if self.loader.mixer is not None:
+            begin = start - start % self.loader.batch_size
+            end = min(begin + self.loader.batch_size, self.loader.size)
+            positions = np.append(start - 1 if start > begin else end - 1, positions)
+        return self._plain(positions)
+
+    def _receive(self, loaded: Any, seed: int) -> tuple[Any, Any]:
+        """What was loaded, on the device, and mixed under the stream `seed` of its step."""
+        images, targets = receive(loaded, self.loader.device)
+        if self.loader.mixer is None:
+            return images, targets
+        with preserved_random_state():
+            reseed(seed)
+            reseed_devices(seed)
+            images, targets = self.loader.mixer(images, targets)
+        return images[1:], targets[1:]  # the first was there for the second alone
 
 
 class EvalLoader:
@@ -219,8 +304,9 @@ class EvalLoader:
         self.batches = _make_loader(Samples(dataset, transform), requests, device, num_workers, start_method)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for images, targets in self.batches:
-            yield to_device(images, self.device), to_device(targets, self.device)
+        for loaded in self.batches:
+            images, targets = receive(loaded, self.device)
+            yield images, targets
 
 
 def check_batch_size(batch_size: int, accumulation_steps: int, size: int, drop_last: bool) -> None:
@@ -245,6 +331,14 @@ def check_batch_size(batch_size: int, accumulation_steps: int, size: int, drop_l
             f"--batch-size {batch_size} leaves {size % batch_size} samples for the last step of an epoch, "
             f"fewer than the {ranks} processes; use --drop-last or another --batch-size."
         )
+
+
+def receive(loaded: Any, device: torch.device) -> tuple[Any, Any]:
+    """(images, targets) as a worker sent them, on `device`. Raises BadInput with what it had to say instead."""
+    if isinstance(loaded, Refusal):
+        raise BadInput(loaded.sentence)
+    images, targets = loaded
+    return to_device(images, device), to_device(targets, device)
 
 
 def to_device(data: Any, device: torch.device) -> Any:
@@ -292,6 +386,30 @@ def _make_loader(
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def explain_lost_worker(error: BaseException) -> str | None:
+    """Why a loader's worker is gone, and what helps, in one sentence; None where `error` says nothing of that."""
+    text = str(error)
+    if re.search(r"Too many open files|ancdata", text):
+        return (
+            "too many files are open, since each batch that a worker sends takes one: use --sharing-strategy "
+            "file_system, fewer --num-workers, or a higher limit (ulimit -n)."
+        )
+    if re.search(r"shared memory|\(shm\)|bus error|shm_open|torch_shm_manager", text, re.IGNORECASE):
+        return (
+            "the loader's workers have no shared memory left (/dev/shm; in a container it is small): use fewer "
+            "--num-workers, another --sharing-strategy, or more of it (docker run --shm-size)."
+        )
+    if lost := re.search(
+        r"DataLoader worker \(pid\S* ([\d, ]+)\) (is killed by signal: \w+|exited unexpectedly)", text
+    ):
+        return (
+            f"a loader's worker (process {lost[1]}) {lost[2].replace('is killed by signal:', 'was ended by signal')}: "
+            "most often memory is short; use fewer --num-workers, or 0 to see an error of its own. If shared memory is "
+            "short, another --sharing-strategy helps."
+        )
+    return None
 
 
 SECONDS_TO_LIVE = 10  # of a worker after SIGTERM: the main process finishes its step with it

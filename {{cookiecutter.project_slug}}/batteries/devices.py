@@ -4,12 +4,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.utils.deterministic as deterministic_settings
 
 from batteries.distributed import local_rank, process_group, world_size
 from batteries.errors import BadInput
+from batteries.parallel import check_sharing
+from batteries.steps import check_precision
 
 
 def find_device(name: str) -> torch.device:
@@ -59,16 +62,21 @@ def _devices() -> list[str]:
 
 
 @contextmanager
-def start_process(
-    device: str, *, deterministic: bool, sharing_strategy: str, show_warnings: bool
-) -> Iterator[torch.device]:
-    """Set torch up, join the other processes, and leave them at the end; gives the device of this process."""
-    found = find_device(device)
-    if not show_warnings:
+def start_process(config: Any) -> Iterator[torch.device]:
+    """Set torch up, join the other processes, and leave them at the end; gives the device of this process.
+
+    `config` has the knobs of train.py that concern the machine. Raises BadInput for what it cannot do.
+    """
+    found = find_device(config.device)
+    check_precision(found, config.precision)
+    check_sharing(found, data_parallel=config.data_parallel, compiled=config.compile)
+    if not config.show_warnings:
         warnings.filterwarnings("ignore")
     torch.autograd.set_detect_anomaly(False)  # it slows every step down; turn it on to find a NaN
-    torch.multiprocessing.set_sharing_strategy(sharing_strategy)
-    _set_determinism(deterministic)
+    torch.multiprocessing.set_sharing_strategy(config.sharing_strategy)
+    _set_determinism(config.deterministic)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
     if found.type == "cuda":
         torch.cuda.set_device(found)
     with process_group(found):

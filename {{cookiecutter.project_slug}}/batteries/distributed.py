@@ -50,6 +50,12 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it would wait for ranks that have gone
 
 
+def refuse_launcher(verb: str) -> None:
+    """Raise BadInput where many processes run what is made for one."""
+    if world_size() > 1:
+        raise BadInput(f"{verb} is for one process: leave the launcher out.")
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` (any shape) over all processes, in place, the same bits on each."""
     if dist.is_initialized():
@@ -84,6 +90,13 @@ def gather_over_ranks(value: Any) -> list[Any]:
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def interleave_over_ranks(mine: list[Result]) -> list[Result]:
+    """The batches of all processes in one order, where batch j was dealt to rank j modulo their number."""
+    gathered = gather_over_ranks(mine)
+    count = sum(map(len, gathered))
+    return [gathered[index % len(gathered)][index // len(gathered)] for index in range(count)]
 
 
 def union_over_ranks(names: Iterable[str]) -> list[str]:

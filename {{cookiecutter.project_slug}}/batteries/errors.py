@@ -15,6 +15,10 @@ class BadInput(Exception):
     """
 
 
+class RunFailed(Exception):
+    """A run that cannot go on, for a reason that its giver can read: one sentence, without a traceback, exit code 1."""
+
+
 def is_bad_input(error: BaseException) -> bool:
     """Whether `error` is for the user: a BadInput, or a `raise ValueError(…)` that stands in train.py or experiment/.
 
@@ -36,6 +40,19 @@ def is_bad_input(error: BaseException) -> bool:
 def _is_ours(file: Path) -> bool:
     folder = file.resolve().parent
     return folder in (ROOT.resolve(), (ROOT / "experiment").resolve())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had no memory left. torch has a class of its own for GPUs alone."""
+    import torch
+
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or on_cpu
+
+
+def shorten(names: list[str], most: int = 10) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def near(word: str, known: Iterable[str]) -> str:

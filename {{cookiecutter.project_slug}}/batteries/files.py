@@ -1,13 +1,37 @@
 """Files that are whole or not there, whenever the power goes."""
 
+import errno
+import json
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from batteries.errors import BadInput
+
+
+class DiskFull(BadInput):
+    """There is no room for the file at `path`, which needs about `size` bytes."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        from rich.filesize import decimal
+
+        self.path, self.size = path, size
+        free = shutil.disk_usage(path.parent).free
+        super().__init__(
+            f"{path} cannot be written: it needs {decimal(size)} and {decimal(free)} are free there; make room."
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int]]:
+        """It is sent to the other ranks."""
+        return DiskFull, (self.path, self.size)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error` says that a disk, or what one may have of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -32,6 +56,28 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Put `text` into `path` in one step."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises BadInput where it was damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({error}); put it back, or use another --logdir.") from None
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add `text` to the end of a file, on disk when this is done; where that fails, the file is as it was."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        rest = memoryview(text.encode())
+        try:
+            while rest:  # a nearly full disk takes a part, and says so with the next
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 def link_atomically(source: Path, link: Path) -> None:
@@ -65,7 +111,10 @@ class Lock:
             return
         import fcntl
 
-        file = self.path.open("a+")
+        try:
+            file = self.path.open("a+")
+        except OSError as error:
+            raise BadInput(f"--logdir {self.path.parent} cannot be written ({error.strerror}).") from None
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

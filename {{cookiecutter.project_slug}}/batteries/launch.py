@@ -12,6 +12,8 @@ import os
 import shlex
 import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -25,7 +27,8 @@ def main(command: list[str]) -> int:
     """Run `command` (a Python file and its flags) in every process; the exit code."""
     try:
         processes = count_processes()
-        arguments = [*rendezvous(), f"--nproc-per-node={processes}", *command]
+        # After --, or torchrun would take --run of predict.py for an abbreviation of its own --run-path.
+        arguments = [*rendezvous(), f"--nproc-per-node={processes}", "--", *command]
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -33,6 +36,8 @@ def main(command: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     print(f"+ OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun {shlex.join(arguments)}", flush=True)
     logging.disable(logging.CRITICAL)  # of the agent in this process; the processes that it starts speak for themselves
+    if hasattr(signal, "SIGUSR1"):  # torchrun passes on the others
+        signal.signal(signal.SIGUSR1, _pass_on)
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
@@ -80,6 +85,11 @@ def exit_code(error: ChildFailedError) -> int:
         hint = " (is memory short?)" if name == "SIGKILL" else ""
         print(f"error: rank {rank} was ended by {name}{hint}, and the others with it.", file=sys.stderr)
     return 128 - code if code < 0 else code
+
+
+def _pass_on(number: int, frame: FrameType | None) -> NoReturn:
+    """Have the agent send the signal to its processes, and wait for their end."""
+    raise SignalException("passed on", signal.Signals(number))
 
 
 def _cores() -> list[int]:

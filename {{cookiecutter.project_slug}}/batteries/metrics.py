@@ -1,11 +1,18 @@
 """Metrics, summed on the device and read once: a read waits for the GPU, so no step may do it."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 
 from batteries.distributed import gather_over_ranks, is_main, rank, sum_over_ranks, union_over_ranks, world_size
+from batteries.errors import BadInput, near
+
+logger = logging.getLogger("batteries")
 
 
 class Averages:
@@ -29,8 +36,12 @@ class Averages:
                     f"metric {name} has shape {tuple(value.shape)} for {count} samples; give () or ({count},)"
                 )
             value = value.detach()
-            total = value.sum(dtype=self.dtype) if value.ndim else value.to(self.dtype) * count
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), dtype=self.dtype, device=self.device)
+            if value.ndim:
+                self.sums[name] += value.sum(dtype=self.dtype)
+            else:
+                self.sums[name].add_(value, alpha=count)  # in the type of the sum
 
     def compute(self, expected_count: int | None = None) -> dict[str, float]:
         """The means over all ranks. Waits for the device. Every rank has to call it.
@@ -60,3 +71,62 @@ class Averages:
         for name in sorted(set().union(*(part["sums"] for part in parts))):
             total = sum(part["sums"].get(name, 0.0) for part in parts)
             self.sums[name] = torch.tensor(total, dtype=self.dtype, device=self.device)
+
+
+Score = Callable[[Any, np.ndarray, np.ndarray], float]
+
+
+class Outputs:
+    """What a model said of each sample of an EvalLoader, and what was right: for scores that are no means over samples.
+
+    `gather` gives the same arrays on each rank, in the order of the split, for any number of ranks.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, said: torch.Tensor, targets: torch.Tensor) -> None:
+        """Keep one batch: (N, ...) and (N, ...). Waits for the device."""
+        self._batches.append((said.float().cpu().numpy(), targets.cpu().numpy()))
+
+    def score(self, functions: Mapping[str, Score]) -> dict[str, float]:
+        """What each function gives for (sklearn.metrics, targets, said); NaN where a score has no meaning.
+
+        Such as ROC AUC of a class without samples. Every rank has to call it.
+        """
+        if not functions:
+            return {}
+        from sklearn import metrics
+
+        said, targets = self.gather()
+        return {name: _score(name, function, metrics, targets, said) for name, function in functions.items()}
+
+    def gather(self) -> tuple[np.ndarray, np.ndarray]:
+        """All that was said and all targets. Every rank has to call it; an EvalLoader deals its batches out in turn."""
+        rounds = zip_longest(*gather_over_ranks(self._batches))
+        batches = [batch for turn in rounds for batch in turn if batch is not None]
+        said, targets = zip(*batches, strict=True)
+        return np.concatenate(said), np.concatenate(targets)
+
+
+LOWER_IS_BETTER = ("loss", "log_loss")
+
+
+def check_metrics(names: Sequence[str], scores: Iterable[str], main_metric: str, *, minimize: bool) -> None:
+    """Raise BadInput for a metric that is neither loss nor accuracy nor in `scores`, and for the wrong direction."""
+    known = ("loss", "accuracy", *scores)
+    for name in names:
+        if name not in known:
+            flag = "--main-metric" if name == main_metric else "--scores"
+            raise BadInput(f"{flag} {name} is no metric{near(name, known) or '.'} Use one of: {', '.join(known)}.")
+    if minimize != (main_metric in LOWER_IS_BETTER):
+        which, mend = ("more", "leave out") if minimize else ("less", "give")
+        raise BadInput(f"--main-metric {main_metric} is better when it is {which}: {mend} --minimize-metric.")
+
+
+def _score(name: str, function: Score, metrics: Any, targets: np.ndarray, said: np.ndarray) -> float:
+    try:
+        return float(function(metrics, targets, said))
+    except ValueError as error:
+        logger.warning(f"{name} has no meaning here: {str(error).splitlines()[0]}")
+        return math.nan

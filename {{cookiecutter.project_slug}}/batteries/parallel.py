@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -16,23 +17,40 @@ from batteries.errors import BadInput
 from batteries.randomness import reseed, reseed_devices
 
 
-def place_model(model: nn.Module, device: torch.device, *, data_parallel: bool, sync_batchnorm: bool) -> nn.Module:
-    """`model` on its device, wrapped where several devices share the work.
+def place_model(
+    model: nn.Module, device: torch.device, *, sync_batchnorm: bool = True, channels_last: bool = False
+) -> nn.Module:
+    """`model` on its device; under DDP with batch norm over all ranks, in the memory format that is asked for."""
+    if dist.is_initialized() and sync_batchnorm:
+        model = synchronise_batchnorm(model, device)
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]
+
+
+def share_model(
+    model: nn.Module, device: torch.device, *, data_parallel: bool = False, compiled: bool = False
+) -> nn.Module:
+    """`model` wrapped where several devices share the work, and compiled; anew in each stage, for what is frozen in it.
 
     DataParallel on a machine without GPUs is one device; DistributedDataParallel comes with torchrun's processes.
     """
-    if data_parallel and dist.is_initialized():
-        raise BadInput("--data-parallel is for one process; under scripts/train_ddp.sh leave it out.")
     if dist.is_initialized():
-        model = synchronise_batchnorm(model, device) if sync_batchnorm else model
         device_ids = [device.index] if device.type == "cuda" else None
         # Buffers are sent once an epoch (see `evaluation`), not before each forward pass.
-        return DistributedDataParallel(model.to(device), device_ids=device_ids, broadcast_buffers=False)
-    if data_parallel and device.type == "cuda" and device.index != 0:
+        model = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    elif data_parallel:
+        model = DataParallel(model)
+    return torch.compile(model) if compiled else model  # type: ignore[return-value]
+
+
+def check_sharing(device: torch.device, *, data_parallel: bool, compiled: bool) -> None:
+    """Raise BadInput for ways to share a model that do not go together."""
+    if data_parallel and world_size() > 1:
+        raise BadInput("--data-parallel is for one process; under scripts/train_ddp.sh leave it out.")
+    if data_parallel and torch.cuda.is_available() and device != torch.device("cuda", 0):
         raise BadInput(f"--data-parallel takes all visible GPUs; leave --device {device} out.")
-    if data_parallel and (device.type == "cuda" or not torch.cuda.is_available()):
-        return DataParallel(model.to(device))
-    return model.to(device)
+    if data_parallel and compiled:
+        raise BadInput("--compile does not go with --data-parallel; use scripts/train_ddp.sh.")
 
 
 def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool) -> None:
@@ -51,9 +69,9 @@ def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool
 
 def bare(model: nn.Module) -> nn.Module:
     """The user's own model inside the wrappers, whose state has no `module.` or `_orig_mod.` in its names."""
-    while isinstance(model, DataParallel | DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
+    while isinstance(model, DataParallel | DistributedDataParallel | OptimizedModule):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
 
 
 @contextmanager
@@ -65,8 +83,9 @@ def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
     """
     reseed(batch.seed)
     reseed_devices(batch.seed)
-    if isinstance(model, DistributedDataParallel) and not batch.ends_step:
-        with model.no_sync():
+    shared = _uncompiled(model)
+    if isinstance(shared, DistributedDataParallel) and not batch.ends_step:
+        with shared.no_sync():
             yield
     else:
         yield
@@ -75,16 +94,23 @@ def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[nn.Module]:
     """The model in evaluation mode, without gradients, to be called as often as a rank has batches."""
-    network = model.module if isinstance(model, DistributedDataParallel) else model  # its forward pass needs all ranks
+    shared = _uncompiled(model)
+    network = (
+        shared.module if isinstance(shared, DistributedDataParallel) else model
+    )  # its forward pass needs all ranks
     was_training = model.training
-    if isinstance(model, DistributedDataParallel):
-        _send_buffers(network)
+    if dist.is_initialized():
+        _send_buffers(network)  # of an average as well
     model.eval()
     try:
         with torch.inference_mode():
             yield network
     finally:
         model.train(was_training)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def _send_buffers(model: nn.Module) -> None:

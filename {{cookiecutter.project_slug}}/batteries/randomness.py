@@ -22,6 +22,7 @@ class Stream(IntEnum):
     SAMPLE = 1  # what the augmentations of one sample draw
     MODEL = 2  # what the model draws in one micro-batch (dropout)
     WEIGHTS = 3  # the first weights of a model
+    MIXING = 4  # how the samples of one step are mixed (mixup, cutmix)
 
 
 def seed_all(seed: int) -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -83,16 +83,29 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], may_change: S
     for name in [*new, *(set(old) - set(new))]:
         if name not in may_change and name != "stages" and old.get(name) != new.get(name):
             flag = f"--{name.replace('_', '-')}"
-            raise BadInput(
-                f"--resume would change the run: {flag} was {old.get(name)} and is {new.get(name)}; "
-                f"give {flag} {old.get(name)}, or another --logdir."
-            )
+            _refuse(flag, old.get(name), new.get(name))
     begun = cursor.stage + 1
-    for number, (was, now) in enumerate(zip(old["stages"][:begun], [*new["stages"], *[None] * begun], strict=False)):
-        if was != now:
-            raise BadInput(
-                f"--resume would change the run: --stages.{number} was {was} and is {now}, and it has begun."
-            )
+    if len(new["stages"]) < begun:
+        raise BadInput(
+            f"--resume would change the run: it is in its stage {begun}, and there are {len(new['stages'])}."
+        )
+    for number, (was, now) in enumerate(zip(old["stages"][:begun], new["stages"], strict=False)):
+        for name in was:
+            if was[name] != now.get(name):
+                _refuse(f"--stages.{number}.{name.replace('_', '-')}", was[name], now.get(name))
+
+
+def _refuse(flag: str, before: Any, now: Any) -> NoReturn:
+    """Raise BadInput for one knob, with the way to give it as it was."""
+    if before is None:
+        mend = f"leave {flag} out"
+    elif isinstance(before, bool):
+        mend = f"give --{'' if before else 'no-'}{flag.removeprefix('--')}"
+    elif isinstance(before, list):
+        mend = f"give {flag} {' '.join(map(str, before))}" if before else f"leave {flag} out"
+    else:
+        mend = f"give {flag} {before}"
+    raise BadInput(f"--resume would change the run: {flag} was {before} and is {now}; {mend}, or another --logdir.")
 
 
 def fingerprint(*parts: Any) -> str:
@@ -113,8 +126,13 @@ def cut_lines(path: Path, stages: Sequence[str], cursor: Cursor) -> None:
     for line in path.read_text().splitlines(keepends=True):
         if not line.endswith("\n"):
             break
-        record = json.loads(line)
-        if (stages.index(record["stage"]), record["epoch"]) >= cursor[:2]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise BadInput(
+                f"{path} is damaged in line {len(kept) + 1}; put it back, or use another --logdir."
+            ) from None
+        if record["stage"] not in stages or (stages.index(record["stage"]), record["epoch"]) >= cursor[:2]:
             break
         kept.append(line)
     write_text(path, "".join(kept))

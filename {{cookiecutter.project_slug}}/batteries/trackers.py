@@ -21,6 +21,9 @@ class Backend(Protocol):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add one point to each curve; `step` counts the optimizer steps of the run."""
 
+    def image(self, name: str, array: Any, step: int) -> None:
+        """Add a picture, uint8 (3, H, W)."""
+
     def finish(self) -> None:
         """Write what is left."""
 
@@ -52,6 +55,9 @@ class NoTracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Nothing."""
 
+    def image(self, name: str, array: Any, step: int) -> None:
+        """Nothing."""
+
     def finish(self) -> None:
         """Nothing."""
 
@@ -68,6 +74,11 @@ class TensorBoard:
         """One scalar for each value."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def image(self, name: str, array: Any, step: int) -> None:
+        """One image."""
+        self.writer.add_image(name, array, step)
         self.writer.flush()
 
     def finish(self) -> None:
@@ -88,6 +99,9 @@ class _Guarded:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._call("log", values, step)
+
+    def image(self, name: str, array: Any, step: int) -> None:
+        self._call("image", name, array, step)
 
     def finish(self) -> None:
         self._call("finish")

@@ -1,56 +1,93 @@
-"""Which samples train, validate and test: a held-out test split, and stratified folds of the rest.
+"""Which samples train, validate and test: a held-out test split, and folds of the rest.
 
-The split depends on the targets alone, not on a run's seed: runs with other seeds stay comparable.
+`split.py` writes what `make_folds` gives into splits/NAME.csv, once; from then on the file is what counts. It depends
+on the data alone, not on a run's seed: runs with other seeds stay comparable.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 NUM_FOLDS = 5
-TEST_SHARE = 0.2
+TEST_SHARE = 0.2  # of all samples (of all groups, where there are some), where the data set has no official test split
 SPLIT_SEED = 0
 
 
-class Split(NamedTuple):
-    """Indices into the data set, each part in ascending order."""
+def make_folds(dataset: Any, num_folds: int = NUM_FOLDS, test_share: float = TEST_SHARE) -> np.ndarray:
+    """The fold of each sample, shape (N,): 0 to num_folds - 1, and -1 for the held-out test split.
 
-    train: np.ndarray
-    valid: np.ndarray
-    test: np.ndarray
-
-
-def split_dataset(targets: np.ndarray, classes: Sequence[str], fold: int) -> Split:
-    """The split in which part `fold` of NUM_FOLDS validates; targets (N,) are indices into `classes`.
-
-    Raises ValueError for a fold that is not there and for a class that has no sample in some part.
+    Folds are stratified where targets are classes, and no group is in two of them. A data set that has `folds` of its
+    own, such as a column of its table, is split by those; one with `official_test` is tested on that.
+    Raises ValueError where samples, classes or groups are too few.
     """
-    from sklearn.model_selection import StratifiedKFold, train_test_split
+    if getattr(dataset, "folds", None) is not None:
+        return np.asarray(dataset.folds)
+    if num_folds < 2:
+        raise ValueError(f"--num-folds {num_folds} must be 2 or more: one part validates, the others train.")
+    if not 0 <= test_share < 1:
+        raise ValueError(f"--test-share {test_share} must be 0 or more and less than 1.")
+    labels, groups = stratify_by(dataset), getattr(dataset, "groups", None)
+    groups = None if groups is None else np.asarray(groups)
+    everything, official = np.arange(len(dataset)), getattr(dataset, "official_test", None)
+    if official is not None:
+        rest = everything[~np.asarray(official)]
+        check_classes(dataset, labels, rest, num_folds)
+    else:
+        check_classes(dataset, labels, everything, num_folds + (test_share > 0))
+        rest = leave_test(everything, labels, groups, test_share)
+    folds = np.full(len(dataset), -1)
+    for number, part in enumerate(cut(rest, labels, groups, num_folds)):
+        folds[part] = number
+    return folds
 
-    if not 0 <= fold < NUM_FOLDS:
-        raise ValueError(f"--fold {fold} is not there; use 0 to {NUM_FOLDS - 1}.")
-    _check_classes(targets, classes)
-    everything = np.arange(len(targets))
-    rest, test = train_test_split(everything, test_size=TEST_SHARE, stratify=targets, random_state=SPLIT_SEED)
-    folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=SPLIT_SEED).split(rest, targets[rest])
-    train, valid = list(folds)[fold]
-    split = Split(np.sort(rest[train]), np.sort(rest[valid]), np.sort(test))
-    for name, part in split._asdict().items():
-        if missing := [classes[index] for index in range(len(classes)) if index not in targets[part]]:
+
+def stratify_by(dataset: Any) -> np.ndarray | None:
+    """What folds are stratified by, whole numbers (N,): the classes; None for targets of another kind."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None or getattr(dataset, "classes", None) is None or np.ndim(targets) != 1:
+        return None
+    return np.asarray(targets)
+
+
+def leave_test(indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None, share: float) -> np.ndarray:
+    """`indices` without those of the test split, `share` of them."""
+    from sklearn.model_selection import train_test_split
+
+    if share == 0:
+        return indices
+    if groups is not None:
+        test = cut(indices, labels, groups, max(2, round(1 / share)))[0]
+        return np.setdiff1d(indices, test)
+    rest, _ = train_test_split(indices, test_size=share, stratify=labels, random_state=SPLIT_SEED)
+    return np.asarray(rest)
+
+
+def cut(indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None, num_parts: int) -> list[np.ndarray]:
+    """`indices` in parts, by the splitter of scikit-learn that fits."""
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
+
+    pieces = indices if groups is None else np.unique(groups[indices])
+    if len(pieces) < num_parts:
+        what = "samples" if groups is None else "groups"
+        raise ValueError(f"{len(pieces)} {what} are too few for {num_parts} parts; bring more, or use fewer folds.")
+    if groups is None:
+        kind = KFold if labels is None else StratifiedKFold
+    else:
+        kind = GroupKFold if labels is None else StratifiedGroupKFold
+    splitter = kind(num_parts, shuffle=True, random_state=SPLIT_SEED)
+    by_label = None if labels is None else labels[indices]
+    by_group = None if groups is None else groups[indices]
+    return [indices[part] for _, part in splitter.split(indices, by_label, by_group)]
+
+
+def check_classes(dataset: Any, labels: np.ndarray | None, indices: np.ndarray, num_parts: int) -> None:
+    """Raise ValueError where a class has fewer samples among `indices` than there are parts."""
+    if labels is None:
+        return
+    counts = np.bincount(labels[indices], minlength=len(dataset.classes)).tolist()
+    for name, count in zip(dataset.classes, counts, strict=True):
+        if count < num_parts:
             raise ValueError(
-                f"the {name} split of fold {fold} has no sample of class {', '.join(missing)}; bring more of it, "
-                f"or use fewer folds (NUM_FOLDS in experiment/splits.py)."
-            )
-    return split
-
-
-def _check_classes(targets: np.ndarray, classes: Sequence[str]) -> None:
-    """Each class needs a sample in each fold and in the test split."""
-    counts = np.bincount(targets, minlength=len(classes))
-    for name, count in zip(classes, counts, strict=True):
-        if count <= NUM_FOLDS:
-            raise ValueError(
-                f"class {name} has {count} samples, too few for {NUM_FOLDS} folds and a test split; "
-                f"bring {NUM_FOLDS + 1} or more, or leave the class out."
+                f"class {name} has {count} sample{'s' * (count != 1)}, too few for {num_parts} parts (folds and test "
+                f"split); bring {num_parts} or more, leave the class out, or use fewer folds."
             )

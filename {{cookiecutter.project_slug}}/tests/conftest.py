@@ -9,7 +9,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-for module in ("sklearn.datasets", "sklearn.model_selection", "tyro", "rich.console", "torch.utils.tensorboard"):
+for module in (
+    *("sklearn.datasets", "sklearn.model_selection", "tyro", "rich.console", "torch.utils.tensorboard"),
+    *("pandas", "scipy.optimize", "scipy.stats"),
+):
     try:
         importlib.import_module(module)
     except ImportError:  # this project may go without a tracker

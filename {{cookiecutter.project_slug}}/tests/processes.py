@@ -65,12 +65,12 @@ class End(NamedTuple):
     err: str
 
 
-def run_train(main: Callable[[Any], object], config_class: type, *flags: str) -> End:
-    """`python train.py FLAGS` in a forked process."""
+def run_train(main: Callable[[Any], object], config_class: type, *flags: str, name: str = "train.py") -> End:
+    """`python train.py FLAGS` in a forked process, or another verb by its `name`."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = multiprocessing.get_context("fork").Process(
-            target=_run_command, args=(main, config_class, flags, out, err)
+            target=_run_command, args=(main, config_class, (name, *flags), out, err)
         )
         process.start()
         process.join(SECONDS)
@@ -78,11 +78,13 @@ def run_train(main: Callable[[Any], object], config_class: type, *flags: str) ->
         return End(process.exitcode, out.read_text(), err.read_text())
 
 
-def _run_command(main: Any, config_class: type, flags: tuple[str, ...], out: Path, err: Path) -> None:
-    sys.argv = ["train.py", *flags]
+def _run_command(main: Any, config_class: type, command: tuple[str, ...], out: Path, err: Path) -> None:
+    sys.argv = [*command]
+    # Mends torch's own thread pool, which a fork breaks, before several threads want it at once.
+    torch.set_num_threads(1)
     sys.stdout, sys.stderr = out.open("w"), err.open("w")
     try:
-        run_command(main, config_class)
+        run_command(main, config_class, repeats=command[0] == "train.py")
     finally:
         sys.stdout.close()
         sys.stderr.close()

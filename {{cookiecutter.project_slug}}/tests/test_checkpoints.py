@@ -1,5 +1,6 @@
 """Checkpoints are whole, best is best, and a file that is not what it should be is named."""
 
+import functools
 import hashlib
 import json
 import math
@@ -8,10 +9,11 @@ import os
 import numpy as np
 import pytest
 import torch
-from models import CHANNELS, batchnorm_model, plain_model
+from models import CHANNELS, batchnorm_model
 from processes import run_ranks
 
-from batteries import BadInput, CheckpointManager, load_checkpoint, make_checkpoint, place_model, save_checkpoint
+from batteries import BadInput, CheckpointManager, load_checkpoint, make_checkpoint, save_checkpoint
+from batteries.parallel import bare, place_model, share_model
 
 
 def some_checkpoint(epoch: int = 1) -> dict:
@@ -175,16 +177,38 @@ def test_a_missing_file_is_named(tmp_path):
         load_checkpoint(tmp_path / "nowhere.pth", torch.nn.Linear(2, 2))
 
 
-def test_names_carry_no_prefix_of_a_wrapper(tmp_path):
-    def save(data_parallel: bool, path) -> None:
-        model = place_model(plain_model(), torch.device("cpu"), data_parallel=data_parallel, sync_batchnorm=True)
-        save_checkpoint(path, make_checkpoint("stage0", 1, model))
+def shared_model(way: str) -> torch.nn.Module:
+    """One model as each launch script has it."""
+    device = torch.device("cpu")
+    model = place_model(batchnorm_model(), device)
+    return share_model(model, device, data_parallel=way == "dp", compiled=way == "compiled")
 
-    save(False, tmp_path / "device.pth")
-    save(True, tmp_path / "dp.pth")
-    run_ranks(1, lambda: save(False, tmp_path / "ddp.pth"))
-    device, *others = ((tmp_path / f"{name}.pth").read_bytes() for name in ("device", "dp", "ddp"))
-    assert others == [device, device]
+
+def test_checkpoints_of_device_dp_ddp_and_compiled_models_are_the_same_and_load_into_one_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # no compiler needed
+
+    def save(way: str) -> None:
+        model = shared_model(way)
+        for number, buffer in enumerate(bare(model).buffers()):
+            buffer.fill_(number)
+        save_checkpoint(tmp_path / f"{way}.pth", make_checkpoint("stage0", 1, model))
+
+    def load(way: str) -> list[bool]:
+        found = []
+        for other in ("device", "dp", "ddp", "compiled"):
+            model = shared_model(way)
+            saved = load_checkpoint(tmp_path / f"{other}.pth", model)["model_state_dict"]
+            state = bare(model).state_dict()
+            found.append(saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in saved))
+        return found
+
+    for way in ("device", "dp", "compiled"):
+        save(way)
+    run_ranks(1, lambda: save("ddp"))
+    device, *others = ((tmp_path / f"{name}.pth").read_bytes() for name in ("device", "dp", "ddp", "compiled"))
+    assert others == [device] * 3
+    assert [load(way) for way in ("device", "dp", "compiled")] == [[True] * 4] * 3
+    assert run_ranks(1, lambda: load("ddp")) == [[True] * 4]
 
 
 def test_a_file_that_rank_0_cannot_read_fails_on_all_ranks_together(tmp_path):

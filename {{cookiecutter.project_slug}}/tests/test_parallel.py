@@ -3,55 +3,31 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from models import batchnorm_model, plain_model
-from pictures import Pictures, Shake
+from loops import CONFIG, CPU, EPOCHS, SIZE, Run, make_loader, make_optimizer, make_state
+from models import CHANNELS, batchnorm_model, plain_model
+from pictures import Pictures
 from processes import run_ranks
 from torch import nn
 
-from batteries import TrainLoader, place_model
 from batteries.batchnorm import SyncBatchNormCPU
 from batteries.parallel import bare, evaluation
 from experiment.augmentations import normalize
 from train import train_fn, valid_fn
 
-SIZE, BATCH_SIZE, EPOCHS = 57, 16, 3  # the last step of an epoch has 9 samples
-CPU = torch.device("cpu")
-RUN = SimpleNamespace(device=CPU, track=lambda batches, metrics, label: batches)
-
-
-def make_optimizer(model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
-
-
-def make_loader(accumulation_steps: int = 1) -> TrainLoader:
-    return TrainLoader(
-        Pictures(SIZE),
-        range(SIZE),
-        Shake(),
-        CPU,
-        seed=3,
-        batch_size=BATCH_SIZE,
-        accumulation_steps=accumulation_steps,
-        drop_last=False,
-    )
-
 
 def train(build: Callable[[], nn.Module], accumulation_steps: int = 1, data_parallel: bool = False) -> dict:
     """The weights and metrics after some epochs of train.py's own loop, on this rank."""
-    model = place_model(build(), CPU, data_parallel=data_parallel, sync_batchnorm=True)
-    optimizer, scheduler = make_optimizer(model)
+    state = make_state(build(), data_parallel)
     loader = make_loader(accumulation_steps)
     for epoch in range(1, EPOCHS + 1):
-        metrics = train_fn(model, loader.epoch(0, epoch), nn.CrossEntropyLoss(), optimizer, scheduler, RUN, "")
-    with evaluation(model):
+        metrics = train_fn(state, loader.epoch(0, epoch), Run(), CONFIG)
+    with evaluation(state.model):
         pass  # sends the buffers
-    return {"weights": numbers(bare(model)), "metrics": metrics}
+    return {"weights": numbers(bare(state.model)), "metrics": metrics}
 
 
 def bare_loop(build: Callable[[], nn.Module], micro_batches: int = 1) -> dict:
@@ -127,10 +103,9 @@ def test_one_process_and_data_parallel_without_gpus_end_with_the_weights_of_a_ba
 
 def test_without_synchronised_batch_norm_all_ranks_take_rank_0s_statistics_before_validation():
     def statistics() -> np.ndarray:
-        model = place_model(batchnorm_model(), CPU, data_parallel=False, sync_batchnorm=False)
-        optimizer, scheduler = make_optimizer(model)
-        train_fn(model, make_loader().epoch(0, 1), nn.CrossEntropyLoss(), optimizer, scheduler, RUN, "")
-        with evaluation(model) as network:
+        state = make_state(batchnorm_model(), sync_batchnorm=False)
+        train_fn(state, make_loader().epoch(0, 1), Run(), CONFIG)
+        with evaluation(state.model) as network:
             return network[2].running_mean.numpy().copy()
 
     first, second = run_ranks(2, statistics)
@@ -175,10 +150,10 @@ def test_gradients_are_exchanged_once_a_step_and_not_for_each_micro_batch():
             future.set_result(bucket.buffer())
             return future
 
-        model = place_model(plain_model(), CPU, data_parallel=False, sync_batchnorm=True)
-        model.register_comm_hook(None, count)
+        state = make_state(plain_model())
+        state.model.register_comm_hook(None, count)
         loader = make_loader(accumulation_steps=4)
-        train_fn(model, loader.epoch(0, 1), nn.CrossEntropyLoss(), *make_optimizer(model), RUN, "")
+        train_fn(state, loader.epoch(0, 1), Run(), CONFIG)
         return len(counted), len(loader)
 
     assert run_ranks(2, exchanges) == [(4, 4), (4, 4)]
@@ -188,7 +163,7 @@ def test_gradients_are_exchanged_once_a_step_and_not_for_each_micro_batch():
 def test_validation_scores_equal_a_plain_computation_for_any_ranks(world_size):
     from batteries import EvalLoader
 
-    pictures = Pictures(101)
+    pictures = Pictures(101, CHANNELS)
     model = plain_model().eval()
     with torch.no_grad():
         logits = model(normalize(pictures.images))
@@ -196,9 +171,8 @@ def test_validation_scores_equal_a_plain_computation_for_any_ranks(world_size):
     loss = nn.functional.cross_entropy(logits.double(), pictures.targets).item()
 
     def validate() -> dict[str, float]:
-        placed = place_model(plain_model(), CPU, data_parallel=False, sync_batchnorm=True)
         loader = EvalLoader(pictures, range(101), None, CPU, batch_size=64)
-        return valid_fn(placed, loader, nn.CrossEntropyLoss(), RUN)
+        return valid_fn(make_state(plain_model()).model, loader, Run(), CONFIG)
 
     for metrics in run_ranks(world_size, validate):
         assert metrics["accuracy"] == accuracy
@@ -207,13 +181,12 @@ def test_validation_scores_equal_a_plain_computation_for_any_ranks(world_size):
 
 def test_dropout_follows_from_the_position_and_not_from_what_was_drawn_before():
     def weights(disturb: bool) -> dict[str, np.ndarray]:
-        model = nn.Sequential(*plain_model(), nn.Dropout(0.5))
-        optimizer, scheduler = make_optimizer(model)
+        state = make_state(nn.Sequential(*plain_model(), nn.Dropout(0.5)))
         for epoch in (1, 2):
             if disturb:
                 torch.rand(epoch * 7)
-            train_fn(model, make_loader().epoch(0, epoch), nn.CrossEntropyLoss(), optimizer, scheduler, RUN, "")
-        return numbers(model)
+            train_fn(state, make_loader().epoch(0, epoch), Run(), CONFIG)
+        return numbers(state.model)
 
     quiet, disturbed = weights(disturb=False), weights(disturb=True)
     for name, values in quiet.items():

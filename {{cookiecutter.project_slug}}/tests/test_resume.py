@@ -16,7 +16,7 @@ import pytest
 import torch
 from models import CHANNELS
 from processes import End, free_port, join_ranks, run_train
-from small_data import make_data
+from small_data import change_one_sample, make_data
 from torch import nn
 
 import train
@@ -25,7 +25,7 @@ from batteries.cli import to_json
 from batteries.files import Lock
 from train import Config, Stage
 
-STAGES = (Stage("stage0", 3, 1e-2), Stage("stage1", 2, 1e-3))
+STAGES = (Stage("stage0", 3, 1e-2), Stage("stage1", 2, 1e-3, "plateau"))
 
 
 def dropout_network(num_classes: int) -> nn.Module:
@@ -45,12 +45,18 @@ def config(monkeypatch, data_dir, tmp_path) -> Config:
     return Config(
         stages=STAGES,
         accumulation_steps=2,
+        mixup=0.2,
+        cutmix=1.0,
         data_dir=data_dir,
+        split_file=tmp_path / "splits.csv",
         device="cpu",
         tracker="none",
         num_workers=0,
         limit_batches=5,
         save_n_best=1,
+        ema_decay=0.9,
+        clip_norm=1.0,
+        patience=5,
         checkpoint_every_steps=2,
         resume=True,
         logdir=tmp_path / "run",
@@ -99,12 +105,13 @@ def kill_after(seconds: float, config: Config, world_size: int = 1) -> bool:
 
 
 def digest(logdir: Path) -> dict[str, str]:
-    """sha256 of the final weights and optimizer state of each stage, of the best weights, and of the metrics."""
+    """sha256 of all that the last and the best checkpoint of each stage hold, and of the metrics."""
     found = {"metrics": hashlib.sha256((logdir / "metrics.jsonl").read_bytes()).hexdigest()}
     for file in sorted(logdir.glob("stage*/*.pth")):
         if file.name in ("best.pth", "last.pth"):
             checkpoint = torch.load(file, weights_only=True)
-            state = [checkpoint[f"{part}_state_dict"] for part in ("model", "optimizer", "scheduler")]
+            parts = ("model", "optimizer", "scheduler", "scaler", "ema", "stopping")
+            state = [checkpoint[f"{part}_state_dict"] for part in parts]
             found[f"{file.parent.name}/{file.name}"] = f"{hash_of(state)} of epoch {checkpoint['epoch']}"
     return found
 
@@ -123,16 +130,28 @@ def hash_of(value) -> str:
 
 
 def whole_run(config: Config, world_size: int = 1) -> tuple[dict[str, str], float]:
-    """What the run ends with when nobody kills it, and how long it takes."""
+    """What the run ends with when nobody kills it, and how long it takes; made once for each config."""
     whole = dataclasses.replace(config, logdir=config.logdir.with_name("whole"))
-    begin = time.monotonic()
-    finish(whole, world_size)
-    return digest(whole.logdir), time.monotonic() - begin
+    key = repr(dataclasses.replace(config, logdir=Path(), split_file=Path())), world_size
+    if key not in WHOLE_RUNS:
+        begin = time.monotonic()
+        finish(whole, world_size)
+        WHOLE_RUNS[key] = digest(whole.logdir), time.monotonic() - begin
+    return WHOLE_RUNS[key]
+
+
+WHOLE_RUNS: dict[tuple[str, int], tuple[dict[str, str], float]] = {}
 
 
 @pytest.mark.parametrize(
     ("num_workers", "world_size", "kills", "checkpoint_every_steps"),
-    [(0, 1, 20, 2), (0, 1, 20, 1), (2, 1, 20, 2), (0, 2, 5, 2)],
+    [
+        (0, 1, 5, 2),
+        pytest.param(0, 1, 20, 2, marks=pytest.mark.slow),
+        pytest.param(0, 1, 20, 1, marks=pytest.mark.slow),
+        pytest.param(2, 1, 20, 2, marks=pytest.mark.slow),
+        pytest.param(0, 2, 5, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_at_random_instants_ends_as_one_that_was_not(
     config, num_workers, world_size, kills, checkpoint_every_steps
@@ -158,6 +177,7 @@ def kill_at(config: Config, stage: str, file: str) -> None:
 
     def save_and_die(self, checkpoint):
         original(self, checkpoint)
+        self.wait()
         if self.logdir.name == stage and (self.logdir / file).exists():
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -171,10 +191,25 @@ def kill_at(config: Config, stage: str, file: str) -> None:
 
 
 @pytest.fixture
-def cut_run(config) -> Config:
+def cut_run(config, cuts) -> Config:
     """A run that was killed within the second epoch of its second stage, with a checkpoint in that epoch."""
-    kill_at(config, "stage1", "epoch_2_step_7.pth")
+    if not cuts.exists():
+        kill_at(config, "stage1", "epoch_2_step_7.pth")
+        shutil.copytree(config.logdir, cuts)
+        shutil.copy(config.split_file, cuts.with_suffix(".csv"))
+    else:
+        shutil.copytree(cuts, config.logdir)
+        shutil.copy(cuts.with_suffix(".csv"), config.split_file)
+        record = json.loads((config.logdir / "run.json").read_text())
+        record["split"]["file"] = str(config.split_file)
+        (config.logdir / "run.json").write_text(json.dumps(record))
     return config
+
+
+@pytest.fixture(scope="session")
+def cuts(tmp_path_factory) -> Path:
+    """Where the first cut run is kept for the tests that want one like it."""
+    return tmp_path_factory.mktemp("cuts") / "run"
 
 
 def resume(config: Config, **changes) -> End:
@@ -237,6 +272,23 @@ def test_where_no_checkpoint_is_sound_the_run_is_refused_and_never_started_afres
     assert (cut_run.logdir / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.parametrize("file", ["stage1/checkpoints.json", "run.json", "metrics.jsonl"])
+def test_a_damaged_record_is_refused_by_name(cut_run, file):
+    (cut_run.logdir / file).write_text("{torn\n")
+    end = resume(cut_run)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert f"{cut_run.logdir}/{file} is damaged" in end.err
+
+
+def test_a_damaged_end_of_an_epoch_gives_way_to_the_checkpoint_at_its_last_step(config):
+    kill_at(dataclasses.replace(config, limit_batches=6), "stage0", "epoch_1_step_4.pth")
+    finish(config := dataclasses.replace(config, limit_batches=6, stages=STAGES[:1]))
+    last = config.logdir / "stage0/epoch_3.pth"
+    last.write_bytes(b"torn")
+    assert resume(config).code == 0
+    assert last.with_name("epoch_3.pth.corrupt").exists()
+
+
 def test_a_missing_ledger_is_refused_by_name(cut_run):
     (cut_run.logdir / "stage1/checkpoints.json").unlink()
     end = resume(cut_run)
@@ -251,8 +303,19 @@ def test_a_missing_ledger_is_refused_by_name(cut_run):
         ({"seed": 1}, "--seed was 0 and is 1"),
         ({"fold": 1}, "--fold was 0 and is 1"),
         ({"accumulation_steps": 1}, "--accumulation-steps was 2 and is 1"),
-        ({"stages": (Stage("stage0", 4, 1e-2), STAGES[1])}, "--stages.0 was {'name': 'stage0', 'epochs': 3"),
-        ({"stages": (STAGES[0], Stage("stage1", 2, 2e-3))}, "--stages.1 was {'name': 'stage1', 'epochs': 2, "),
+        ({"tf32": False}, "--tf32 was True and is False; give --tf32, or another --logdir."),
+        ({"scores": ("roc_auc",)}, "--scores was [] and is ['roc_auc']; leave --scores out, or another --logdir."),
+        (
+            {"stages": (STAGES[0], dataclasses.replace(STAGES[1], name="tuned"))},
+            "--stages.1.name was stage1",
+        ),
+        (
+            {"stages": (Stage("stage0", 4, 1e-2), STAGES[1])},
+            "--stages.0.epochs was 3 and is 4; give --stages",
+        ),
+        ({"ema_decay": None}, "--ema-decay was 0.9 and is None; give --ema-decay 0.9, or another --logdir."),
+        ({"precision": "bf16"}, "--precision was fp32 and is bf16"),
+        ({"stages": (STAGES[0], Stage("stage1", 2, 2e-3))}, "--stages.1.lr was 0.001 and is 0.002; give"),
     ],
 )
 def test_another_run_is_not_resumed_and_the_difference_is_named(cut_run, changes, sentence):
@@ -268,9 +331,7 @@ def test_other_data_are_not_resumed(cut_run, monkeypatch):
     load_dataset = train.load_dataset
 
     def load_changed(data_dir):
-        dataset = load_dataset(data_dir)
-        dataset.images[0] = 255 - dataset.images[0]
-        return dataset
+        return change_one_sample(load_dataset(data_dir))
 
     monkeypatch.setattr(train, "load_dataset", load_changed)
     end = resume(cut_run)
@@ -278,11 +339,69 @@ def test_other_data_are_not_resumed(cut_run, monkeypatch):
     assert "the data or their split are not those of " in end.err
 
 
+@pytest.mark.parametrize("change", ["another fold", "the order of its rows", "another file"])
+def test_a_split_file_that_was_edited_since_is_not_resumed(cut_run, change):
+    path = cut_run.split_file
+    header, first, second, *rows = path.read_text().splitlines()
+    if change == "another fold":
+        second = ",".join([*second.split(",")[:2], str((int(second.split(",")[2]) + 2) % 5)])
+    path.write_text("\n".join([header, second, first, *rows]) + "\n")
+    if change == "another file":
+        cut_run = dataclasses.replace(cut_run, split_file=path.rename(path.with_name("other.csv")))
+    before = (cut_run.logdir / "run.json").read_bytes()
+    end = resume(cut_run)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert f"--resume would change the run: {cut_run.split_file} is not what the run began with, {path} of sha256" in (
+        end.err
+    )
+    assert (cut_run.logdir / "run.json").read_bytes() == before
+
+
+def test_a_split_file_may_lie_elsewhere_when_the_run_goes_on(cut_run):
+    wanted, _ = whole_run(cut_run)
+    moved = cut_run.split_file.rename(cut_run.split_file.with_name("moved.csv"))
+    end = resume(cut_run, split_file=moved)
+    assert end.code == 0, end.err
+    assert digest(cut_run.logdir) == wanted
+
+
 def test_another_model_is_not_resumed(cut_run, monkeypatch):
     monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(dropout_network(num_classes)))
+    before = {path: path.read_bytes() for path in cut_run.logdir.rglob("[!.]*") if path.is_file()}
     end = resume(cut_run)
     assert end.code == 2
     assert "epoch_2_step_7.pth is of another architecture than the model (missing: 0.2.weight" in end.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_other_versions_are_said_to_change_the_rounding(cut_run, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    end = resume(cut_run)
+    assert end.code == 0, end.err
+    assert " before and 9.9.9 now: it goes on equal to rounding, not bit for bit." in end.out
+
+
+def test_an_early_end_survives_a_kill_and_its_stage_is_not_gone_on_with(config, monkeypatch):
+    """The stage ends at its second epoch; the run is killed right after that checkpoint."""
+    monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": 0.5, "loss": 1.0})
+    config = dataclasses.replace(config, patience=1)
+    process = train.CheckpointManager.process
+
+    def process_and_die(self, score, epoch, checkpoint):
+        process(self, score, epoch, checkpoint)
+        if epoch == 2:
+            self.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(train.CheckpointManager, "process", process_and_die)
+    [killed] = start(config)
+    killed.join()
+    monkeypatch.setattr(train.CheckpointManager, "process", process)
+    finish(config)
+    lines = [json.loads(line) for line in (config.logdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [
+        *(("stage0", 1), ("stage0", 2), ("stage1", 1), ("stage1", 2))
+    ]
 
 
 def test_what_changes_no_number_may_change(cut_run):
@@ -327,7 +446,7 @@ def test_a_second_process_on_the_same_logdir_is_refused(cut_run):
 def test_ranks_may_change_at_a_resume_and_then_weights_agree_to_rounding_and_it_is_said(config, monkeypatch, data_dir):
     layers = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(CHANNELS * 16, 10)]
     monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(*layers))  # without dropout
-    whole_run(config)
+    finish(dataclasses.replace(config, logdir=config.logdir.with_name("whole")))
     kill_at(config, "stage1", "epoch_2_step_7.pth")
     finish(config, world_size=2)
     assert "equal to rounding, not bit for bit" in (config.logdir / "train.log").read_text()
@@ -378,6 +497,7 @@ def wait_for_start(logdir: Path, starts: int) -> None:
     raise AssertionError("the run does not start")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_one_rank_saves_the_run_on_all_and_it_goes_on_bit_for_bit(config, name, world_size):
@@ -412,11 +532,12 @@ def test_a_checkpoint_is_written_within_the_epoch_when_the_minutes_are_over(conf
     config = dataclasses.replace(config, checkpoint_every_steps=None, checkpoint_every_minutes=0.0, stages=STAGES[:1])
     finish(config)
     ledger = json.loads((config.logdir / "stage0/checkpoints.json").read_text())
-    assert "epoch_3_step_15.pth" in [row["file"] for row in ledger["checkpoints"]]
+    assert "epoch_3_step_14.pth" in [row["file"] for row in ledger["checkpoints"]]
 
 
 def test_the_best_checkpoint_survives_restarts(config, monkeypatch):
     scores = [0.4, 0.9, 0.5, 0.3, 0.2]  # three epochs of the first stage, two of the second
+    config = dataclasses.replace(config, ema_decay=None)
     path = config.logdir.with_name("calls")
 
     def scripted(*_):
@@ -429,6 +550,7 @@ def test_the_best_checkpoint_survives_restarts(config, monkeypatch):
 
     def process_and_die(self, score, epoch, checkpoint):
         original(self, score, epoch, checkpoint)
+        self.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(train.CheckpointManager, "process", process_and_die)

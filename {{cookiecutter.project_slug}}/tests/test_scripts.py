@@ -1,5 +1,7 @@
 """The launch scripts, as a person would run them: with the real model, from any folder, and stopped halfway."""
 
+import csv
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +13,10 @@ from pathlib import Path
 
 import pytest
 from small_data import NEEDS_PATCH, make_data
+
+from batteries import SplitFile
+from experiment.dataset import load_dataset
+from experiment.splits import make_folds
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--limit-batches", "2", "--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu"]
@@ -24,7 +30,9 @@ pytestmark = [
 
 @pytest.fixture(scope="session")
 def data_flags(tmp_path_factory) -> list[str]:
-    return ["--data-dir", str(make_data(tmp_path_factory.mktemp("data")))]
+    folder = tmp_path_factory.mktemp("data")
+    splits = tmp_path_factory.mktemp("splits") / "default.csv"
+    return ["--data-dir", str(make_data(folder)), "--split-file", str(splits)]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -137,16 +145,30 @@ def test_a_rank_that_fails_ends_all_with_its_cause_once(data_flags, tmp_path):
     assert done.stderr.count("Traceback") == 1
 
 
-@pytest.mark.parametrize("script", ["train_device.sh", "train_ddp.sh"])
-def test_ctrl_c_saves_the_run_ends_all_processes_and_says_so_once(script, data_flags, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "name", "whom"),
+    [
+        ("train_device.sh", "SIGINT", "all"),  # as a terminal does: to all processes of the job
+        ("train_ddp.sh", "SIGINT", "all"),
+        ("train_ddp.sh", "SIGTERM", "all"),
+        ("train_ddp.sh", "SIGTERM", "launcher"),
+        ("train_ddp.sh", "SIGUSR1", "launcher"),
+        ("train_ddp.sh", "SIGUSR1", "all"),
+    ],
+)
+def test_a_signal_saves_the_run_ends_all_processes_and_is_said_once(script, name, whom, data_flags, tmp_path):
+    number = getattr(signal, name)
     with start_script(script, *data_flags, "--logdir", str(tmp_path / "run"), "--num-workers", "1") as process:
         wait_for_metrics(tmp_path / "run")
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the job
+        (os.killpg if whom == "all" else os.kill)(process.pid, number)
         _, messages = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert messages == f"stopped by {name}; the run is saved, --resume goes on with it.\n"
+    assert process.returncode == 128 + number
     assert not processes_of_session(process.pid)
-    assert messages == "stopped by SIGINT; the run is saved, --resume goes on with it.\n"
-    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == "stopped by SIGINT"
+    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == f"stopped by {name}"
+    ledger = json.loads((tmp_path / "run/stage0/checkpoints.json").read_text())["checkpoints"][-1]
+    written = (tmp_path / "run/stage0" / ledger["file"]).read_bytes()
+    assert hashlib.sha256(written).hexdigest() == ledger["sha256"]
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 3])
@@ -157,6 +179,46 @@ def test_ctrl_c_while_train_py_starts_shows_no_traceback(seconds, data_flags, tm
         _, messages = process.communicate(timeout=30)
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in messages
+
+
+def test_folds_that_were_cut_go_on_and_finished_ones_are_not_trained_again(data_flags, tmp_path):
+    splits = tmp_path / "two.csv"
+    dataset = load_dataset(Path(data_flags[1]))
+    SplitFile(splits, dataset, lambda data: make_folds(data, num_folds=2)).write()
+    flags = [*SMOKE, *data_flags, "--split-file", str(splits), "--tracker", "none", "--save-n-best", "1"]
+    logdir = tmp_path / "folds"
+    with subprocess.Popen(
+        [ROOT / "scripts/train_folds.sh", *flags, f"--logdir={logdir}"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        for _ in range(1200):
+            if (logdir / "fold_1/stage0/last.pth").exists():
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    finished = (logdir / "fold_0/metrics.jsonl").read_bytes(), (logdir / "fold_0/stage1/last.pth").stat().st_mtime_ns
+    again = run_script("train_folds.sh", *flags, "--logdir", str(logdir), folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "stage1/epoch_1.pth: finished already" in again.stdout
+    assert "fold_1/stage0/epoch_1.pth" in again.stdout
+    path = logdir / "fold_0/stage1/last.pth"
+    assert ((logdir / "fold_0/metrics.jsonl").read_bytes(), path.stat().st_mtime_ns) == finished
+    assert len((logdir / "fold_1/metrics.jsonl").read_text().splitlines()) == 2
+    fold_0, fold_1, mean = again.stdout.splitlines()[-3:]
+    assert (fold_0[:6], fold_1[:6]) == ("fold 0", "fold 1")
+    assert mean.startswith("mean     accuracy 0.")
+    with splits.open() as file, (logdir / "predictions/valid.csv").open() as predicted:
+        wanted = [row["id"] for row in csv.DictReader(file) if row["fold"] != "-1"]
+        assert sorted(row["id"] for row in csv.DictReader(predicted)) == sorted(wanted)
+
+
+@pytest.mark.parametrize("flag", ["--fold", "--fold=2", "--resume"])
+def test_what_train_folds_gives_itself_is_refused(flag, tmp_path):
+    done = run_script("train_folds.sh", flag, folder=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"error: {flag} is given by scripts/train_folds.sh itself" in done.stderr
 
 
 def processes_of_session(session: int) -> list[int]:

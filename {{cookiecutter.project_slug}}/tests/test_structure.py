@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCK = "{" + "%"  # what jinja's blocks begin with: they are in README until the template is rendered
+VERBS = sorted(path.stem for path in ROOT.glob("*.py"))
 TREE = re.search(r"## The house\n\n```\n(.*?)```", README, re.DOTALL)
 
 
@@ -75,18 +76,21 @@ def test_every_path_that_the_readme_names_is_real():
 
 def test_every_flag_that_the_readme_names_is_real():
     import dataclasses
+    import importlib
 
-    from train import Config, Stage
+    from train import Stage
 
-    known = {field.name for field in dataclasses.fields(Config)} | {"config", "help"}
+    forms = [form for verb in VERBS for form in vars(importlib.import_module(verb)).values() if isinstance(form, type)]
+    known = {field.name for form in forms if dataclasses.is_dataclass(form) for field in dataclasses.fields(form)}
     known |= {f"stages.{number}.{field.name}" for number in (0, 1) for field in dataclasses.fields(Stage)}
+    known |= {"config", "help"}
     for flag in re.findall(r"--([a-z][\w.-]*)", README):
-        assert flag.replace("-", "_") in known, f"--{flag}"
+        assert flag.removeprefix("no-").replace("-", "_") in known, f"--{flag}"
 
 
 def test_train_py_stays_short_and_so_do_its_functions():
     assert (ROOT / "train.py").read_text().count("\n") <= 300
-    for file in [ROOT / "train.py", *(ROOT / "batteries").glob("*.py"), *(ROOT / "experiment").glob("*.py")]:
+    for file in [*ROOT.glob("*.py"), *(ROOT / "batteries").glob("*.py"), *(ROOT / "experiment").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno
@@ -94,7 +98,7 @@ def test_train_py_stays_short_and_so_do_its_functions():
 
 
 def test_train_py_and_experiment_do_not_ask_how_many_processes_there_are():
-    for file in [ROOT / "train.py", *(ROOT / "experiment").glob("*.py")]:
+    for file in [*ROOT.glob("*.py"), *(ROOT / "experiment").glob("*.py")]:
         nodes = list(ast.walk(ast.parse(file.read_text())))
         names = {node.id for node in nodes if isinstance(node, ast.Name)}
         names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}

@@ -1,11 +1,14 @@
 """A whole run, its folder, and what bad input is told."""
 
+import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_network
@@ -14,7 +17,7 @@ from small_data import make_data
 from torch import nn
 
 import train
-from batteries import Averages, runs
+from batteries import Averages, default_tracker, records
 from batteries.cli import from_json, parse, to_json
 from batteries.parallel import bare
 from train import Config, Stage
@@ -26,11 +29,11 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def start(monkeypatch, data_dir):
+def start(monkeypatch, data_dir, tmp_path):
     """Runs train.py with a tiny network; flags as on the command line."""
     monkeypatch.setattr(train, "build_model", tiny_network)
     quick = ["--tracker", "none", "--device", "cpu", "--data-dir", str(data_dir), "--limit-batches", "3"]
-    quick += ["--stages.0.epochs", "2", "--stages.1.epochs", "1"]
+    quick += ["--stages.0.epochs", "2", "--stages.1.epochs", "1", "--split-file", str(tmp_path / "splits/default.csv")]
 
     def run(*flags: str) -> End:
         return run_train(train.main, Config, *quick, *flags)
@@ -59,7 +62,14 @@ def test_a_run_leaves_the_files_that_the_readme_names(start, tmp_path):
 
 def test_the_best_score_of_the_run_is_what_main_gives(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
-    config = Config(data_dir=data_dir, logdir=tmp_path / "run", tracker="none", device="cpu", limit_batches=3)
+    config = Config(
+        data_dir=data_dir,
+        split_file=tmp_path / "splits.csv",
+        logdir=tmp_path / "run",
+        tracker="none",
+        device="cpu",
+        limit_batches=3,
+    )
     [best] = run_ranks(1, lambda: train.main(config), join=False)
     assert best == max(line["valid"]["accuracy"] for line in read_metrics(tmp_path / "run"))
 
@@ -70,15 +80,22 @@ def test_the_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch,
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
     started = []
 
-    def note_weights(model, *_):
-        started.append({name: value.clone() for name, value in bare(model).state_dict().items()})
-        torch.nn.init.normal_(next(model.parameters()))
+    def note_weights(state, *_):
+        started.append({name: value.clone() for name, value in bare(state.model).state_dict().items()})
+        torch.nn.init.normal_(next(state.model.parameters()))
         return {"loss": 1.0, "accuracy": 0.5}
 
     monkeypatch.setattr(train, "train_fn", note_weights)
     monkeypatch.setattr(train.Run, "log_epoch", lambda *_: None)
     stages = Stage("stage0", 2, 0.1), Stage("stage1", 1, 0.1)
-    config = Config(stages=stages, data_dir=data_dir, logdir=tmp_path / "run", tracker="none", device="cpu")
+    config = Config(
+        stages=stages,
+        data_dir=data_dir,
+        split_file=tmp_path / "splits.csv",
+        logdir=tmp_path / "run",
+        tracker="none",
+        device="cpu",
+    )
 
     def weights() -> list[bool]:
         train.main(config)
@@ -121,9 +138,10 @@ def test_the_same_config_gives_the_same_metrics_and_another_seed_others(start, t
     assert (first / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
 
 
-def test_two_ranks_give_the_metrics_of_one(start, monkeypatch, data_dir, tmp_path):
+@pytest.mark.parametrize("mixing", [[], ["--mixup", "0.4", "--cutmix", "1"]])
+def test_two_ranks_give_the_metrics_of_one(start, monkeypatch, data_dir, tmp_path, mixing):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert start("--logdir", str(one)).code == 0
+    assert start("--logdir", str(one), *mixing).code == 0
     config = from_json(Config, json.loads((one / "config.json").read_text()))
     run_ranks(2, lambda: train.main(dataclasses.replace(config, logdir=two)), join=False)
     for ours, theirs in zip(read_metrics(two), read_metrics(one), strict=True):
@@ -159,25 +177,42 @@ def test_flags_beside_a_config_file_win(tmp_path):
         (["--device", "gpu"], "--device gpu is not a device; use one of: auto, cpu"),
         (["--seed", "-1"], "--seed -1 must be 0 to 4294967295."),
         (["--stages.0.epochs", "0"], "--stages.0.epochs 0 must be 1 or more."),
-        (["--stages.1.lr", "nan"], "--stages.1.lr nan must be over 0 and finite."),
-        (["--stages.1.lr", "inf"], "--stages.1.lr inf must be over 0 and finite."),
+        (["--stages.1.lr", "nan"], "--stages.1.lr nan must be over 0."),
+        (["--stages.1.lr", "inf"], "--stages.1.lr inf must be over 0."),
         (["--stages.1.name", "../x"], "--stages.1.name '../x' must be the name of a folder of its own"),
         (["--stages.1.name", ".."], "--stages.1.name '..' must be the name of a folder of its own"),
         (["--stages.1.name", ""], "--stages.1.name '' must be the name of a folder of its own"),
         (["--stages.1.name", "train.log"], "--stages.1.name 'train.log' must be the name of a folder of its own"),
         (["--stages.1.name", "stage0"], "--stages need one or more, of different names, not stage0, stage0."),
-        (["--main-metric", "loss"], "--main-metric loss is better when it is less: give --minimize-metric too."),
-        (["--minimize-metric"], "--main-metric accuracy is better when it is more: leave --minimize-metric out."),
-        (["--weight-decay", "-1"], "--weight-decay -1.0 must be 0 or more and finite."),
+        (["--main-metric", "loss"], "--main-metric loss is better when it is less: give --minimize-metric."),
+        (["--minimize-metric"], "--main-metric accuracy is better when it is more: leave out --minimize-metric."),
+        (["--weight-decay", "-1"], "--weight-decay -1.0 must be 0 or more."),
+        (["--mixup", "-1"], "--mixup -1.0 must be 0 or more."),
         (["--accumulation-steps", "32"], "--batch-size leaves micro-batches of one sample, and batch norm needs two"),
         (["--logdir", ""], "--logdir . is this repository itself"),
-        (["--save-n-best", "0"], "--save-n-best 0 must be at least 1."),
-        (["--limit-batches", "0"], "--limit-batches 0 must be at least 1."),
-        (["--valid-batch-size", "0"], "--valid-batch-size 0 must be at least 1."),
+        (["--save-n-best", "0"], "--save-n-best 0 must be 1 or more."),
+        (["--limit-batches", "0"], "--limit-batches 0 must be 1 or more."),
+        (["--valid-batch-size", "0"], "--valid-batch-size 0 must be 1 or more."),
         (["--num-workers", "-1"], "--num-workers -1 must be 0 or more."),
         (["--config", "nowhere.json"], "--config nowhere.json cannot be read"),
         (["--config"], "--config needs a file"),
         (["--logdir", "train.py"], "--logdir train.py cannot be a folder"),
+        (["--main-metric", "acuracy"], "--main-metric acuracy is no metric; did you mean 'accuracy'? Use one of: "),
+        (["--scores", "f1_macro"], "--scores f1_macro is no metric; did you mean 'macro_f1'? Use one of: "),
+        (["--stages.0.schedule", "cosin"], "--stages.0.schedule cosin is no choice; did you mean 'cosine'?"),
+        (["--stages.0.freeze", "0.wieght"], "--stages: freeze '0.wieght' is no module of the model"),
+        (["--stages.0.freeze", "0", "1"], "--stages: freeze 0, 1 leaves nothing to learn."),
+        (["--patience", "0"], "--patience 0 must be 1 or more."),
+        (["--ema-decay", "1.5"], "--ema-decay 1.5 must be 0 to 1."),
+        (["--clip-norm", "0"], "--clip-norm 0.0 must be over 0."),
+        (
+            ["--stages.1.schedule", "cosine", "--stages.1.warmup-epochs", "3"],
+            "--stages.1.warmup-epochs 3 is as long as the stage or longer (1 epochs); use less.",
+        ),
+        (["--stages.0.warmup-epochs", "1"], "--stages.0.warmup-epochs 1 has no place in --stages.0.schedule one-cycle"),
+        (["--precision", "fp8"], "--precision fp8 is no choice"),
+        (["--init-from", "a", "--pretrained", "b"], "--init-from and --pretrained both say where weights come from"),
+        (["--data-parallel", "--compile"], "--compile does not go with --data-parallel"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(
@@ -191,7 +226,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(
     assert sentence in end.err
     assert end.err.count("\n") == 1
     assert end.out == ""
-    assert not logdir.exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -202,7 +237,10 @@ def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(
         ('{"seed": true}', "seed is True, and must be int."),
         ('{"deterministic": "no"}', "deterministic is 'no', and must be bool."),
         ('{"weight_decay": "0.1"}', "weight_decay is '0.1', and must be float."),
-        ('{"main_metric": "f1"}', "main_metric is 'f1', and must be 'accuracy' or 'loss'."),
+        (
+            '{"main_metric": "f1"}',
+            "--main-metric f1 is no metric. Use one of: loss, accuracy, balanced_accuracy, macro_f1",
+        ),
         ('{"logdir": null}', "logdir is None, and must be Path."),
         ('{"stages": []}', "--stages need one or more, of different names, not none."),
         ('{"stages": ["a"]}', "stages must be an object of knobs"),
@@ -241,8 +279,8 @@ def test_what_was_not_committed_is_kept_with_new_files_and_any_bytes(monkeypatch
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "empty"]):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
     (tmp_path / "new.py").write_bytes(b"caf\xe9\n")
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
-    assert b"+caf\xe9" in (runs.uncommitted() or b"")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert b"+caf\xe9" in (records.uncommitted() or b"")
     assert subprocess.run(["git", "status", "-s"], cwd=tmp_path, capture_output=True).stdout == b"?? new.py\n"
 
 
@@ -276,8 +314,8 @@ def test_a_data_set_with_too_few_of_a_class_is_refused(start, monkeypatch, tmp_p
 
     def load_thinned(data_dir):
         dataset = load_dataset(data_dir)
-        rare = (dataset.targets == 3).nonzero().flatten()[2:]
-        dataset.targets[rare] = 4
+        targets = np.asarray(dataset.targets)
+        targets[np.flatnonzero(targets == 3)[2:]] = 4
         return dataset
 
     monkeypatch.setattr(train, "load_dataset", load_thinned)
@@ -285,6 +323,48 @@ def test_a_data_set_with_too_few_of_a_class_is_refused(start, monkeypatch, tmp_p
     assert (end.code, end.err.count("\n")) == (2, 1)
     assert "has 2 samples" in end.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_makes_its_split_file_once_and_notes_its_sha256(start, tmp_path):
+    path = tmp_path / "splits/default.csv"
+    for name in ("one", "two"):
+        assert start("--logdir", str(tmp_path / name), "--fold", "1").code == 0
+        split = json.loads((tmp_path / name / "run.json").read_text())["split"]
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert split == {"file": str(path), "sha256": sha256, "folds": 5}
+    assert path.read_text().startswith("id,target,fold")
+
+
+def test_training_reads_no_sample_of_the_test_split(start, monkeypatch, tmp_path):
+    read = tmp_path / "read.txt"
+    load_dataset = train.load_dataset
+
+    def load_noted(data_dir):
+        dataset = load_dataset(data_dir)
+        get_one, get_batch = type(dataset).__getitem__, getattr(dataset, "get_batch", None)
+
+        def note(indices) -> None:
+            with read.open("a") as file:
+                file.write("".join(f"{dataset.ids[index]}\n" for index in np.atleast_1d(indices)))
+
+        class Noted(type(dataset)):
+            def __getitem__(self, index):
+                note(index)
+                return get_one(self, index)
+
+        dataset.__class__ = Noted
+        if get_batch is not None:
+            dataset.get_batch = lambda indices: (note(indices), get_batch(indices))[1]
+        return dataset
+
+    monkeypatch.setattr(train, "load_dataset", load_noted)
+    end = start("--logdir", str(tmp_path / "run"), "--tracker", default_tracker(), "--limit-batches", "1000")
+    assert end.code == 0, end.err
+    with (tmp_path / "splits/default.csv").open(newline="") as file:
+        rows = {row["id"]: row["fold"] for row in csv.DictReader(file)}
+    seen = set(read.read_text().splitlines())
+    assert {rows[name] for name in seen} == {"0", "1", "2", "3", "4"}
+    assert "-1" in rows.values()
 
 
 def test_a_bug_keeps_its_traceback_and_is_noted_in_the_run(start, monkeypatch, tmp_path):
@@ -306,7 +386,7 @@ def test_a_loss_that_is_not_finite_is_null_in_the_metrics_and_never_best(start, 
     assert not (tmp_path / "run/stage0/best.pth").exists()
 
 
-@pytest.mark.parametrize("method", ["__init__", "add_scalar", "close"])
+@pytest.mark.parametrize("method", ["__init__", "add_scalar", "add_image", "close"])
 def test_a_tracker_that_fails_warns_once_and_changes_no_weight(start, monkeypatch, tmp_path, method):
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
@@ -349,7 +429,14 @@ def test_one_process_of_a_machine_loads_the_data_before_the_others(monkeypatch, 
         return dataset
 
     monkeypatch.setattr(train, "load_dataset", load_noted)
-    config = Config(data_dir=data_dir, logdir=tmp_path / "run", tracker="none", device="cpu", limit_batches=1)
+    config = Config(
+        data_dir=data_dir,
+        split_file=tmp_path / "splits.csv",
+        logdir=tmp_path / "run",
+        tracker="none",
+        device="cpu",
+        limit_batches=1,
+    )
     assert len(run_ranks(2, lambda: train.main(config), join=False)) == 2
 
 
@@ -361,3 +448,5 @@ def test_tensorboard_has_the_numbers_of_the_metrics(start, tmp_path):
     points = [(event.step, event.value) for event in accumulator.Scalars("stage0/valid/accuracy")]
     wanted = [(line["step"], line["valid"]["accuracy"]) for line in read_metrics(logdir) if line["stage"] == "stage0"]
     assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
+    [sheet] = accumulator.Images("samples")
+    assert (sheet.step, sheet.width > sheet.height) == (0, True)

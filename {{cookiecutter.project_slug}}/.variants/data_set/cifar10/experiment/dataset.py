@@ -1,53 +1,72 @@
-"""An index becomes one sample: CIFAR-10, 50,000 colour images of 32x32 for training and validation.
+"""An index becomes one sample: CIFAR-10, 50,000 colour images of 32x32 to train on and 10,000 to test.
 
 Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
-torchvision downloads it once (170 MB).
+torchvision downloads it once (170 MB), and compares the bytes of all its files with their md5 sums at each start.
 """
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.datasets import CIFAR10
 
+TEST_SIZE = 10_000  # images of the official test split
+
 
 class Cifar10:
-    """Images as uint8 tensors (3, 32, 32), 0 to 255; targets as whole numbers 0 to 9.
+    """Images as uint8 tensors (3, 32, 32), 0 to 255; targets as whole numbers 0 to 9, -1 for the official test split.
 
-    The official test images are another file, which training never opens.
+    The test images and their targets are read when one is asked for, which training never does.
     """
 
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def __init__(self, data_dir: Path) -> None:
-        try:
-            files = CIFAR10(str(data_dir), train=True, download=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"--data-dir {data_dir} has no sound CIFAR-10 and it cannot be downloaded ({error}); put the folder "
-                f"cifar-10-batches-py there."
-            ) from error
-        self.images = torch.from_numpy(np.ascontiguousarray(files.data.transpose(0, 3, 1, 2)))
-        self.targets = torch.tensor(files.targets)
-        self.ids = [f"train_{index:05d}" for index in range(len(self.targets))]
+        self.data_dir = Path(data_dir)
+        self.images, self.labels = self._read(train=True)
+        size = len(self.labels)
+        self.ids = [f"train_{index:05d}" for index in range(size)] + [f"test_{index:05d}" for index in range(TEST_SIZE)]
+        self.targets = np.append(self.labels.numpy(), np.full(TEST_SIZE, -1))
+        self.official_test = np.arange(size + TEST_SIZE) >= size
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One image (3, 32, 32) and its target ()."""
-        return self.images[index], self.targets[index]
+        size = len(self.labels)
+        images, labels = (self.images, self.labels) if index < size else self.test
+        return images[index % size], labels[index % size]
 
     def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, 32, 32) and targets (N,) at once: faster than one by one where no sample is transformed."""
-        return self.images[indices], self.targets[indices]
+        if (indices < len(self.labels)).all():
+            return self.images[indices], self.labels[indices]
+        images, labels = zip(*(self[index] for index in indices.tolist()), strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+    @cached_property
+    def test(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets of the official test split."""
+        return self._read(train=False)
 
     def fingerprint(self) -> str:
         """Tells these data from any others: a run is resumed on the same alone."""
         digest = hashlib.sha256(self.images.numpy().tobytes())
-        digest.update(self.targets.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
+
+    def _read(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            files = CIFAR10(str(self.data_dir), train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"--data-dir {self.data_dir} has no sound CIFAR-10 and it cannot be downloaded ({error}); put the "
+                f"folder cifar-10-batches-py there."
+            ) from error
+        return torch.from_numpy(np.ascontiguousarray(files.data.transpose(0, 3, 1, 2))), torch.tensor(files.targets)
 
 
 def load_dataset(data_dir: Path) -> Cifar10:

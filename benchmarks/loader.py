@@ -1,0 +1,205 @@
+"""Images a second from a folder of JPEGs to normalised float batches: this template's loader beside others.
+
+    uv run --with timm python benchmarks/loader.py            # about two minutes; without timm its lines are left out
+
+500 JPEGs of 500x375 are made on the spot; each goes through RandomResizedCrop(224) and a flip. Two workers of one
+thread, batches of 64. The repeats are interleaved, as a machine is seldom quiet: a ratio compares neighbours in time.
+CPU time, of this process and its workers, is less moved by what else runs.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder as PILFolder
+from torchvision.transforms import v2
+
+PROJECT = Path(__file__).parent.parent / "{{cookiecutter.project_slug}}"
+sys.path.insert(0, str(PROJECT))
+
+from batteries import TrainLoader  # noqa: E402 (found by the line above)
+
+WORKERS, BATCH_SIZE, SIZE = 2, 64, 224
+
+Loop = Callable[[], Iterator[torch.Tensor]]
+
+
+def load_module(name: str) -> ModuleType:
+    """A module of the starter for image folders, from where the template keeps it."""
+    path = PROJECT / f".variants/data_set/image_folder/experiment/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+images, augmentations = load_module("images"), load_module("augmentations")
+MEAN, STD = augmentations.MEAN, augmentations.STD
+
+
+def make_folder(folder: Path, count: int) -> list[str]:
+    """JPEG files of 500x375, about as large as photographs are at quality 90; gives their paths."""
+    from torchvision.io import write_jpeg
+
+    generator = torch.Generator().manual_seed(0)
+    (folder / "one").mkdir()
+    for index in range(count):
+        coarse = torch.rand((1, 3, 47, 63), generator=generator)
+        picture = torch.nn.functional.interpolate(coarse, size=(375, 500), mode="bicubic")[0]
+        picture = (picture + torch.randn((3, 375, 500), generator=generator) * 0.04).clamp(0, 1) * 255
+        write_jpeg(picture.to(torch.uint8), str(folder / f"one/{index:03d}.jpg"), quality=90)
+    return [str(path) for path in sorted((folder / "one").iterdir())]
+
+
+class Files(Dataset):
+    """The data set of the starter: an index becomes a uint8 image and its target."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return images.read_image(self.paths[index]), 0
+
+
+class DecodedOnly(Files):
+    """What reading and decoding alone take: the image is dropped."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        super().__getitem__(index)
+        return torch.zeros(1), 0
+
+
+def ours(paths: list[str]) -> Loop:
+    """TrainLoader: torchvision.io, v2 on uint8 tensors, a random stream for each sample, normalised after collation."""
+    transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
+    loader = TrainLoader(
+        Files(paths),
+        np.arange(len(paths)),
+        transform,
+        torch.device("cpu"),
+        seed=0,
+        batch_size=BATCH_SIZE,
+        drop_last=False,
+        num_workers=WORKERS,
+    )
+    epochs = iter(range(1, 1_000_000))
+    return lambda: (augmentations.normalize(batch.images) for batch in loader.epoch(0, next(epochs)))
+
+
+def pil_v2(paths: list[str]) -> Loop:
+    """The common way: PIL, v2 to normalised float32 in the workers."""
+    steps = [v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.ToImage()]
+    transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    return plain(PILFolder(str(Path(paths[0]).parent.parent), transform))
+
+
+def decode_only(paths: list[str]) -> Loop:
+    """The floor: files decoded and thrown away."""
+    return plain(DecodedOnly(paths))
+
+
+def plain(dataset: Dataset) -> Loop:
+    """A DataLoader over a data set."""
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=WORKERS, persistent_workers=True)
+    return lambda: (batch for batch, _ in loader)
+
+
+def timm(paths: list[str], prefetcher: bool) -> Loop:
+    """The training loader of timm with crop and flip alone; its prefetcher normalises after collation, here too."""
+    from timm.data import ImageDataset, create_loader
+
+    loader: Any = create_loader(
+        ImageDataset(str(Path(paths[0]).parent.parent)),
+        input_size=(3, SIZE, SIZE),
+        batch_size=BATCH_SIZE,
+        is_training=True,
+        use_prefetcher=prefetcher,
+        interpolation="bilinear",
+        color_jitter=None,
+        num_workers=WORKERS,
+        mean=MEAN,
+        std=STD,
+        pin_memory=False,
+        persistent_workers=True,
+        device=torch.device("cpu"),
+    )
+    return lambda: (batch for batch, _ in loader)
+
+
+def cpu_seconds() -> float:
+    """What this process and its workers have worked so far, in CPU time; on Linux."""
+    total = 0.0
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(") ")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total + time.process_time()
+
+
+def measure(loop: Loop) -> tuple[float, float]:
+    """Seconds, and CPU seconds, that one pass takes."""
+    begin, work = time.perf_counter(), cpu_seconds()
+    for _ in loop():
+        pass
+    return time.perf_counter() - begin, cpu_seconds() - work
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_folder(Path(folder), arguments.images)
+        loops = {"this template": ours(paths), "PIL, v2 in float": pil_v2(paths), "decoding alone": decode_only(paths)}
+        if importlib.util.find_spec("timm"):
+            loops |= {"timm": timm(paths, prefetcher=False), "timm, prefetcher": timm(paths, prefetcher=True)}
+        for loop in loops.values():
+            measure(loop)  # starts the workers
+        taken = {name: [] for name in loops}
+        for _ in range(arguments.repeats):
+            for name, loop in loops.items():
+                taken[name].append(measure(loop))
+    end_workers()
+    show({name: np.array(values) / arguments.images for name, values in taken.items()})
+
+
+def end_workers() -> None:
+    """Workers of a loader that is still there wait for its next epoch."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the death of one for an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def show(taken: dict[str, np.ndarray]) -> None:
+    """A table from (repeats, 2) seconds and CPU seconds per image; ratios of neighbours, then their median."""
+    own = taken["this template"]
+    print(f"{'':20}{'images/s':>10}{'ratio':>8}{'CPU ms/image':>16}{'ratio':>8}")
+    for name, values in taken.items():
+        (seconds, work), (ratio, work_ratio) = np.median(values, 0), np.median(values / own, 0)
+        print(f"{name:20}{1 / seconds:>10.0f}{ratio:>8.2f}{1000 * work:>16.2f}{work_ratio:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()

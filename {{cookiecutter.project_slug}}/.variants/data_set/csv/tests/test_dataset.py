@@ -1,0 +1,151 @@
+"""Tables of images: groups and folds of their own, what is wrong with a row, and test files that are never opened."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_network
+from pictures import patterned
+from processes import End, run_train
+from torchvision.io import write_jpeg
+
+import train
+from batteries import SplitFile
+from batteries.splits import TEST
+from experiment.dataset import TABLE, Table
+from experiment.splits import make_folds
+from train import Config
+
+SIZE = 40
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Runs train.py over `data_dir` with a tiny network."""
+    monkeypatch.setattr(train, "build_model", tiny_network)
+
+    def run(data_dir: Path, *flags: str) -> End:
+        quick = ["--tracker", "none", "--device", "cpu", "--stages.0.epochs", "1", "--stages.1.epochs", "1"]
+        quick += ["--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run"), "--batch-size", "8"]
+        return run_train(train.main, Config, "--data-dir", str(data_dir), *quick, *flags)
+
+    return run
+
+
+def assert_refused(end: End, sentence: str, tmp_path: Path) -> None:
+    assert (end.code, end.err.count("\n")) == (2, 1), end.err
+    assert sentence in end.err
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "x.csv").exists()
+
+
+def row_of(index: int) -> dict[str, str]:
+    """A row: cats and dogs, an owner for each four of them."""
+    return {"path": f"{index:02d}.jpg", "label": ("cat", "dog")[index % 2], "group": f"owner{index // 4}"}
+
+
+def write_data(root: Path, change: Callable[[list[dict[str, str]]], object] = lambda rows: None) -> Path:
+    """A table and its images in `root`, after `change` of the rows."""
+    root.mkdir()
+    rows = [row_of(index) for index in range(SIZE)]
+    for index in range(SIZE):
+        write_jpeg(torch.from_numpy(patterned([index % 2], 3, 16)[0]), str(root / f"{index:02d}.jpg"))
+    change(rows)
+    with (root / TABLE).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
+
+
+def split_of(root: Path, tmp_path: Path) -> tuple[Table, np.ndarray]:
+    dataset = Table(root)
+    return dataset, SplitFile(tmp_path / "x.csv", dataset, make_folds).folds
+
+
+def test_a_group_is_in_one_fold_alone(tmp_path):
+    dataset, folds = split_of(write_data(tmp_path / "data"), tmp_path)
+    for group in set(dataset.groups or []):
+        assert len({int(fold) for fold, other in zip(folds, dataset.groups or [], strict=True) if other == group}) == 1
+
+
+def test_a_column_fold_decides(tmp_path):
+    def add(rows: list[dict[str, str]]) -> None:
+        for index, row in enumerate(rows):
+            row["fold"] = str(index // 4 % 4 - 1)
+
+    _, folds = split_of(write_data(tmp_path / "data", add), tmp_path)
+    assert folds.tolist() == [index // 4 % 4 - 1 for index in range(SIZE)]
+
+
+def test_rows_without_a_label_are_the_test_split_and_their_files_are_never_opened(start, tmp_path):
+    def hide(rows: list[dict[str, str]]) -> None:
+        for row in rows[:8]:
+            row["label"] = ""
+
+    root = write_data(tmp_path / "data", hide)
+    for index in range(8):
+        (root / f"{index:02d}.jpg").write_bytes(b"rubbish")
+    _, folds = split_of(root, tmp_path)
+    assert np.flatnonzero(folds == TEST).tolist() == list(range(8))
+    end = start(root)
+    assert end.code == 0, end.err
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+    def number(rows: list[dict[str, str]]) -> None:
+        for index, row in enumerate(rows):
+            row["label"] = str(index % 4 * 5)
+
+    assert Table(write_data(tmp_path / "data", number)).classes == ("0", "5", "10", "15")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda rows: rows.clear() or rows.append({"path": "", "label": ""}), "line 2 does not have a value for each"),
+        (lambda rows: [row.pop("label") for row in rows], "samples.csv has no column label; it has path, group."),
+        (
+            lambda rows: rows[3].update(path="nowhere.jpg"),
+            "are missing or empty: nowhere.jpg (line 5); mend these rows",
+        ),
+        (lambda rows: rows[3].update(path="empty.jpg"), "are missing or empty: empty.jpg (line 5)"),
+        (lambda rows: rows[3].update(path="text.jpg"), "are no images: text.jpg (line 5)"),
+        (lambda rows: rows[3].update(path="00.jpg"), "the data set's ids repeat: 00.jpg"),
+        (
+            lambda rows: [row.update(fold="one") for row in rows],
+            "line 2 has fold 'one'; give a whole number, -1 for test",
+        ),
+        (lambda rows: [row.update(fold="0") for row in rows], "has the folds 0; number two or more from 0 on"),
+        (
+            lambda rows: [row.update(fold=str(index % 2)) for index, row in enumerate(rows)],
+            "has group owner0 in folds 0 and 1; a group stays in one.",
+        ),
+        (lambda rows: [row.update(group="all") for row in rows], "1 groups are too few"),
+        (
+            lambda rows: [row.update(fold=str(index // 4 % 2), label="") for index, row in enumerate(rows)],
+            "trains on samples without a target: 00.jpg",
+        ),
+    ],
+)
+def test_a_table_that_is_wrong_is_refused_with_the_row(start, tmp_path, change, sentence):
+    root = write_data(tmp_path / "data", change)
+    (root / "empty.jpg").touch()
+    (root / "text.jpg").write_text("hello")
+    for row in range(SIZE):  # the files that the rows above name are missing, not those that train
+        assert (root / f"{row:02d}.jpg").exists()
+    assert_refused(start(root), sentence, tmp_path)
+
+
+def test_a_row_that_is_too_short_is_refused_by_its_line(start, tmp_path):
+    root = write_data(tmp_path / "data")
+    with (root / TABLE).open("a") as file:
+        file.write("00.jpg\n")
+    assert_refused(start(root), "line 42 does not have a value for each of path, label, group", tmp_path)
+
+
+def test_without_a_table_the_file_that_is_wanted_is_named(start, tmp_path):
+    assert_refused(start(tmp_path / "nowhere"), f"{tmp_path / 'nowhere/samples.csv'} cannot be read", tmp_path)

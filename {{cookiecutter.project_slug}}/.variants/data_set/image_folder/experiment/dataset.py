@@ -1,0 +1,85 @@
+"""An index becomes one sample: image files in a folder for each class.
+
+    data/cats/1.jpg  data/dogs/1.jpg                          split by experiment/splits.py
+    data/train/cats/1.jpg  data/test/cats/2.jpg               with an official test split
+    data/train/…  data/valid/…  data/test/…                   with an official validation split too: it is --fold 0
+
+`--data-dir` is the folder that holds the classes, or train, valid and test.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiment.images import SUFFIXES, check_files, file_size, read_image
+
+PARTS = {"train": 1, "valid": 0, "val": 0, "test": -1}  # folders with a split of their own, and their folds
+
+
+class ImageFolder:
+    """Images as uint8 tensors (3, H, W), 0 to 255, of any sizes; targets as whole numbers, indices into `classes`.
+
+    An id is the path in `data_dir`. Names that begin with a dot are left out.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = Path(data_dir)
+        parts = [name for name in PARTS if (self.data_dir / name).is_dir()]
+        roots = parts if "train" in parts else ["."]
+        self.classes = tuple(sorted({folder.name for root in roots for folder in folders_in(self.data_dir / root)}))
+        files = [
+            (root, number, path)
+            for root in roots
+            for number, name in enumerate(self.classes)
+            for path in files_in(self.data_dir / root / name)
+        ]
+        if not files:
+            raise ValueError(
+                f"--data-dir {data_dir} has no images; put a folder for each class there, such as "
+                f"{self.data_dir}/cats/1.jpg ({', '.join(SUFFIXES)})."
+            )
+        self.ids = [path.relative_to(self.data_dir).as_posix() for _, _, path in files]
+        self.targets = np.array([number for _, number, _ in files])
+        folds = np.array([PARTS.get(root, 0) for root, _, _ in files])
+        self.official_test = folds == -1 if "test" in roots else None
+        self.folds = folds if {"valid", "val"} & set(roots) else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """One image (3, H, W) and its target."""
+        return read_image(self.data_dir / self.ids[index]), int(self.targets[index])
+
+    def check(self, indices: np.ndarray) -> None:
+        """Raise ValueError with the names of files among `indices` that are no images, by their first bytes."""
+        if broken := check_files([self.data_dir / self.ids[index] for index in indices]):
+            names = ", ".join(self.ids[indices[place]] for place in broken[:5])
+            raise ValueError(f"{len(broken)} files in {self.data_dir} are no images: {names}; mend or remove them.")
+
+    def fingerprint(self) -> str:
+        """Tells these data from others, by names, classes and sizes of the files: none is opened."""
+        digest = hashlib.sha256()
+        for name, target in zip(self.ids, self.targets.tolist(), strict=True):
+            digest.update(f"{name}\0{target}\0{file_size(self.data_dir / name)}\n".encode())
+        return digest.hexdigest()
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in `folder`, without hidden ones."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The image files in `folder` and below, in the order of their names, without hidden ones."""
+    there = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(there)
+
+
+def load_dataset(data_dir: Path) -> ImageFolder:
+    """The data set of this experiment."""
+    return ImageFolder(data_dir)

@@ -1,0 +1,64 @@
+"""Image files become tensors: JPEG, PNG, WebP and GIF, whatever is in them."""
+
+import os
+import stat
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF87a", b"GIF89a")
+
+
+def read_image(path: str | Path) -> torch.Tensor:
+    """The image in `path`, uint8 (3, H, W), 0 to 255, turned as its EXIF orientation says (not that of a WebP).
+
+    Grey gets three channels, CMYK becomes RGB, alpha is left out, 16 bits become 8, of an animation the first picture
+    is taken. Raises ValueError with the name of a file that is missing, empty, cut short or no image. Bytes that a disk
+    has changed within a JPEG can go unnoticed.
+    """
+    try:
+        image = decode_image(read_file(str(path)), ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read as an image ({reason(path, error)}).") from error
+    if image.ndim == 4:
+        image = image[0]
+    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
+
+
+def reason(path: str | Path, error: RuntimeError) -> str:
+    """What is wrong with a file, in few words; torchvision begins with the place in its own source."""
+    if not os.path.isfile(path):
+        return "it is not there"
+    if not os.path.getsize(path):
+        return "it is empty"
+    if not begins_like_an_image(path):
+        return "it is neither JPEG, PNG, WebP nor GIF"
+    return str(error).splitlines()[0].rsplit(", ", 1)[-1].strip(" .") or "it is damaged"
+
+
+def check_files(paths: Sequence[str | Path]) -> list[int]:
+    """The places in `paths` of files that are missing, empty, or do not begin like an image; the rest is not read."""
+    with ThreadPoolExecutor(8) as pool:
+        return [place for place, sound in enumerate(pool.map(begins_like_an_image, paths)) if not sound]
+
+
+def begins_like_an_image(path: str | Path) -> bool:
+    """Whether the first bytes of a file are those of a format that `read_image` reads."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(8).startswith(BEGINNINGS)
+    except OSError:
+        return False
+
+
+def file_size(path: str | Path) -> int:
+    """The bytes of a file, without opening it; -1 where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1

@@ -1,0 +1,33 @@
+"""Data for whole runs in tests: 200 small pictures in the format of MNIST, without a download."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from pictures import patterned
+
+from experiment.dataset import TEST_SIZE, Mnist
+
+NEEDS_PATCH = False  # scripts, which start processes of their own, can read it
+
+
+def make_data(folder: Path) -> Path:
+    """The `data_dir` for a test."""
+    files = folder / "MNIST/raw"
+    files.mkdir(parents=True)
+
+    def write(name: str, values: np.ndarray) -> None:
+        header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)  # 8: unsigned bytes
+        (files / name).write_bytes(header + values.astype(np.uint8).tobytes())
+
+    for part, labels in (("train", list(range(10)) * 20), ("t10k", [index % 10 for index in range(TEST_SIZE)])):
+        images = patterned(labels, 1, 28)[:, 0] if part == "train" else np.zeros((TEST_SIZE, 28, 28))
+        write(f"{part}-images-idx3-ubyte", images)
+        write(f"{part}-labels-idx1-ubyte", np.array(labels))
+    return folder
+
+
+def change_one_sample(dataset: Mnist) -> Mnist:
+    """The same data but for one image."""
+    dataset.images[0] = 255 - dataset.images[0]
+    return dataset

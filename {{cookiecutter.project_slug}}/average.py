@@ -1,0 +1,169 @@
+"""SWA: several checkpoints of one stage in, one better checkpoint out.
+
+    python average.py --run logs/baseline/stage1
+    python predict.py --run logs/baseline --stage stage1 --checkpoint swa
+
+Each checkpoint alone, the mean of all and a greedy choice of them are scored on the validation split. The best becomes
+swa.pth; where that is a single one, averaging did not help, and it says so. The choice flatters its score there: look
+at the test split too.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from batteries import (
+    BadInput,
+    TrainLoader,
+    average_checkpoints,
+    run_command,
+    save_checkpoint,
+    seed_all,
+    start_process,
+)
+from batteries.averaging import choose_files, greedy, is_better, renew_batchnorm
+from batteries.checkpoints import AVERAGE, apply_checkpoint
+from batteries.distributed import refuse_launcher
+from batteries.files import write_text
+from batteries.past_runs import find_checkpoint
+from experiment.augmentations import normalize
+from experiment.dataset import load_dataset
+from experiment.model import build_model
+from predict import check_data, configure, load_split, stage_of
+from train import Config, make_loaders, valid_fn
+
+
+@dataclass(frozen=True)
+class Options:
+    """Average checkpoints of a stage."""
+
+    run: Path = Path("logs/baseline")  # the folder of a stage, or of a run, whose best stage is taken
+    checkpoints: tuple[str, ...] = ("best:5",)  # best:N and last:N of those that the stage has kept, or paths
+    overwrite: bool = False  # replace a swa.pth that is there
+
+    data_dir: Path | None = None  # by default the run's
+    num_workers: int | None = None  # loader processes; by default from the machine, 0 on a CPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+
+
+class Variant(NamedTuple):
+    """What could become swa.pth."""
+
+    name: str
+    files: Sequence[Path]
+    score: float
+
+
+def main(options: Options) -> Variant:
+    """Score every variant and keep the best."""
+    refuse_launcher("average.py")
+    folder, config = find_stage(options)
+    target = folder / AVERAGE
+    if target.exists() and not options.overwrite:
+        raise BadInput(f"{target} is there already; give --overwrite to replace it.")
+    files = choose_files(folder, options.checkpoints, minimize=config.minimize_metric)
+    with start_process(config) as device:
+        make = build_maker(folder, config, device, options.num_workers)
+        variants = try_variants(files, lambda paths: make(paths)[1], minimize=config.minimize_metric)
+        choice = choose(variants, minimize=config.minimize_metric)
+        checkpoint, _ = make(choice.files)
+    keep(target, checkpoint, variants, choice, config.main_metric)
+    say(target, variants, choice, config.main_metric)
+    return choice
+
+
+def find_stage(options: Options) -> tuple[Path, Config]:
+    """The stage's folder and the run's Config, with what the flags say otherwise."""
+    is_run = (options.run / "config.json").is_file() or not (options.run.parent / "config.json").is_file()
+    config = configure(options.run if is_run else options.run.parent, options)
+    if not is_run:
+        return options.run, config
+    stages = [stage.name for stage in config.stages]
+    return find_checkpoint(options.run, stages, None, "best", minimize=config.minimize_metric).parent, config
+
+
+def build_maker(
+    folder: Path, config: Config, device: torch.device, num_workers: int | None
+) -> Callable[[Sequence[Path]], tuple[dict[str, Any], float]]:
+    """A function from files to the checkpoint that is their average, and its score on the validation split."""
+    dataset = load_dataset(config.data_dir)
+    whole = replace(config, num_workers=num_workers, limit_batches=None, mixup=0.0, cutmix=0.0)
+    stage = stage_of(config, folder.name)
+    train_loader, valid_loader = make_loaders(stage, dataset, load_split(dataset, config), device, whole)
+    model = build_model(num_classes=len(dataset.classes)).to(device)
+    run = SimpleNamespace(device=device)  # all that valid_fn asks of it
+
+    def make(files: Sequence[Path]) -> tuple[dict[str, Any], float]:
+        checkpoint = average_checkpoints(files)
+        check_data(folder.parent, checkpoint, dataset, config)
+        apply_checkpoint(checkpoint, str(files[0]), model)
+        if len(files) > 1:
+            renew(model, train_loader, config.seed)
+        metrics = valid_fn(model, valid_loader, run, config)  # type: ignore[arg-type]
+        weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+        return {**checkpoint, "model_state_dict": weights, "metrics": {"valid": metrics}}, metrics[config.main_metric]
+
+    return make
+
+
+def renew(model: nn.Module, loader: TrainLoader, seed: int) -> None:
+    """Batch norm as training would have it for these weights: one epoch, shuffled and augmented as its first."""
+    seed_all(seed)  # of what the model draws
+    renew_batchnorm(model, (normalize(batch.images) for batch in loader.epoch(0, 1)))
+
+
+def try_variants(
+    files: Sequence[Path], score_of: Callable[[Sequence[Path]], float], *, minimize: bool
+) -> list[Variant]:
+    """Each file alone, best first, the mean of all, and the greedy choice."""
+    alone = [Variant(file.name, [file], score_of([file])) for file in files]
+    ordered = [variant.files[0] for variant in best_first(alone, minimize=minimize)]
+    uniform = Variant("mean of all", ordered, score_of(ordered))
+    chosen, score = greedy(ordered, score_of, minimize=minimize)
+    return [*best_first(alone, minimize=minimize), uniform, Variant("greedy", chosen, score)]
+
+
+def best_first(variants: Sequence[Variant], *, minimize: bool) -> list[Variant]:
+    """Best first; ties stay in order."""
+    return sorted(variants, key=lambda variant: variant.score if minimize else -variant.score)
+
+
+def choose(variants: Sequence[Variant], *, minimize: bool) -> Variant:
+    """The best; on a tie the earlier: a single file before an average."""
+    choice = variants[0]
+    for variant in variants[1:]:
+        if is_better(variant.score, choice.score, minimize=minimize):
+            choice = variant
+    return choice
+
+
+def keep(target: Path, checkpoint: dict[str, Any], variants: Sequence[Variant], choice: Variant, metric: str) -> None:
+    """Write the choice, and beside it what it is: the loader compares the file with that."""
+    made_of = {"variant": choice.name, "files": [file.name for file in choice.files]}
+    size, sha256 = save_checkpoint(target, {**checkpoint, "average": made_of})
+    scores = {variant.name: variant.score for variant in variants}
+    note = {"bytes": size, "sha256": sha256, "metric": metric, "score": choice.score, **made_of, "scores": scores}
+    write_text(target.with_suffix(".json"), json.dumps(note, indent=2) + "\n")
+
+
+def say(target: Path, variants: Sequence[Variant], choice: Variant, metric: str) -> None:
+    """Every variant with its score, and which one was kept."""
+    for variant in variants:
+        files = "" if len(variant.files) == 1 else f"  {' + '.join(file.name for file in variant.files)}"
+        print(f"{metric} {variant.score:.4f}  {variant.name}{files}")
+    if len(choice.files) == 1:
+        print(f"averaging did not help: no average is over {choice.name}, whose weights are in {target}")
+    else:
+        print(
+            f"{choice.name} is {abs(choice.score - variants[0].score):.4f} better than {variants[0].name}: in {target}"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main, Options, repeats=False)

@@ -1,0 +1,61 @@
+"""Images that are no part of a data set: a folder of files, or a table that names them."""
+
+from pathlib import Path
+
+import torch
+
+from batteries.errors import BadInput
+from batteries.predictions import doubles, read_table, some
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+
+
+class ImageFiles:
+    """Images as uint8 tensors (C, H, W), 0 to 255, with a target of 0 that means nothing.
+
+    `source` is a folder, whose images are called by their paths in it, in alphabetical order; or a CSV file with a
+    column `path`, counted from its own folder, and `id` where they are called otherwise. `channels` is 1 or 3.
+    """
+
+    def __init__(self, source: Path, channels: int) -> None:
+        from torchvision.io import ImageReadMode
+
+        self.mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+        self.ids, self.paths = _read_table(source) if source.is_file() else _read_folder(source)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One image (C, H, W) and ()."""
+        from torchvision.io import decode_image
+
+        try:
+            image = decode_image(str(self.paths[index]), self.mode, apply_exif_orientation=True)
+        except (RuntimeError, OSError):
+            raise BadInput(f"{self.paths[index]} cannot be read as an image: it is empty, damaged or none.") from None
+        image = image[0] if image.ndim == 4 else image  # the first picture of an animation
+        return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8), torch.tensor(0)
+
+
+def _read_folder(folder: Path) -> tuple[list[str], list[Path]]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise BadInput(f"--images {folder} has no images ({', '.join(SUFFIXES)}); give a folder or a CSV file.")
+    return [path.relative_to(folder).as_posix() for path in paths], paths
+
+
+def _read_table(file: Path) -> tuple[list[str], list[Path]]:
+
+    try:
+        table = read_table(file)
+    except ValueError as error:
+        raise BadInput(f"--images {file} cannot be read as a table ({str(error).strip()}).") from None
+    if "path" not in table or not len(table):
+        raise BadInput(f"--images {file} needs a column path, and rows.")
+    ids, paths = list(table["id" if "id" in table else "path"]), [file.parent / path for path in table["path"]]
+    if doubled := doubles(ids):
+        raise BadInput(f"--images {file} has more than one row of {some('id', doubled)}.")
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise BadInput(f"--images {file} names what is not there: {some('file', missing)}.")
+    return ids, paths

@@ -1,0 +1,267 @@
+"""Tables of predictions as files: `id`, one probability column per class, and `target` where it is known.
+
+Numbers are float64, written in their shortest form that gives the same bits back (python's repr), and read by
+python's own conversion: the one of older pandas may be off in the last place.
+"""
+
+import csv
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from batteries.errors import BadInput
+from batteries.files import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOLERANCE = 1e-3  # how far from one a row may sum up: files with three decimals and ten classes still pass
+KEYS = ("id", "target")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities (N, C), float64, in the order of `ids` (N) and `classes` (C); targets (N) are indices of classes.
+
+    `name` is what an error calls it: the file.
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    classes: tuple[str, ...]
+    probabilities: np.ndarray
+    targets: np.ndarray | None = None
+
+    def sums_to_one(self) -> bool:
+        """Whether every row is a distribution over the classes."""
+        return bool(np.all(np.abs(self.probabilities.sum(1) - 1) <= TOLERANCE))
+
+
+def write_predictions(path: Path, predictions: Predictions, *, overwrite: bool = False) -> None:
+    """Write the table in one step.
+
+    Raises BadInput, and writes nothing, for what `read_predictions` would refuse, and where the file is there with
+    other bytes, unless `overwrite`.
+    """
+    write_new(path, _to_csv(predictions), overwrite=overwrite)
+
+
+def write_all(tables: Sequence[Predictions], *, overwrite: bool = False) -> None:
+    """Write each table to the path that it is named by; none where one of them is refused."""
+    for write in (check_new, write_new):
+        for table in tables:
+            write(Path(table.name), _to_csv(table), overwrite=overwrite)
+
+
+def _to_csv(predictions: Predictions) -> str:
+    import pandas as pd
+
+    check_predictions(predictions)
+    columns: dict[str, object] = {"id": list(predictions.ids)}
+    columns |= {name: predictions.probabilities[:, index] for index, name in enumerate(predictions.classes)}
+    if predictions.targets is not None:
+        columns["target"] = [predictions.classes[index] for index in predictions.targets]
+    return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
+
+
+def write_new(path: Path, text: str, *, overwrite: bool) -> None:
+    """Put `text` into `path` in one step. Raises BadInput where the file is there with other contents."""
+    check_new(path, text, overwrite=overwrite)
+    _write_new(path, text)
+
+
+def check_new(path: Path, text: str, *, overwrite: bool) -> None:
+    """Raise BadInput where `path` is a folder, or is there with other contents than `text`."""
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; give the name of a file.")
+    if path.exists() and not overwrite and path.read_bytes() != text.encode():
+        raise BadInput(f"{path} is there already, with other contents; give --overwrite, or another --output.")
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}); use another --output.") from None
+
+
+def read_table(path: Path) -> "pd.DataFrame":
+    """The cells of a CSV file as texts. Raises ValueError for a row that is longer than the header."""
+    import pandas as pd
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas would only warn, and cut the row
+        try:
+            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+        except pd.errors.ParserWarning:
+            raise ValueError("its rows are longer than its header") from None
+
+
+def read_predictions(path: Path) -> Predictions:
+    """The table in `path`. Raises BadInput, with column, id and value, for whatever is not a table of predictions."""
+    if not path.is_file():
+        raise BadInput(f"{path} is not there; give a file of predictions, such as logs/baseline/predictions/test.csv.")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+        _check_header(path, header)
+        table = read_table(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as a table ({str(error).strip()}).") from None
+    classes = tuple(name for name in header if name not in KEYS)
+    ids = tuple(table["id"])
+    values = [_numbers(path, ids, name, list(table[name])) for name in classes]
+    targets = _indices(path, ids, list(table["target"]), classes) if "target" in header else None
+    found = Predictions(str(path), ids, classes, np.stack(values, axis=1), targets)
+    check_predictions(found)
+    return found
+
+
+def check_predictions(predictions: Predictions) -> None:
+    """Raise BadInput for names and ids that are empty or doubled, and for numbers that are no probabilities."""
+    name, values = predictions.name, predictions.probabilities
+    if taken := [key for key in KEYS if key in predictions.classes]:
+        raise BadInput(f"{name} has a class that is called {taken[0]}, as is a column of its own; call it otherwise.")
+    _check_header(name, ["id", *predictions.classes])
+    if not len(predictions.ids):
+        raise BadInput(f"{name} has no rows.")
+    if "" in predictions.ids:
+        raise BadInput(f"{name} has an empty id, in row {predictions.ids.index('') + 1}.")
+    if doubled := doubles(predictions.ids):
+        raise BadInput(f"{name} has more than one row of {some('id', doubled)}.")
+    bad = np.argwhere(~((values >= 0) & (values <= 1)))  # NaN compares as false
+    if len(bad):
+        row, column = bad[0]
+        raise BadInput(
+            f"{name} has {values[row, column]} for class {predictions.classes[column]} of id {predictions.ids[row]}; "
+            f"a probability is 0 to 1."
+        )
+
+
+def check_sums(predictions: Predictions) -> None:
+    """Raise BadInput, with the first such id, where the probabilities of a row do not sum to one."""
+    sums = predictions.probabilities.sum(1)
+    wrong = np.flatnonzero(np.abs(sums - 1) > TOLERANCE)
+    if len(wrong):
+        raise BadInput(
+            f"{predictions.name}: the probabilities of id {predictions.ids[wrong[0]]} sum to {sums[wrong[0]]:.6g}, not "
+            f"to 1 (in {len(wrong)} of {len(sums)} rows); blend by --method rank, or say --independent where a sample "
+            f"may be of several classes."
+        )
+
+
+def match_predictions(tables: Sequence[Predictions]) -> list[Predictions]:
+    """The tables with their rows and columns in the order of the first, matched by id and class.
+
+    Raises BadInput for a missing or extra id, other classes, and targets that contradict each other. Targets that one
+    table knows are known to all.
+    """
+    matched = [_in_order(tables[0], table) for table in tables]
+    targets = next((table.targets for table in matched if table.targets is not None), None)
+    for table in matched:
+        if table.targets is not None and (wrong := np.flatnonzero(table.targets != targets)).size:
+            raise BadInput(f"{table.name} has another target than {tables[0].name} for id {table.ids[wrong[0]]}.")
+    return [Predictions(table.name, table.ids, table.classes, table.probabilities, targets) for table in matched]
+
+
+def average_by_id(name: str, tables: Sequence[Predictions], order: Sequence[str]) -> Predictions:
+    """One row for each id in any of `tables`, in the order of `order`: the mean over the tables that have it.
+
+    Over the folds of a cross-validation these are out-of-fold predictions, where each table has its own ids.
+    """
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    targets: dict[str, int] = {}
+    for table in tables:
+        compare("class", tables[0].name, tables[0].classes, table.name, table.classes)
+        for row, one in enumerate(table.ids):
+            sums[one] = sums[one] + table.probabilities[row] if one in sums else table.probabilities[row]
+            counts[one] = counts.get(one, 0) + 1
+            if table.targets is not None:
+                targets[one] = int(table.targets[row])
+    ids = tuple(one for one in order if one in sums)
+    assert len(ids) == len(sums), "an id is missing in the order"
+    values = np.stack([sums[one] / counts[one] for one in ids])
+    known = np.array([targets[one] for one in ids]) if len(targets) == len(ids) else None
+    return Predictions(name, ids, tables[0].classes, values, known)
+
+
+def _in_order(first: Predictions, table: Predictions) -> Predictions:
+    """`table` in the order of `first`."""
+    compare("class", first.name, first.classes, table.name, table.classes)
+    compare("id", first.name, first.ids, table.name, table.ids)
+    rows = {name: index for index, name in enumerate(table.ids)}
+    order = np.array([rows[name] for name in first.ids])
+    columns = [table.classes.index(name) for name in first.classes]
+    targets = None
+    if table.targets is not None:
+        targets = np.argsort(columns)[table.targets[order]]
+    return Predictions(table.name, first.ids, first.classes, table.probabilities[order][:, columns], targets)
+
+
+def compare(kind: str, first: str, wanted: Sequence[str], second: str, given: Sequence[str]) -> None:
+    """Raise BadInput where the names in `wanted`, of `first`, and `given`, of `second`, are not the same."""
+    known, found = set(wanted), set(given)
+    differences = []
+    if missing := [name for name in wanted if name not in found]:
+        differences.append(f"{some(kind, missing)} missing in {second}")
+    if extra := [name for name in given if name not in known]:
+        differences.append(f"{some(kind, extra)} only there")
+    if differences:
+        raise BadInput(f"{first} and {second} do not match: {', '.join(differences)}.")
+
+
+def some(kind: str, names: Sequence[str]) -> str:
+    """`names` for a sentence: all of three or fewer, else two and how many more."""
+    plural = f"{kind}{'es' if kind == 'class' else 's'}" if len(names) > 1 else kind
+    shown = names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"]
+    return f"{plural} {', '.join(shown)}"
+
+
+def doubles(names: Iterable[str]) -> list[str]:
+    """The names that come more than once."""
+    seen: set[str] = set()
+    return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+
+
+def _check_header(name: object, header: Sequence[str]) -> None:
+    classes = [column for column in header if column not in KEYS]
+    if "id" not in header or not classes:
+        raise BadInput(f"{name} needs a column id and one of probabilities for each class; it has {', '.join(header)}.")
+    if doubled := doubles(header):
+        raise BadInput(f"{name} has more than one column {', '.join(doubled)}.")
+    if "" in header:
+        raise BadInput(f"{name} has a column without a name.")
+
+
+def _numbers(path: Path, ids: Sequence[str], column: str, values: Sequence[str]) -> np.ndarray:
+    """A column of numbers from texts."""
+    try:
+        return np.array([float(value) for value in values])
+    except ValueError:
+        for name, value in zip(ids, values, strict=True):
+            if not _is_number(value):
+                raise BadInput(f"{path} has {value!r} for class {column} of id {name}, which is no number.") from None
+        raise
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _indices(path: Path, ids: Sequence[str], targets: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Targets as indices of classes."""
+    known = {name: index for index, name in enumerate(classes)}
+    for name, target in zip(ids, targets, strict=True):
+        if target not in known:
+            raise BadInput(f"{path} has the target {target!r} for id {name}, which is none of its classes.")
+    return np.array([known[target] for target in targets], dtype=np.int64)

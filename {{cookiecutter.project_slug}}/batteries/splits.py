@@ -1,0 +1,298 @@
+"""Split files: which samples train, validate and test, written down once and checked whenever they are read.
+
+`splits/NAME.csv` has one row for each sample, in the order of the data set: `id`, `target`, `fold` (from 0; -1 is the
+held-out test split) and, where the data set has groups, `group`. `target` is the one number of a sample: a class, or
+what is regressed; empty where it is not known. Where no single number fits (several labels, a mask), there is no such
+column.
+"""
+
+import csv
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from batteries.distributed import on_main
+from batteries.errors import BadInput
+from batteries.files import sync_folder, write_text
+
+TEST = -1  # the fold of the held-out test split
+UNKNOWN = -1  # the class of a sample whose target is not known: it can only be tested
+
+
+class SplitSource(Protocol):
+    """What a data set tells about its samples. `ids` are stable and unique.
+
+    It may also have `targets` (N,) or (N, K), `classes`, whose indices the targets are then, `groups` (N,), that no
+    fold may share with another, and `official_test` (N,), true where the test split is not ours to choose.
+    """
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Stable and unique."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class Split(NamedTuple):
+    """Indices into the data set, each part in ascending order."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+class SplitFile:
+    """The split in `path`; where there is none, the one that `make_folds` gives, to be kept with `write`.
+
+    `folds` (N,) are in the order of the data set, `sha256` is that of the file. Every rank makes the same calls; rank 0
+    reads and makes for all. Raises BadInput, in words of the file, where it does not fit the data set.
+    """
+
+    def __init__(self, path: Path, dataset: SplitSource, make_folds: Callable[[Any], np.ndarray]) -> None:
+        self.path = Path(path)
+        self.dataset = dataset
+        self.text, self.folds = on_main(lambda: self._open(make_folds))
+        self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
+        self.num_folds = int(self.folds.max()) + 1
+
+    def select(self, fold: int) -> Split:
+        """The split in which `fold` validates and the others train. Raises BadInput where it is not there."""
+        if not 0 <= fold < self.num_folds:
+            raise BadInput(f"--fold {fold} is not there; use 0 to {self.num_folds - 1}. ({self.path} has these.)")
+        valid, test = self.folds == fold, self.folds == TEST
+        split = Split(*(np.flatnonzero(part) for part in (~valid & ~test, valid, test)))
+        _check_classes(split, fold, self.dataset, str(self.path))
+        return split
+
+    def write(self) -> None:
+        """Keep the split in its file. What is there already is left as it is, and has to be the same."""
+        on_main(lambda: write_once(self.path, self.text))
+
+    def describe(self) -> dict[str, Any]:
+        """What a run notes of it."""
+        return {"file": str(self.path), "sha256": self.sha256, "folds": self.num_folds}
+
+    def _open(self, make_folds: Callable[[Any], np.ndarray]) -> tuple[str, np.ndarray]:
+        text = read_split(self.path) if self.path.exists() else to_csv(self.dataset, make_folds(self.dataset))
+        return text, parse_folds(text, self.dataset, str(self.path))
+
+
+def read_split(path: Path) -> str:
+    """The text of a split file. Raises BadInput where it cannot be read."""
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a split file ({error}).") from None
+
+
+def write_once(path: Path, text: str) -> None:
+    """Put `text` into `path`, whole or not at all; where two processes do so at once, the first one wins.
+
+    Raises BadInput where something else is there already.
+    """
+    if not path.exists():
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(draft, text)
+            _publish(draft, path)
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written ({error.strerror}); use another --split-file.") from None
+        finally:
+            draft.unlink(missing_ok=True)
+    if read_split(path) != text:
+        raise BadInput(f"{path} is another split by now, and no file is changed; use another --split-file.")
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """Give `draft` the name `path`, unless that is taken: a rename would take it from the other."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        os.replace(draft, path)
+    sync_folder(path.parent)
+
+
+def to_csv(dataset: SplitSource, folds: np.ndarray) -> str:
+    """The text of a split file for `dataset`; `folds` (N,) are whole numbers."""
+    folds = np.asarray(folds)
+    if folds.shape != (len(dataset),) or not np.issubdtype(folds.dtype, np.integer):
+        raise BadInput(
+            f"make_folds in experiment/splits.py gave {folds.dtype} of shape {folds.shape}; "
+            f"give a whole number for each of {len(dataset)} samples."
+        )
+    columns = {"id": [str(name) for name in dataset.ids], "target": _target_texts(dataset), "fold": folds.tolist()}
+    columns["group"] = _group_texts(dataset)
+    there = {name: values for name, values in columns.items() if values is not None}
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(there)
+    writer.writerows(zip(*there.values(), strict=True))
+    return file.getvalue()
+
+
+def parse_folds(text: str, dataset: SplitSource, name: str) -> np.ndarray:
+    """The fold of each sample of `dataset`, shape (N,), from the text of a split file that errors call `name`.
+
+    Raises BadInput where ids repeat or are not those of the data set, targets or groups have changed, a group is in two
+    folds, or folds are not numbered from 0.
+    """
+    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    columns = list(reader.fieldnames or [])
+    _check_columns(columns, dataset, name)
+    rows = list(reader)
+    order = _match_ids([row["id"] for row in rows], [str(sample) for sample in dataset.ids], name)
+    rows = [rows[place] for place in order]
+    folds = np.array([_whole_number(row["fold"], row["id"], name) for row in rows], dtype=np.int64)
+    _check_numbers(folds, name)
+    _check_column("target", _target_texts(dataset), rows, name)
+    _check_column("group", _group_texts(dataset), rows, name)
+    _check_groups(getattr(dataset, "groups", None), folds, name)
+    _check_unknown(dataset, folds, name)
+    return folds
+
+
+def check_files(dataset: SplitSource, split: Split) -> None:
+    """Let a data set that has `check(indices)` look at the files that training reads; the test split is left alone."""
+    if check := getattr(dataset, "check", None):
+        on_main(lambda: check(np.concatenate([split.train, split.valid])))
+
+
+def has_classes(dataset: SplitSource) -> bool:
+    """Whether a sample's target is one of the data set's `classes`."""
+    targets = getattr(dataset, "targets", None)
+    return getattr(dataset, "classes", None) is not None and targets is not None and np.ndim(targets) == 1
+
+
+def _check_columns(columns: Sequence[str], dataset: SplitSource, name: str) -> None:
+    wanted = ["id", "fold"]
+    wanted += ["target"] if _target_texts(dataset) is not None else []
+    wanted += ["group"] if _group_texts(dataset) is not None else []
+    if missing := [column for column in wanted if column not in columns]:
+        raise BadInput(f"{name} has no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}.")
+
+
+def _match_ids(there: Sequence[str], wanted: Sequence[str], name: str) -> list[int]:
+    """For each sample of the data set its row in the file."""
+    if repeated := [sample for sample, count in Counter(wanted).items() if count > 1]:
+        raise BadInput(f"the data set's ids repeat: {_some(repeated)}; each sample needs one of its own.")
+    if repeated := [sample for sample, count in Counter(there).items() if count > 1]:
+        raise BadInput(f"{name} has ids more than once: {_some(repeated)}; leave one row of each.")
+    place = {sample: row for row, sample in enumerate(there)}
+    missing = [sample for sample in wanted if sample not in place]
+    extra = sorted(place.keys() - set(wanted))
+    if missing or extra:
+        parts = [f"without {len(missing)} samples of it ({_some(missing)})"] if missing else []
+        parts += [f"with {len(extra)} that it does not have ({_some(extra)})"] if extra else []
+        raise BadInput(f"{name} is of another data set: {', and '.join(parts)}; use another --split-file.")
+    return [place[sample] for sample in wanted]
+
+
+def _check_numbers(folds: np.ndarray, name: str) -> None:
+    there = set(folds.tolist()) - {TEST}
+    if len(there) < 2 or there != set(range(len(there))):
+        found = ", ".join(map(str, sorted(there))) or "none"
+        raise BadInput(f"{name} has the folds {found}; number two or more from 0 on, and the test split {TEST}.")
+
+
+def _check_column(column: str, wanted: Sequence[str] | None, rows: Sequence[dict[str, str]], name: str) -> None:
+    for row, value in zip(rows, wanted or [], strict=wanted is not None):
+        if row[column] != value and not _same_number(row[column] or "", value):
+            raise BadInput(
+                f"{name} has {column} {row[column]!r} for {row['id']}, and the data set {value!r}: the data or "
+                f"the file have changed; use another --split-file."
+            )
+
+
+def _check_groups(groups: Any, folds: np.ndarray, name: str) -> None:
+    first: dict[str, int] = {}
+    for group, fold in zip([] if groups is None else map(str, groups), folds.tolist(), strict=groups is not None):
+        if first.setdefault(group, fold) != fold:
+            raise BadInput(f"{name} has group {group} in folds {first[group]} and {fold}; a group stays in one.")
+
+
+def _check_unknown(dataset: SplitSource, folds: np.ndarray, name: str) -> None:
+    """A sample without a target can only be tested; others are indices into the classes."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None or np.ndim(targets) != 1:
+        return
+    values = np.asarray(targets)
+    unknown = values == UNKNOWN if has_classes(dataset) else np.isnan(values.astype(float))
+    if len(places := np.flatnonzero(unknown & (folds != TEST))):
+        raise BadInput(
+            f"{name} trains on samples without a target: {_some([dataset.ids[int(place)] for place in places])}."
+        )
+    if not has_classes(dataset):
+        return
+    classes = len(dataset.classes)  # type: ignore[attr-defined]
+    wrong = (values != np.round(values)) | (values < UNKNOWN) | (values >= classes)
+    if len(places := np.flatnonzero(wrong)):
+        raise BadInput(
+            f"sample {dataset.ids[int(places[0])]} has target {values[places[0]]}; with {classes} classes a target is "
+            f"a whole number from 0 to {classes - 1}."
+        )
+
+
+def _check_classes(split: Split, fold: int, dataset: SplitSource, name: str) -> None:
+    """Each part needs a sample of each class; an official test split is as it is."""
+    if not has_classes(dataset):
+        return
+    targets, classes = np.asarray(dataset.targets), list(dataset.classes)  # type: ignore[attr-defined]
+    official = getattr(dataset, "official_test", None) is not None
+    for part, indices in split._asdict().items():
+        if part == "test" and (official or not len(indices)):
+            continue
+        counts = np.bincount(targets[indices], minlength=len(classes))
+        if missing := [classes[index] for index in np.flatnonzero(counts == 0)]:
+            everywhere = int((targets == classes.index(missing[0])).sum())
+            raise BadInput(
+                f"the {part} split of fold {fold} has no sample of class {_some(missing)} ({everywhere} of "
+                f"{missing[0]} in all, {name}); bring more of it, leave it out, or use fewer folds."
+            )
+
+
+def _target_texts(dataset: SplitSource) -> list[str] | None:
+    """What the column `target` holds; None where no single number fits."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None or np.ndim(targets) != 1:
+        return None
+    unknown = UNKNOWN if has_classes(dataset) else None
+    return ["" if value == unknown or value != value else str(value) for value in np.asarray(targets).tolist()]
+
+
+def _group_texts(dataset: SplitSource) -> list[str] | None:
+    groups = getattr(dataset, "groups", None)
+    return None if groups is None else [str(group) for group in groups]
+
+
+def _whole_number(text: str | None, sample: str, name: str) -> int:
+    try:
+        number = int(text or "")
+    except ValueError:
+        number = TEST - 1
+    if number < TEST:
+        raise BadInput(f"{name} has fold {text!r} for {sample}; give a whole number from 0, or {TEST} for test.")
+    return number
+
+
+def _same_number(text: str, other: str) -> bool:
+    """Whether two texts are the same number, as 3 and 3.0, which a spreadsheet makes of it."""
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return False
+
+
+def _some(names: Iterable[Any]) -> str:
+    """The first few names, and how many more there are."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -1,0 +1,141 @@
+"""One optimizer step: in the precision that was asked for, clipped, and skipped where the gradient is not finite."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+
+from batteries.errors import BadInput
+from batteries.parallel import bare
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
+    """The forward pass goes in here: matrix products and convolutions in `precision`, what needs it in float32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+
+
+def check_precision(device: torch.device, precision: Precision) -> None:
+    """Raise BadInput where `device` cannot compute in `precision`, with what it can."""
+    if precision == "fp32":
+        return
+    lacking = device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(False)
+    try:
+        with autocast(device, precision):
+            torch.mm(torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))
+    except RuntimeError:
+        lacking = True
+    if lacking:
+        raise BadInput(f"--precision {precision} is not for {device}; use fp32{' or fp16' * (precision == 'bf16')}.")
+
+
+def make_scaler(device: torch.device, precision: Precision) -> GradScaler:
+    """What scales the loss, so that small gradients survive fp16, and skips steps without a wait for a GPU."""
+    if precision == "fp16":
+        return GradScaler(device.type)
+    return _Unscaled(device.type, init_scale=1.0) if device.type == "cuda" else GradScaler(device.type, enabled=False)
+
+
+class _Unscaled(GradScaler):
+    """Only skips. On a GPU the optimizer's own kernel does that: no python has to know, so none waits for it."""
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        super().update(1.0)
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Let the momentum of SGD begin at zero, which gives the same steps.
+
+    Fused, torch (2.15) takes memory for it in the first step, and leaves it as it was found where that step is skipped:
+    from then on the weights are garbage. fp16 often skips its first step.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else []:
+        for parameter in group["params"]:
+            if group["momentum"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+MOST_SKIPPED = 5  # steps in a row, then the run ends
+HALVINGS = 16  # that fp16 may need besides to bring its scale of 2^16 down to one
+
+
+class GradientWatch:
+    """Counts the steps that were skipped, many at a time: a look at a norm waits for the device."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self.last = math.nan  # the norm of the last step that was looked at
+        self._norms: list[torch.Tensor] = []
+
+    def note(self, norm: torch.Tensor) -> None:
+        """Keep the norm of one step, shape (), for the next look."""
+        self._norms.append(norm)
+
+    def look(self, step: int) -> list[tuple[int, bool]]:
+        """The steps since the last look by number, and whether each was skipped; `step` is the number of the last."""
+        norms = torch.stack(self._norms).tolist() if self._norms else []
+        self._norms.clear()
+        if norms:
+            self.last = norms[-1]
+        self.skipped += sum(not math.isfinite(norm) for norm in norms)
+        return [(number, not math.isfinite(norm)) for number, norm in enumerate(norms, start=step - len(norms) + 1)]
+
+
+class Buffers:
+    """Batch norm's running statistics as they were before a step, to be put back where the step is skipped.
+
+    A forward pass over an input that is not finite has ruined them by then.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = list(bare(model).buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def keep(self) -> None:
+        """Take them as they are now."""
+        for before, buffer in zip(self._before, self._buffers, strict=True):
+            before.copy_(buffer)
+
+    @torch.no_grad()
+    def settle(self, finite: torch.Tensor) -> None:
+        """After a step: put them back where `finite`, shape (), is false; keep them else. No wait for a GPU."""
+        if finite.device.type == "cpu":
+            pairs = (self._before, self._buffers) if finite else (self._buffers, self._before)
+            for target, source in zip(*pairs, strict=True):
+                target.copy_(source)
+            return
+        for before, buffer in zip(self._before, self._buffers, strict=True):
+            before.copy_(torch.where(finite, buffer, before))
+            buffer.copy_(before)
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
+    clip_norm: float | None = None,
+    buffers: Buffers | None = None,
+) -> torch.Tensor:
+    """Unscale and clip the gradients, step, clear them; gives the norm of all together before it was clipped, shape ().
+
+    Where the norm is not finite weights, optimizer and `buffers` stay as they were before the step. That is so on all
+    ranks, since their gradients are the same.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [value for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
+    norm = torch.nn.utils.get_total_norm([value.grad for value in parameters])
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    elif math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    if buffers is not None:
+        buffers.settle(torch.isfinite(norm))
+    return norm

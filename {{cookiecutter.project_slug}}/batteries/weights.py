@@ -1,0 +1,130 @@
+"""What is done to the weights of a model besides training them: decay groups, freezing, averages, other people's."""
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from batteries.checkpoints import scored_weights
+from batteries.distributed import on_main
+from batteries.errors import BadInput, near
+from batteries.parallel import bare
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that learn, for an optimizer: weight decay on matrices and kernels, none on biases and norms.
+
+    Those are the ones of less than two dimensions (Goyal et al. 2017 for norms, He et al. 2019 for both).
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in learning if parameter.ndim > 1]
+    others = [parameter for parameter in learning if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Let all parameters learn but those of the modules with these names (`layer1`, `layer4.0`)."""
+    modules = dict(bare(model).named_modules())
+    for name in names:
+        if not name or name not in modules:
+            raise BadInput(f"--stages: freeze {name!r} is no module of the model{near(name, modules) or '.'}")
+    model.requires_grad_(True)
+    for name in names:
+        modules[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise BadInput(f"--stages: freeze {', '.join(names)} leaves nothing to learn.")
+
+
+def train_mode(model: nn.Module, frozen: Sequence[str]) -> None:
+    """`model.train()`, but for frozen modules: their batch norm keeps its statistics, their dropout is off."""
+    model.train()
+    for name in frozen:
+        bare(model).get_submodule(name).eval()
+
+
+class EMA:
+    """A copy of a model whose weights and batch norm statistics follow it slowly: decay * own + (1 - decay) * its.
+
+    It remembers about 1 / (1 - decay) steps. The arithmetic is torch.optim.swa_utils'; its AveragedModel is not used,
+    since it waits for a GPU in each step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(bare(model)).requires_grad_(False)
+        self._average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """After each optimizer step. Counters, which are whole numbers, are taken over."""
+        pairs = list(zip(_tensors(self.model), _tensors(bare(model)), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._average([own for own, _ in floats], [its for _, its in floats], 0)
+        for own, its in pairs:
+            if not own.is_floating_point():
+                own.copy_(its)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, by the names that the model has."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from there."""
+        self.model.load_state_dict(state)
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*itertools.chain(model.parameters(), model.buffers())]
+
+
+def load_pretrained(model: nn.Module, source: str) -> list[str]:
+    """Put pretrained weights into `model` where names and shapes fit; the names of what stays as it was made.
+
+    `source` is a torchvision name (`ResNet18_Weights.IMAGENET1K_V1`, downloaded once by rank 0 into torch's cache) or a
+    file of weights or of a checkpoint. Every rank calls this. Raises BadInput, on all of them, for a source that is
+    neither, and where less than half of the tensors fit: that is another architecture.
+    """
+    state = on_main(lambda: _read_weights(source))
+    own = model.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    left = [name for name in own if name not in fitting]
+    if len(fitting) < len(own) / 2:
+        raise BadInput(
+            f"--pretrained {source} is of another architecture: {len(fitting)} of {len(own)} tensors fit; "
+            f"these do not: {', '.join(left[:5])}{', and more' if len(left) > 5 else ''}."
+        )
+    model.load_state_dict({**own, **fitting})
+    return left
+
+
+def _read_weights(source: str) -> Mapping[str, torch.Tensor]:
+    from torchvision.models import get_weight
+
+    if Path(source).is_file():
+        try:
+            found = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise BadInput(f"--pretrained {source} cannot be read as weights ({type(error).__name__}).") from error
+        state = found if isinstance(found, dict) else None
+        if state and "model_state_dict" in state:
+            state = scored_weights(state)
+        if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise BadInput(
+                f"--pretrained {source} holds no weights by name; give what torch.save(model.state_dict()) made."
+            )
+        return state
+    try:
+        weights = get_weight(source)
+    except (ValueError, AttributeError, KeyError):
+        raise BadInput(
+            f"--pretrained {source} is neither a file nor a name in torchvision, such as ResNet18_Weights.DEFAULT."
+        ) from None
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise BadInput(f"--pretrained {source} cannot be downloaded ({error}); give a file of weights.") from None

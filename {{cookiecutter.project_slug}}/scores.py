@@ -1,0 +1,230 @@
+"""Every run's validation, test and leaderboard score, side by side.
+
+    python scores.py add logs/baseline --leaderboard 0.9312 --note "first light"
+    python scores.py
+    python scores.py plot
+
+The ledger is scores.csv, in git. A folder is one run, or several (folds, a blend) with their predictions in it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, subcommand
+
+from batteries.cli import run_command
+from batteries.errors import BadInput
+from batteries.ledger import SCORES, Entry, Point, add_entry, disagreements, read_ledger, update_entry
+from batteries.predictions import read_predictions
+from batteries.scoring import LESS_IS_BETTER, score
+
+LEDGER = Path(__file__).parent / "scores.csv"
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print the table, the best validation score first."""
+
+    ledger: Path = LEDGER  # the file of scores
+
+
+@dataclass(frozen=True)
+class Add:
+    """Enter one submission of one run."""
+
+    logdir: Positional[Path]  # a run's folder, one of runs (folds), or any with predictions/valid.csv and test.csv
+    name: str | None = None  # of the submission, where a run has several; by default the folder's
+    leaderboard: float | None = None  # the public score
+    private: float | None = None  # the score after the competition's end
+    valid: float | None = None  # by default from the predictions, else the best of training
+    test: float | None = None  # by default from the predictions, where targets are known
+    note: str = ""  # what was tried
+    update: bool = False  # fill in a line that is there
+    ledger: Path = LEDGER  # the file of scores
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw validation against leaderboard, and name the runs where they disagree."""
+
+    output: Path = Path("logs/scores.png")  # the picture
+    against: Literal["public", "private", "test"] = "public"  # public and private are the leaderboard's
+    ledger: Path = LEDGER  # the file of scores
+
+
+COMMANDS = (
+    Annotated[Show, subcommand("show", default=Show())]
+    | Annotated[Add, subcommand("add")]
+    | Annotated[Plot, subcommand("plot", default=Plot())]
+)
+
+
+def main(command: Show | Add | Plot) -> None:
+    """Do what was asked for."""
+    if isinstance(command, Add):
+        add(command)
+    elif isinstance(command, Plot):
+        plot(command)
+    else:
+        show(read_ledger(command.ledger))
+
+
+def add(command: Add) -> None:
+    """Enter or fill in a line."""
+    folder = command.logdir
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not there; give a run's folder, such as logs/baseline.")
+    given = {name: getattr(command, name) for name in ("valid", "test", "private")} | {"public": command.leaderboard}
+    for name, value in given.items():
+        if value is not None and not float("-inf") < value < float("inf"):
+            raise BadInput(f"--{'leaderboard' if name == 'public' else name} {value} must be a finite number.")
+    name = command.name or folder.resolve().name
+    if command.update:
+        entry = update_entry(command.ledger, (_address(folder), name), **given, note=command.note or None)
+    else:
+        entry = describe(folder, name, given, command.note)
+        add_entry(command.ledger, entry)
+    print(f"entered  {entry.name}: {entry.metric} {_scores(entry)}")
+
+
+def describe(folder: Path, name: str, given: dict[str, float | None], note: str) -> Entry:
+    """The line of a submission: what was given wins over what the folder says."""
+    runs = [folder] if (folder / "run.json").is_file() else [path.parent for path in sorted(folder.glob("*/run.json"))]
+    records, configs = ([_read_json(run / name) for run in runs] for name in ("run.json", "config.json"))
+    best = (records[0].get("best") if runs == [folder] else None) or {}
+    metric = next((config["main_metric"] for config in configs), "accuracy")
+    found = {"valid": best.get("score")} | {
+        split: value for split in ("valid", "test") if (value := _predicted(folder, split, metric)) is not None
+    }
+    scores = {score: given[score] if given[score] is not None else found.get(score) for score in SCORES}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    commits = "+".join(sorted({str(record.get("git_commit") or "")[:12] for record in records}))
+    return Entry(date, name, _address(folder), commits, hash_configs(configs), metric, **scores, note=note)
+
+
+def hash_configs(configs: Sequence[dict[str, Any]]) -> str:
+    """Names a recipe: the knobs that change a number, so that a repeated run has the same. Empty without a config."""
+    if not configs:
+        return ""
+    from train import MAY_CHANGE
+
+    recipes = [{name: value for name, value in config.items() if name not in MAY_CHANGE} for config in configs]
+    return hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def show(entries: Sequence[Entry]) -> None:
+    """Print the entries, each metric's best validation score first, with the gaps to it."""
+    if not entries:
+        print("no scores yet: python scores.py add logs/baseline --leaderboard 0.9312")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "metric", *SCORES, "test-valid", "public-valid", "date", "logdir", "commit", "note"):
+        table.add_column(column, justify="right" if column in SCORES or "-" in column else "left", overflow="fold")
+    for entry in sorted(entries, key=_order):
+        scores = [_number(getattr(entry, name)) for name in SCORES]
+        gaps = [_gap(entry.valid, entry.test), _gap(entry.valid, entry.public)]
+        table.add_row(
+            entry.name, entry.metric, *scores, *gaps, entry.date[:10], entry.logdir, entry.commit[:7], entry.note
+        )
+    Console(width=max(160, Console().width), soft_wrap=True, highlight=False, markup=False).print(table)
+
+
+def plot(command: Plot) -> None:
+    """Draw, and say how far validation and leaderboard agree on which run is better."""
+    metric, points = comparable(command)
+    from scipy.stats import spearmanr
+
+    agreement = spearmanr([point.first for point in points], [point.second for point in points])[0]
+    draw(points, command, metric, f"Spearman's rank correlation {agreement:.3f}")
+    print(f"rank     correlation of valid and {command.against}: {agreement:.3f} (Spearman, {len(points)} submissions)")
+    for one, other in disagreements(points):
+        print(f"disagree {one} has more {metric} than {other} in valid, and less in {command.against}")
+    print(f"wrote    {command.output}")
+
+
+def comparable(command: Plot) -> tuple[str, list[Point]]:
+    """The metric, and the entries that have both scores. Raises BadInput where these are no two of one metric."""
+    entries = read_ledger(command.ledger)
+    points, metrics = [], set()
+    for entry in entries:
+        ours, theirs = entry.valid, getattr(entry, command.against)
+        if ours is not None and theirs is not None:
+            points.append(Point(entry.name, ours, theirs))
+            metrics.add(entry.metric)
+    if len(points) < 2 or len(metrics) > 1:
+        raise BadInput(
+            f"scores.py plot needs two submissions or more that have valid and {command.against} of one metric; "
+            f"{command.ledger} has {len(points)}{' of ' + ' and '.join(sorted(metrics)) if metrics else ''}."
+        )
+    return metrics.pop(), points
+
+
+def draw(points: Sequence[Point], command: Plot, metric: str, title: str) -> None:
+    """One named dot per submission, and the line on which both scores are equal."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    for name, ours, theirs in points:
+        axes.plot(ours, theirs, "o", color="tab:blue")
+        axes.annotate(name, (ours, theirs), xytext=(5, 5), textcoords="offset points")
+    axes.axline((points[0].first, points[0].first), slope=1, color="lightgrey", zorder=0)
+    axes.set(xlabel=f"valid {metric}", ylabel=f"{command.against} {metric}", title=title)
+    command.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(command.output)
+
+
+def _predicted(folder: Path, split: str, metric: str) -> float | None:
+    """The score of the predictions in `folder`, where they have targets."""
+    path = folder / "predictions" / f"{split}.csv"
+    table = read_predictions(path) if path.is_file() else None
+    if table is None or table.targets is None:
+        return None
+    if metric in (known := score(table)):
+        return known[metric]
+    import sklearn.metrics
+
+    import train
+
+    found = train.SCORES.get(metric)
+    return None if found is None else float(found(sklearn.metrics, table.targets, table.probabilities))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _address(folder: Path) -> str:
+    """The folder as seen from this repository, where it lies in it: the same on another machine."""
+    here, root = folder.resolve(), Path(__file__).resolve().parent
+    return here.relative_to(root).as_posix() if here.is_relative_to(root) else here.as_posix()
+
+
+def _order(entry: Entry) -> tuple[str, bool, float, str]:
+    """Best first, in each metric's own direction; without a score last."""
+    sign = 1 if entry.metric in LESS_IS_BETTER else -1
+    return entry.metric, entry.valid is None, sign * (entry.valid or 0), entry.date
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _gap(first: float | None, second: float | None) -> str:
+    return "" if first is None or second is None else f"{second - first:+.4f}"
+
+
+def _scores(entry: Entry) -> str:
+    return "  ".join(f"{name} {_number(value)}" for name in SCORES if (value := getattr(entry, name)) is not None)
+
+
+if __name__ == "__main__":
+    run_command(main, COMMANDS, repeats=False, default=Show())

@@ -1,0 +1,47 @@
+"""Predictions and a sample in, a checked submission out: the sample's columns, its ids, its order.
+
+    python submit.py logs/baseline/predictions/test.csv --sample data/sample_submission.csv
+
+Every difference from the sample is named before anything is written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from batteries.cli import run_command
+from batteries.errors import BadInput
+from batteries.predictions import read_predictions, write_new
+from batteries.submissions import Values, make_submission, read_sample
+
+
+@dataclass(frozen=True)
+class Options:
+    """Turn predictions into a submission."""
+
+    predictions: Positional[Path]  # a table of predict.py or blend.py
+    sample: Path = Path("data/sample_submission.csv")  # the competition's own; its first column is the id
+    output: Path = Path("submission.csv")  # one with other contents is not overwritten
+    # label: the most probable class, index: its number from 0, labels: all classes over the threshold;
+    # probability: of each column's class, binary: whether that is over the threshold
+    values: Values = "label"
+    threshold: float = 0.5  # from this probability on a class counts, for labels and binary
+    column_class: str | None = None  # whose probability the only column takes, where it is not named so
+    overwrite: bool = False  # replace an output that is there
+
+
+def main(options: Options) -> None:
+    """Write the submission and say what is in it."""
+    if not 0 <= options.threshold <= 1:
+        raise BadInput(f"--threshold {options.threshold} must be 0 to 1.")
+    predictions = read_predictions(options.predictions)
+    sample = read_sample(options.sample)
+    submission = make_submission(predictions, sample, options.values, options.threshold, options.column_class)
+    text = submission.to_csv(index=False, lineterminator="\n")
+    write_new(options.output, text, overwrite=options.overwrite)
+    print(f"wrote    {options.output}: {len(submission):,} rows of {', '.join(submission.columns)}")
+
+
+if __name__ == "__main__":
+    run_command(main, Options, repeats=False)

@@ -1,0 +1,281 @@
+"""Tables come back as they were written, blends are what their formulas say, and bad tables are named."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import log_loss
+from tables import CLASSES, call, random_table, refused, write_lines
+
+import blend as verb
+from batteries import BadInput
+from batteries.blends import blend, fit_weights, ranks
+from batteries.predictions import Predictions, match_predictions, read_predictions, write_predictions
+from batteries.scoring import bootstrap_gap, score
+
+probability = st.floats(0, 1, allow_subnormal=True)
+coarse = st.sampled_from([0.0, 0.25, 0.5, 1.0])  # for ties
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 4))
+
+
+@st.composite
+def stacks(draw, elements=coarse | probability):
+    """Tables (M, N, C) and weights (M,)."""
+    shape = draw(shapes)
+    weights = draw(st.lists(st.floats(0.01, 9), min_size=shape[0], max_size=shape[0]))
+    return draw(arrays(np.float64, shape, elements=elements)), weights
+
+
+def slow_blend(tables, method, weights, power) -> list[list[float]]:
+    """One number at a time, by the formula."""
+    total = sum(weights)
+
+    def one(row: int, column: int) -> float:
+        values = [(weight / total, float(table[row][column])) for weight, table in zip(weights, tables, strict=True)]
+        if method == "mean":
+            return sum(weight * value for weight, value in values)
+        if method == "power":
+            return sum(weight * value**power for weight, value in values) ** (1 / power)
+        return math.prod(max(value, 1e-15) ** weight for weight, value in values)
+
+    return [[one(row, column) for column in range(tables.shape[2])] for row in range(tables.shape[1])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(stacks(), st.sampled_from(["mean", "power", "geometric"]), st.floats(0.5, 5))
+def test_means_are_what_their_formulas_say_number_by_number(stack, method, power):
+    tables, weights = stack
+    wanted = slow_blend(tables, method, weights, power)
+    assert blend(tables, method, weights, power, normalise=False) == pytest.approx(
+        np.array(wanted), rel=1e-9, abs=1e-14
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(stacks(), st.sampled_from(["power", "geometric"]))
+def test_rows_that_summed_to_one_do_so_again(stack, method):
+    tables, weights = stack
+    tables = tables + 0.01
+    tables /= tables.sum(2, keepdims=True)
+    assert blend(tables, method, weights, 3.0).sum(1) == pytest.approx(1, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(stacks())
+def test_ranks_are_scipys_with_ties_averaged_on_the_scale_0_to_1_by_column(stack):
+    tables, weights = stack
+    size = tables.shape[1]
+    for table in tables:
+        for column in range(tables.shape[2]):
+            wanted = (scipy.stats.rankdata(table[:, column]) - 1) / (size - 1) if size > 1 else [0.5]
+            assert ranks(table)[:, column].tolist() == pytest.approx(wanted, abs=1e-15)
+    by_hand = sum(weight * ranks(table) for weight, table in zip(weights, tables, strict=True)) / sum(weights)
+    assert blend(tables, "rank", weights) == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_ranks_do_not_see_how_a_model_is_calibrated():
+    table = random_table(50).probabilities
+    assert np.array_equal(ranks(table), ranks(table**3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.float64, (3, 2), elements=probability))
+def test_a_table_comes_back_with_the_same_bits_and_the_same_file_from_them(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("tables") / "x.csv"
+    table = Predictions(str(path), ("01", "NA", "a,b"), ("nan", "1"), values, np.array([1, 0, 1]))
+    write_predictions(path, table)
+    again, text = read_predictions(path), path.read_text()
+    assert again.probabilities.tobytes() == values.tobytes()
+    assert (again.ids, again.classes, again.targets.tolist()) == (table.ids, table.classes, [1, 0, 1])  # type: ignore[union-attr]
+    write_predictions(path, again)
+    assert path.read_text() == text
+
+
+def test_rows_are_matched_by_id_and_columns_by_class_whatever_their_order(tmp_path):
+    table = random_table()
+    order, columns = np.random.default_rng(1).permutation(12), [2, 0, 1]
+    shuffled = Predictions(
+        "b.csv",
+        tuple(table.ids[index] for index in order),
+        tuple(CLASSES[index] for index in columns),
+        table.probabilities[order][:, columns],
+        np.array([columns.index(target) for target in table.targets[order]]),  # type: ignore[index]
+    )
+    write_predictions(tmp_path / "a.csv", table)
+    write_predictions(tmp_path / "b.csv", shuffled)
+    first, second = match_predictions([read_predictions(tmp_path / name) for name in ("a.csv", "b.csv")])
+    assert first.probabilities.tobytes() == second.probabilities.tobytes()
+    end = call(verb, tmp_path / "a.csv", tmp_path / "b.csv", "--output", tmp_path / "out.csv", "--weights", "2,6")
+    assert end.code == 0, end.err
+    assert "weight 0.2500" in end.out
+    assert read_predictions(tmp_path / "out.csv").probabilities == pytest.approx(table.probabilities, abs=1e-15)
+
+
+GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (["id,cat,dog", "a,0.5,0.5"], "good.csv and {bad} do not match: id b missing in {bad}."),
+        ([*GOOD, "c,1,0"], "good.csv and {bad} do not match: id c only there."),
+        ([*GOOD, "b,1,0"], "{bad} has more than one row of id b."),
+        (["id,cat,cow", *GOOD[1:]], "do not match: class dog missing in {bad}, class cow only there."),
+        (["id,cat,dog", "a,0.5,nan", GOOD[2]], "{bad} has nan for class dog of id a; a probability is 0 to 1."),
+        (["id,cat,dog", "a,0.5,", GOOD[2]], "{bad} has '' for class dog of id a, which is no number."),
+        (["id,cat,dog", "a,0.5,x", GOOD[2]], "{bad} has 'x' for class dog of id a, which is no number."),
+        (["id,cat,dog", "a,-0.5,1.5", GOOD[2]], "{bad} has -0.5 for class cat of id a; a probability is 0 to 1."),
+        (
+            ["id,cat,dog", "a,0.5,0.4", GOOD[2]],
+            "{bad}: the probabilities of id a sum to 0.9, not to 1 (in 1 of 2 rows)",
+        ),
+        (["id,cat,dog", ",0.5,0.5", GOOD[2]], "{bad} has an empty id, in row 1."),
+        (["id,cat,cat", *GOOD[1:]], "{bad} has more than one column cat."),
+        (["name,cat,dog", *GOOD[1:]], "{bad} needs a column id and one of probabilities for each class; it has name, "),
+        (["id,target", "a,cat"], "{bad} needs a column id and one of probabilities"),
+        (["id,cat,dog"], "{bad} has no rows."),
+        ([], "{bad} needs a column id"),
+        (["id,cat,dog,target", "a,0.5,0.5,cow", "b,1,0,cat"], "{bad} has the target 'cow' for id a, which is none of"),
+        (["id,cat,dog,target", "a,0.5,0.5,dog", "b,1,0,cat"], "{bad} has another target than "),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_by_name_and_nothing_is_written(tmp_path, lines, sentence):
+    good = ["id,cat,dog,target", "a,0.5,0.5,cat", "b,0.25,0.75,cat"] if "another target" in sentence else GOOD
+    first, bad = write_lines(tmp_path / "good.csv", *good), write_lines(tmp_path / "bad.csv", *lines)
+    end = call(verb, first, bad, "--output", tmp_path / "out.csv")
+    refused(end, sentence.format(bad=bad))
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--weights", "1"], "--weights 1 are 1, for 2 files; give as many."),
+        (["--weights", "1,x"], "--weights 1,x must be numbers with commas between them, such as 2,1."),
+        (["--weights", "1,-1"], "--weights 1,-1 must be 0 or more, finite, and not all 0."),
+        (["--weights", "0,0"], "--weights 0,0 must be 0 or more, finite, and not all 0."),
+        (["--weights", "1,nan"], "--weights 1,nan must be 0 or more"),
+        (["--power", "0"], "--power 0.0 must be over 0 and finite."),
+        (
+            ["--method", "median"],
+            "--method median is no choice; did you mean 'mean'? Use one of: mean, power, geometric, rank.",
+        ),
+        (["--fit-on", "x.csv"], "--fit-on has 1 files, for 2 inputs; give as many."),
+        (["--fit-on", "x.csv", "x.csv", "--weights", "1,1"], "--weights and --fit-on exclude each other"),
+        (["--fit-on", "x.csv", "x.csv", "--method", "rank"], "which --method rank does not have; give --weights."),
+        (["--fit-on", "{a}", "{a}"], "--fit-on needs a column target in one of its files"),
+        (["--fit-on", "x.csv", "x.csv"], "x.csv is not there; give a file of predictions"),
+        (["--weights", "1,1", "--weights", "2,1"], "--weights is given twice; give it once, with all its values."),
+        (["--wieghts", "1,1"], "--wieghts is no flag; did you mean '--weights'? See python blend.py --help."),
+    ],
+)
+def test_flags_that_cannot_be_meant_get_a_sentence(tmp_path, flags, sentence):
+    good = write_lines(tmp_path / "good.csv", *GOOD)
+    refused(
+        call(verb, good, good, "--output", tmp_path / "out.csv", *(flag.format(a=good) for flag in flags)), sentence
+    )
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_one_file_is_no_blend(tmp_path):
+    refused(call(verb, write_lines(tmp_path / "good.csv", *GOOD)), "blend.py needs two files of predictions or more.")
+
+
+def test_an_output_with_other_contents_stays_and_one_with_the_same_is_no_matter(tmp_path):
+    first, second = write_lines(tmp_path / "a.csv", *GOOD), write_lines(tmp_path / "b.csv", GOOD[0], "a,1,0", "b,0,1")
+    output = tmp_path / "out.csv"
+    assert call(verb, first, second, "--output", output).code == 0
+    before = output.read_bytes()
+    assert call(verb, first, second, "--output", output).code == 0
+    sentence = f"{output} is there already, with other contents; give --overwrite, or another --output."
+    refused(call(verb, first, second, "--output", output, "--weights", "2,1"), sentence)
+    assert output.read_bytes() == before
+    assert call(verb, first, second, "--output", output, "--weights", "2,1", "--overwrite").code == 0
+    assert output.read_bytes() != before
+
+
+def test_rows_that_do_not_sum_to_one_are_for_ranks_and_for_independent_classes(tmp_path):
+    table = write_lines(tmp_path / "a.csv", "id,cat,dog", "a,0.9,0.9", "b,0.2,0.1")
+    for flags in (["--method", "rank"], ["--independent"]):
+        assert call(verb, table, table, "--output", tmp_path / f"{flags[0]}.csv", *flags).code == 0
+    assert (tmp_path / "--independent.csv").read_text() == table.read_text()
+    assert (tmp_path / "--method.csv").read_text() == "id,cat,dog\na,1.0,1.0\nb,0.0,0.0\n"
+
+
+def some_models(size: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Three tables: one good, one worse, one that knows nothing; and their targets."""
+    good, worse, blind = random_table(size, 1), random_table(size, 2), random_table(size, 3, targets=False)
+    return np.stack([good.probabilities**3, worse.probabilities, blind.probabilities]), good.targets  # type: ignore[return-value]
+
+
+def test_the_weights_that_are_found_are_no_worse_than_any_of_a_grid():
+    tables, targets = some_models()
+    tables /= tables.sum(2, keepdims=True)
+    found = fit_weights(tables, targets, lambda rows, weights: blend(rows, "mean", weights))
+    steps = [(a / 20, b / 20, 1 - a / 20 - b / 20) for a in range(21) for b in range(21 - a)]
+    losses = [log_loss(targets, blend(tables, "mean", np.clip(step, 0, 1))) for step in steps]
+    assert log_loss(targets, blend(tables, "mean", found.weights)) <= min(losses) + 1e-6
+    assert found.weights[2] < 0.05
+    assert found.weights.sum() == pytest.approx(1)
+    assert found.equal_loss == pytest.approx(log_loss(targets, tables.mean(0)))
+
+
+def test_cross_validation_of_weights_never_scores_a_sample_that_they_were_fitted_on():
+    tables, targets = some_models(50)
+    seen = []
+
+    def note(rows, weights):
+        seen.append(rows.shape[1])
+        return blend(rows, "mean", weights)
+
+    found = fit_weights(tables / tables.sum(2, keepdims=True), targets, note)
+    assert set(seen) == {40, 10, 50}
+    assert found.loss > 0
+
+
+def test_found_weights_are_used_on_the_test_predictions(tmp_path):
+    for number in (1, 2):
+        write_predictions(tmp_path / f"valid{number}.csv", random_table(60, number))
+        write_predictions(tmp_path / f"test{number}.csv", random_table(9, number + 5, targets=False))
+    tests, valids = ([tmp_path / f"{kind}{number}.csv" for number in (1, 2)] for kind in ("test", "valid"))
+    end = call(verb, *tests, "--fit-on", *valids, "--output", tmp_path / "out.csv")
+    assert end.code == 0, end.err
+    assert "by cross-validation of the weights" in end.out
+    first, second = (read_predictions(path) for path in tests)
+    weight = float(end.out.split("weight ")[1].split()[0])
+    blended = weight * first.probabilities + (1 - weight) * second.probabilities
+    assert read_predictions(tmp_path / "out.csv").probabilities == pytest.approx(blended, abs=1e-4)
+
+
+def test_scores_are_those_of_scikit_learn():
+    table = random_table(40)
+    scores = score(table)
+    assert scores["loss"] == pytest.approx(log_loss(table.targets, table.probabilities, labels=[0, 1, 2]))
+    assert scores["accuracy"] == np.mean(table.probabilities.argmax(1) == table.targets)
+    assert score(replace(table, targets=None)) == {}
+    assert "loss" not in score(replace(table, probabilities=table.probabilities / 2))
+
+
+def test_the_bootstrap_interval_is_scipys_and_the_same_each_time():
+    generator = np.random.default_rng(3)
+    first, second = (generator.random(300) < 0.9) * 1.0, (generator.random(200) < 0.8) * 1.0
+    gap = bootstrap_gap(first, second)
+    wanted = scipy.stats.bootstrap(
+        (first, second), lambda a, b, axis: b.mean(axis) - a.mean(axis), method="percentile", vectorized=True
+    ).confidence_interval
+    assert gap == bootstrap_gap(first, second)
+    assert (gap.low, gap.high) == pytest.approx((wanted.low, wanted.high), abs=0.01)
+    assert gap.difference == second.mean() - first.mean()
+    assert "more than sampling explains" in str(gap)
+    assert "sampling alone explains it" in str(bootstrap_gap(first, first))
+
+
+def test_a_row_that_is_longer_than_the_header_is_refused_and_not_cut(tmp_path):
+    (tmp_path / "a.csv").write_text("id,x,y\none,0.5,0.5,0.1\ntwo,0.5,0.5,0.1\n")
+    with pytest.raises(BadInput, match=r"a\.csv cannot be read as a table \(its rows are longer than its header\)"):
+        read_predictions(tmp_path / "a.csv")

@@ -1,0 +1,339 @@
+"""Predictions are what the model says of each sample, once and in order, the same bytes however they are made."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from models import CHANNELS, tiny_network
+from processes import run_ranks, run_train
+from small_data import make_data
+from tables import refused
+from test_scripts import environment
+from torch import nn
+from torchvision.io import write_png
+
+import average
+import predict
+import train
+from batteries.past_runs import find_checkpoint
+from batteries.predictions import read_predictions
+from batteries.splits import Split
+from batteries.views import make_views
+from experiment.augmentations import normalize, valid_transform
+from predict import Options, load_split
+from train import Config, Stage
+
+STAGES = (Stage("one", 2, 3e-3), Stage("two", 1, 1e-3))
+
+UNSIZED = pytest.mark.skipif(valid_transform() is not None, reason="the oracle knows images as they are, not resized")
+
+
+def network(num_classes: int) -> nn.Module:
+    """With batch norm, so that averaging has something to estimate anew."""
+    return nn.Sequential(nn.BatchNorm2d(CHANNELS), tiny_network(num_classes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, predict, average):
+            patch.setattr(module, "build_model", network)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, small_model):
+    """The folders of two folds, trained."""
+    folder, data_dir = tmp_path_factory.mktemp("runs"), make_data(tmp_path_factory.mktemp("data"))
+    for fold in (0, 1):
+        config = Config(
+            stages=STAGES, data_dir=data_dir, logdir=folder / f"fold_{fold}", fold=fold, tracker="none", device="cpu"
+        )
+        run_ranks(1, lambda config=config: train.main(config), join=False)
+    return [folder / "fold_0", folder / "fold_1"]
+
+
+def config_of(run) -> Config:
+    return predict.read_config(run, Config)
+
+
+def split_of(run) -> tuple:
+    """The data set of a run and its split."""
+    dataset = train.load_dataset(config_of(run).data_dir)
+    return dataset, load_split(dataset, config_of(run))._asdict()
+
+
+def run_predict(*runs, ranks: int = 1, **options):
+    """What predict.main gives on the first of `ranks` processes."""
+    made = Options(run=runs, device="cpu", **options)
+    return run_ranks(ranks, lambda: predict.main(made), join=False)[0]
+
+
+def by_hand(run, name: str) -> np.ndarray:
+    """Probabilities (N, C) of the best checkpoint, one sample at a time."""
+    dataset, split = split_of(run)
+    stages = [stage.name for stage in STAGES]
+    path = find_checkpoint(run, stages, None, "best", minimize=False)
+    model = network(len(dataset.classes))
+    model.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
+    model.eval()
+    with torch.inference_mode():
+        rows = [model(normalize(dataset[index][0][None])).double().softmax(1).numpy() for index in split[name]]
+    return np.concatenate(rows)
+
+
+@UNSIZED
+def test_each_sample_of_the_split_is_predicted_once_and_in_order(runs, tmp_path):
+    made = run_predict(runs[0], output=tmp_path)
+    dataset, split = split_of(runs[0])
+    assert set(made) == {name for name in ("valid", "test") if name in split}
+    for name, table in made.items():
+        written = read_predictions(tmp_path / f"{name}.csv")
+        assert list(written.ids) == [dataset.ids[index] for index in split[name]]
+        assert written.classes == dataset.classes
+        targets = np.asarray(dataset.targets)[split[name]]
+        if (targets >= 0).all():
+            assert np.array_equal(written.targets, targets)
+        else:  # those of an official test split are not known
+            assert written.targets is None
+        assert written.probabilities.tobytes() == table.probabilities.tobytes()
+        assert written.probabilities == pytest.approx(by_hand(runs[0], name), abs=1e-6)
+
+
+def test_the_score_of_the_best_checkpoint_is_that_of_training(runs, tmp_path):
+    table = run_predict(runs[0], output=tmp_path, split="valid")["valid"]
+    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    assert predict.score(table)["accuracy"] == max(line["valid"]["accuracy"] for line in lines)
+
+
+@pytest.mark.parametrize(("ranks", "num_workers"), [(2, 0), (3, 0), (1, 2)])
+def test_processes_and_workers_change_no_byte(runs, tmp_path, ranks, num_workers):
+    for folder, count, workers in (("one", 1, 0), ("many", ranks, num_workers)):
+        run_predict(runs[0], ranks=count, num_workers=workers, output=tmp_path / folder, batch_size=16)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_other_batch_sizes_change_no_more_than_rounding(runs, tmp_path, batch_size):
+    first = run_predict(runs[0], output=tmp_path / "a", split="valid")["valid"]
+    second = run_predict(runs[0], output=tmp_path / "b", split="valid", batch_size=batch_size)["valid"]
+    assert second.probabilities == pytest.approx(first.probabilities, abs=1e-6)
+
+
+def test_over_folds_valid_is_out_of_fold_and_the_rest_is_the_mean(runs, tmp_path):
+    together = run_predict(*runs, output=tmp_path / "both")
+    alone = [run_predict(run, output=tmp_path / run.name) for run in runs]
+    rows = {}
+    for tables in alone:
+        rows |= dict(zip(tables["valid"].ids, tables["valid"].probabilities, strict=True))
+    assert list(together["valid"].ids) == sorted(rows)  # ids of both data sets are in the order of their names
+    assert np.array_equal(together["valid"].probabilities, [rows[name] for name in together["valid"].ids])
+    assert set(alone[0]["valid"].ids).isdisjoint(alone[1]["valid"].ids)
+    for name in set(together) - {"valid"}:
+        mean = np.mean([tables[name].probabilities for tables in alone], axis=0)
+        assert together[name].probabilities == pytest.approx(mean, abs=1e-15)
+
+
+@UNSIZED
+def test_with_test_time_augmentation_the_mean_over_the_views_is_written(runs, tmp_path):
+    made = run_predict(runs[0], output=tmp_path, split="valid", tta="flip")["valid"]
+    dataset, split = split_of(runs[0])
+    plain = by_hand(runs[0], "valid")
+    model = network(len(dataset.classes)).eval()
+    path = find_checkpoint(runs[0], ["one", "two"], None, "best", minimize=False)
+    model.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
+    images = torch.stack([dataset[index][0].flip(-1) for index in split["valid"]])
+    with torch.inference_mode():
+        mirrored = model(normalize(images)).double().softmax(1).numpy()
+    assert made.probabilities == pytest.approx((plain + mirrored) / 2, abs=1e-6)
+    assert np.abs(plain - mirrored).max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "count"), [("none", 1), ("flip", 2), ("crops", 5), ("flip-crops", 10)])
+def test_views_have_the_shape_of_the_images_and_the_first_is_the_images(kind, count):
+    images = torch.randint(256, (3, 2, 16, 24), dtype=torch.uint8)
+    views = make_views(images, kind)
+    assert len(views) == count
+    assert all(view.shape == images.shape for view in views)
+    assert torch.equal(views[0], images)
+    if "crops" in kind:
+        padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
+        assert np.array_equal(views[1].numpy(), padded[:, :, :16, :24])
+        assert np.array_equal(views[4].numpy(), padded[:, :, 4:, 4:])
+    if "flip" in kind:
+        assert torch.equal(views[count // 2], images.flip(-1))
+
+
+@UNSIZED
+@pytest.mark.parametrize("listed", [False, True])
+def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(runs, tmp_path, listed):
+    dataset, split = split_of(runs[0])
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    ids = [dataset.ids[index] for index in split["valid"]]
+    for name, index in zip(ids, split["valid"], strict=True):
+        write_png(dataset[index][0], str(folder / f"{name}.png"))
+    if listed:
+        lines = ["id,path", *(f"{name},photos/{name}.png" for name in ids)]
+        (tmp_path / "photos.csv").write_text("\n".join(lines))
+    source = tmp_path / "photos.csv" if listed else folder
+    made = run_predict(runs[0], images=source, output=tmp_path / "out")["photos"]
+    assert list(made.ids) == (ids if listed else [f"{name}.png" for name in ids])
+    assert made.targets is None
+    wanted = run_predict(runs[0], output=tmp_path / "valid", split="valid")["valid"]
+    assert made.probabilities == pytest.approx(wanted.probabilities, abs=1e-6)
+
+
+def call_predict(*flags: object):
+    return run_train(predict.main, Options, "--device", "cpu", *map(str, flags), name="predict.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--run", "nowhere"], "--run nowhere holds no run: config.json is missing; give one, such as logs/baseline."),
+        (["--run", "{0}", "{1}"], "several runs need --output, a folder for what they predict together."),
+        (["--run", "{0}", "--stage", "tow"], "--stage tow is none of {0}; did you mean 'two'? It has: one, two."),
+        (["--run", "{0}", "--checkpoint", "swa"], "--checkpoint swa: no swa.pth in {0}; run average.py first."),
+        (["--run", "{0}", "--checkpoint", "no.pth"], "no.pth is not there; give the path of a checkpoint"),
+        (["--run", "{0}", "--split", "train"], "--split train is no choice"),
+        (["--run", "{0}", "--batch-size", "0"], "--batch-size 0 must be at least 1."),
+        (["--run", "{0}", "--images", "nowhere"], "--images nowhere has no images (.jpg, .jpeg, .png, .webp, .gif)"),
+        (["--run"], "--run needs the folder of a run"),
+    ],
+)
+def test_what_cannot_be_predicted_gets_a_sentence_and_nothing_is_written(runs, flags, sentence, tmp_path):
+    end = call_predict(*(flag.format(*runs) for flag in flags))
+    assert (end.code, end.err.count("\n")) == (2, 1), end
+    assert sentence.format(*runs) in end.err
+    assert not any((run / "predictions").exists() for run in runs)
+
+
+@pytest.mark.slow
+def test_the_launcher_leaves_the_flags_of_predict_py_alone():
+    command = [sys.executable, "-m", "batteries.launch", "predict.py", "--run", "nowhere", "--device", "cpu"]
+    done = subprocess.run(
+        command, cwd=predict.__file__.rpartition("/")[0], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "--run nowhere holds no run" in done.stderr
+
+
+def test_over_folds_it_says_that_test_is_the_mean_of_several_models(runs, tmp_path):
+    together, alone = (
+        call_predict("--run", *runs, "--output", tmp_path),
+        call_predict("--run", runs[0], "--output", tmp_path / "one"),
+    )
+    assert (together.code, alone.code) == (0, 0), together.err + alone.err
+    has_test = len(split_of(runs[0])[1].get("test", ())) > 0
+    assert ("note     test is the mean of 2 models" in together.out) == has_test
+    assert "note" not in alone.out
+
+
+def test_predictions_that_are_there_and_differ_are_not_overwritten(runs, tmp_path):
+    flags = ["--run", runs[0], "--split", "valid", "--output", tmp_path]
+    assert call_predict(*flags).code == 0
+    before = (tmp_path / "valid.csv").read_bytes()
+    assert call_predict(*flags).code == 0
+    end = call_predict(*flags, "--tta", "flip")
+    assert "is there already, with other contents; give --overwrite" in end.err
+    assert (end.code, (tmp_path / "valid.csv").read_bytes()) == (2, before)
+    assert call_predict(*flags, "--tta", "flip", "--overwrite").code == 0
+    assert (tmp_path / "valid.csv").read_bytes() != before
+
+
+def test_where_one_file_is_refused_none_is_written(runs, tmp_path):
+    (tmp_path / "test.csv").write_text("mine\n")
+    end = call_predict("--run", runs[0], "--output", tmp_path)
+    assert (end.code, [path.name for path in tmp_path.iterdir()]) == (2, ["test.csv"])
+    assert "test.csv is there already, with other contents" in end.err
+
+
+def test_another_split_than_the_run_learned_from_is_refused(runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(predict, "load_split", lambda *_: Split(np.arange(9), np.arange(5), np.arange(0)))
+    end = call_predict("--run", runs[0], "--output", tmp_path / "out")
+    assert end.code == 2
+    assert f"--run {runs[0]} learned from other data, or another split of them, than" in end.err
+    assert not (tmp_path / "out").exists()
+
+
+def write_ledger(folder, score, files=("best.pth", "last.pth")) -> None:
+    folder.mkdir()
+    ledger = {"checkpoints": [], "best": {"epoch": 1, "score": score}}
+    (folder / "checkpoints.json").write_text(json.dumps(ledger))
+    for name in files:
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("scores", "minimize", "stage", "which", "found"),
+    [
+        ((0.5, 0.9, 0.9), False, None, "best", "b/best.pth"),  # a tie keeps the earlier
+        ((0.5, 0.9, 0.9), True, None, "best", "a/best.pth"),
+        ((None, 0.9, 0.1), True, None, "best", "c/best.pth"),
+        ((0.5, 0.9, 0.9), False, None, "last", "c/last.pth"),
+        ((0.5, 0.9, 0.9), False, "a", "best", "a/best.pth"),
+        ((0.5, 0.9, 0.9), False, "a", "last", "a/last.pth"),
+    ],
+)
+def test_without_a_stage_the_one_with_the_best_score_is_taken(tmp_path, scores, minimize, stage, which, found):
+    for name, score in zip("abc", scores, strict=True):
+        write_ledger(tmp_path / name, score, ("last.pth",) if score is None else ("best.pth", "last.pth"))
+    assert find_checkpoint(tmp_path, ["a", "b", "c"], stage, which, minimize=minimize) == tmp_path / found
+
+
+def call_average(*flags: object):
+    return run_train(average.main, average.Options, "--device", "cpu", *map(str, flags), name="average.py")
+
+
+def test_an_average_is_scored_kept_and_predicted_with(runs, tmp_path):
+    end = call_average("--run", runs[1] / "one")
+    assert end.code == 0, end.err
+    note = json.loads((runs[1] / "one/swa.json").read_text())
+    assert set(note["scores"]) == {"epoch_1.pth", "epoch_2.pth", "mean of all", "greedy"}
+    assert note["score"] == max(note["scores"].values())
+    made = run_predict(runs[1], checkpoint="swa", split="valid", output=tmp_path)["valid"]
+    assert predict.score(made)["accuracy"] == note["score"]
+    refused(call_average("--run", runs[1] / "one"), "swa.pth is there already; give --overwrite to replace it.")
+    assert call_average("--run", runs[1] / "one", "--overwrite").code == 0
+    assert json.loads((runs[1] / "one/swa.json").read_text()) == note
+    data = bytearray((runs[1] / "one/swa.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (runs[1] / "one/swa.pth").write_bytes(data)
+    end = call_predict("--run", runs[1], "--checkpoint", "swa", "--output", tmp_path / "torn")
+    assert "swa.pth is not the file that swa.json beside it lists: it was torn or changed" in end.err
+    (runs[1] / "one/swa.pth").unlink()
+    (runs[1] / "one/swa.json").unlink()
+
+
+def test_where_averaging_does_not_help_it_says_so_and_keeps_the_single_best(runs, monkeypatch):
+    scores = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.9])  # each alone, the mean, the greedy steps, the choice again
+    monkeypatch.setattr(average, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    end = call_average("--run", runs[1] / "one")
+    assert end.code == 0, end.err
+    assert "averaging did not help: no average is over epoch_" in end.out
+    note = json.loads((runs[1] / "one/swa.json").read_text())
+    single = torch.load(runs[1] / "one" / note["files"][0], weights_only=True)["model_state_dict"]
+    kept = torch.load(runs[1] / "one/swa.pth", weights_only=True)["model_state_dict"]
+    assert len(note["files"]) == 1
+    assert all(torch.equal(single[name], kept[name]) for name in single)
+    (runs[1] / "one/swa.pth").unlink()
+    (runs[1] / "one/swa.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--run", "nowhere"], "--run nowhere holds no run: config.json is missing; give one, such as logs/baseline."),
+        (["--run", "{}/one", "--checkpoints", "best:1"], "--checkpoints best:1 are 1 in {}/one, and an average needs"),
+        (["--run", "{}/one", "--checkpoints", "best"], "--checkpoints best is no file; give best:5, last:3, or paths"),
+    ],
+)
+def test_what_cannot_be_averaged_gets_a_sentence(runs, flags, sentence):
+    refused(call_average(*(flag.format(runs[0]) for flag in flags)), sentence.format(runs[0]))
+    assert not (runs[0] / "one/swa.pth").exists()

@@ -1,0 +1,85 @@
+"""The sheet shows what training gets."""
+
+import numpy as np
+import pytest
+import torch
+from pictures import Pictures, Shake
+from processes import End, run_train
+from small_data import make_data
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+import preview
+from batteries import TrainLoader, sample_sheet
+from batteries.sheets import make_sheet
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def run_preview(data_dir, tmp_path, *flags: str) -> End:
+    flags = ("--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), *flags)
+    return run_train(preview.main, preview.Config, *flags, name="preview.py")
+
+
+@pytest.mark.parametrize("mixing", [[], ["--mixup", "0.4", "--cutmix", "1"]])
+def test_a_sheet_is_drawn_and_the_range_of_values_is_said(data_dir, tmp_path, mixing):
+    sheet = tmp_path / "logs/sheet.png"
+    end = run_preview(data_dir, tmp_path, "--sheet", str(sheet), "--samples", "3", "--epochs", "2", *mixing)
+    assert end.code == 0, end.err
+    picture = decode_image(read_file(str(sheet)), ImageReadMode.RGB)
+    assert picture.shape[2] > picture.shape[1] > 300
+    assert len(picture.flatten(1).unique(dim=1)[0]) > 20
+    assert "a batch  (3, " in end.out
+    assert "deviation" in end.out
+    assert not (tmp_path / "x.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--samples", "1"], "--samples 1 must be at least 2."),
+        (["--epochs", "0"], "--epochs 0 must be at least 1."),
+        (["--sheet", "sheet.jpg"], "--sheet sheet.jpg must end in .png."),
+        (["--fold", "7"], "--fold 7 is not there"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(data_dir, tmp_path, flags, sentence):
+    end = run_preview(data_dir, tmp_path, *flags)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert sentence in end.err
+
+
+def test_a_sample_can_be_looked_up_in_any_epoch_as_training_sees_it(cpu):
+    loader = TrainLoader(Pictures(20), range(20), Shake(), cpu, seed=0, batch_size=20)
+    epoch = loader.epoch(0, 3)
+    [batch] = epoch
+    for position, index in enumerate(epoch.order.tolist()):
+        assert torch.equal(epoch.sample(index)[0], batch.images[position])
+
+
+def test_the_sheet_for_the_tracker_has_originals_above_and_the_models_view_below(cpu):
+    loader = TrainLoader(Pictures(20), range(20), Shake(), cpu, seed=0, batch_size=20)
+    sheet = sample_sheet(loader, lambda images: images.float() / 255 - 0.5)
+    assert sheet is not None
+    assert (sheet.dtype, sheet.shape) == (torch.uint8, (3, 22, 82))  # eight pictures of 8x8 in a row, two pixels apart
+    originals, images, _ = loader.epoch(0, 1).peek(8)
+    np.testing.assert_array_equal(sheet[0, 2:10, 2:10], originals[0][0])
+    seen = images[1, 0].float() - images.min()
+    np.testing.assert_allclose(sheet[0, 12:20, 12:20], seen / (images.max() - images.min()) * 255, atol=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_images_of_any_channels_and_sizes_can_be_shown(channels):
+    originals = [torch.randint(256, (channels, 5 + size, 9), dtype=torch.uint8) for size in range(3)]
+    assert make_sheet(originals, torch.randn(3, channels, 8, 8)).shape == (3, 22, 32)
+
+
+def test_what_is_no_image_has_no_sheet(cpu):
+    class Numbers(Pictures):
+        def __getitem__(self, index):
+            return torch.zeros(5), 0
+
+    loader = TrainLoader(Numbers(20), range(20), None, cpu, seed=0, batch_size=20)
+    assert sample_sheet(loader, lambda images: images) is None

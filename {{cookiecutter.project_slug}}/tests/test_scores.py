@@ -1,0 +1,226 @@
+"""The ledger of scores: nothing is entered twice, nothing is lost, a merge stays readable."""
+
+import csv
+import json
+import multiprocessing
+import shutil
+import subprocess
+
+import pytest
+from sklearn.metrics import f1_score
+from tables import call, random_table, refused
+
+import scores
+from batteries.ledger import COLUMNS, Entry, Point, add_entry, disagreements, read_ledger
+from batteries.predictions import write_predictions
+from batteries.scoring import score
+from train import MAY_CHANGE
+
+ROOT = scores.LEDGER.parent
+
+
+@pytest.fixture
+def logdir(tmp_path):
+    """A run's folder, as far as the ledger reads it."""
+    folder = tmp_path / "logs/first"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"main_metric": "accuracy", "seed": 1, "logdir": "logs/first"}')
+    record = {"git_commit": "0123456789abcdef", "best": {"metric": "accuracy", "score": 0.75, "stage": "a", "epoch": 1}}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return tmp_path / "scores.csv"
+
+
+def entry(name: str, date: str = "2025-01-01T00:00:00+00:00", **values) -> Entry:
+    return Entry(date, name, f"logs/{name}", "abc", "def", "accuracy", **values)
+
+
+def test_a_run_is_entered_with_its_commit_its_recipe_and_its_scores(logdir, ledger):
+    end = call(scores, "add", logdir, "--leaderboard", "0.5", "--note", "first, light", "--ledger", ledger)
+    assert end.code == 0, end.err
+    [row] = csv.DictReader(ledger.open())
+    assert list(row) == COLUMNS
+    assert (row["name"], row["commit"], row["metric"], row["note"]) == (
+        "first",
+        "0123456789ab",
+        "accuracy",
+        "first, light",
+    )
+    assert (row["valid"], row["test"], row["public"], row["private"]) == ("0.75", "", "0.5", "")
+    shown = call(scores, "show", "--ledger", ledger).out
+    assert "0.7500" in shown
+    assert "-0.2500" in shown
+
+
+def test_scores_of_predictions_win_over_training_and_flags_over_both(logdir, ledger):
+    (logdir / "predictions").mkdir()
+    valid, test = random_table(30, 1), random_table(20, 2)
+    write_predictions(logdir / "predictions/valid.csv", valid)
+    write_predictions(logdir / "predictions/test.csv", test)
+    assert call(scores, "add", logdir, "--ledger", ledger).code == 0
+    assert call(scores, "add", logdir, "--name", "other", "--valid", "0.1", "--ledger", ledger).code == 0
+    first, second = read_ledger(ledger)
+    assert (first.valid, first.test) == (score(valid)["accuracy"], score(test)["accuracy"])
+    assert (second.valid, second.test) == (0.1, first.test)
+
+
+def test_a_main_metric_of_scikit_learn_is_scored_on_the_predictions_too(logdir, ledger):
+    (logdir / "config.json").write_text('{"main_metric": "macro_f1"}')
+    (logdir / "predictions").mkdir()
+    table = random_table(30, 1)
+    write_predictions(logdir / "predictions/test.csv", table)
+    assert call(scores, "add", logdir, "--ledger", ledger).code == 0
+    [line] = read_ledger(ledger)
+    assert line.test == f1_score(table.targets, table.probabilities.argmax(1), average="macro")
+
+
+def test_the_recipe_has_one_name_wherever_it_ran_and_another_with_another_knob():
+    assert {"logdir", "device"} <= set(MAY_CHANGE)
+    here, there = {"seed": 1, "logdir": "logs/a", "device": "cpu"}, {"device": "cuda", "seed": 1, "logdir": "logs/b"}
+    assert scores.hash_configs([here]) == scores.hash_configs([there]) != scores.hash_configs([here | {"seed": 2}])
+
+
+def test_folds_are_entered_by_the_folder_that_holds_them(logdir, ledger):
+    folds = logdir.parent
+    shutil.copytree(logdir, folds / "second")
+    (folds / "predictions").mkdir()
+    write_predictions(folds / "predictions/valid.csv", random_table(30, 1))
+    assert call(scores, "add", folds, "--ledger", ledger).code == 0
+    [line] = read_ledger(ledger)
+    assert (line.name, line.commit, line.metric) == ("logs", "0123456789ab", "accuracy")
+    assert line.valid == score(random_table(30, 1))["accuracy"]
+    assert line.config not in ("", scores.hash_configs([{"main_metric": "accuracy", "seed": 1}]))
+
+
+def test_the_same_submission_is_not_entered_twice_but_can_be_filled_in(logdir, ledger):
+    assert call(scores, "add", logdir, "--leaderboard", "0.5", "--ledger", ledger).code == 0
+    before = ledger.read_bytes()
+    end = call(scores, "add", logdir, "--leaderboard", "0.6", "--ledger", ledger)
+    refused(end, f"{ledger} has first of {logdir} already, of ")
+    assert ledger.read_bytes() == before
+    assert call(scores, "add", logdir, "--private", "0.4", "--update", "--ledger", ledger).code == 0
+    [line] = read_ledger(ledger)
+    assert (line.valid, line.public, line.private) == (0.75, 0.5, 0.4)
+    assert call(scores, "add", logdir, "--name", "second", "--ledger", ledger).code == 0
+    assert [line.name for line in read_ledger(ledger)] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["add", "nowhere"], "nowhere is not there; give a run's folder, such as logs/baseline."),
+        (["add"], "scores.py add needs PATH: a run's folder, "),
+        (["add", "{logdir}", "--leaderboard", "nan"], "--leaderboard nan must be a finite number."),
+        (["add", "{logdir}", "--update", "--ledger", "{ledger}"], "has no first of {logdir}; leave --update out to"),
+        (["ad", "{logdir}"], "ad is no command or flag; did you mean 'add'? See python scores.py --help."),
+        (["plot", "--ledger", "{ledger}"], "needs two submissions or more that have valid and public of one metric;"),
+        (["plot", "--against", "privat"], "--against privat is no choice; did you mean 'private'?"),
+    ],
+)
+def test_what_cannot_be_meant_gets_a_sentence_and_changes_nothing(logdir, ledger, flags, sentence):
+    end = call(scores, *(flag.format(logdir=logdir, ledger=ledger) for flag in flags))
+    refused(end, sentence.format(logdir=logdir))
+    assert not ledger.exists()
+
+
+HEADER = ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("name,score\n", "does not begin with date,name,logdir"),
+        (f"{HEADER}\na,b\n", "line 2, has 2 values for 11 columns."),
+        (f"{HEADER}\nd,n,l,c,h,accuracy,x,,,,\n", "line 2: valid is 'x', which is no score."),
+        (f"{HEADER}\nd,n,l,c,h,accuracy,1,,,,\nd,n,l,c,h,accuracy,2,,,,\n", "has n of l twice, in lines 2 and 3, with"),
+        ("<<<<<<< ours\n", "does not begin with date,name,logdir"),
+    ],
+)
+def test_a_ledger_that_was_damaged_is_refused_with_the_line(logdir, ledger, text, sentence):
+    ledger.write_text(text)
+    refused(call(scores, "add", logdir, "--ledger", ledger), sentence)
+    refused(call(scores, "show", "--ledger", ledger), sentence)
+    assert ledger.read_text() == text
+
+
+def test_lines_that_a_merge_has_doubled_count_once(ledger):
+    add_entry(ledger, entry("first"))
+    ledger.write_text(ledger.read_text() * 2)
+    assert [line.name for line in read_ledger(ledger)] == ["first"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_merge_of_two_branches_keeps_the_lines_of_both(tmp_path, ledger, begun):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+
+    def run(*arguments: str) -> None:
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+
+    run("init", "-q", "-b", "main")
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+    if begun:
+        add_entry(ledger, entry("old"))
+    run("add", "."), run("commit", "-q", "-m", "start")
+    run("checkout", "-q", "-b", "other")
+    add_entry(ledger, entry("theirs", date="2025-01-02"))
+    run("add", "."), run("commit", "-q", "-m", "theirs"), run("checkout", "-q", "main")
+    add_entry(ledger, entry("ours", date="2025-01-03"))
+    run("add", "."), run("commit", "-q", "-m", "ours"), run("merge", "-q", "-m", "merge", "other")
+    names = [line.name for line in read_ledger(ledger)]
+    assert sorted(names) == sorted(["theirs", "ours", *(["old"] if begun else [])])
+    add_entry(ledger, entry("next", date="2025-01-04"))
+    lines = ledger.read_text().splitlines()
+    assert len(lines) == len(names) + 2
+    assert lines[1:] == sorted(lines[1:])
+
+
+def _add_some(ledger, number: int) -> None:
+    for index in range(10):
+        add_entry(ledger, entry(f"{number}_{index}"))
+
+
+def test_processes_that_add_at_once_lose_no_line_and_leave_no_other_file(tmp_path):
+    ledger = tmp_path / "folder/scores.csv"
+    ledger.parent.mkdir()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_add_some, args=(ledger, number)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(read_ledger(ledger)) == 30
+    assert [path.name for path in ledger.parent.iterdir()] == ["scores.csv"]
+
+
+def test_the_table_is_sorted_in_the_direction_of_the_metric(ledger):
+    for name, metric, valid in (("a", "accuracy", 0.5), ("b", "accuracy", 0.9), ("c", "loss", 0.5), ("d", "loss", 0.1)):
+        add_entry(ledger, Entry(f"2025-{name}", name, name, "", "", metric, valid))
+    shown = [line.split()[0] for line in call(scores, "show", "--ledger", ledger).out.splitlines()]
+    assert shown == ["name", "b", "a", "d", "c"]
+
+
+def test_without_a_ledger_the_table_says_how_to_begin(ledger):
+    assert "no scores yet: python scores.py add" in call(scores, "show", "--ledger", ledger).out
+
+
+def test_pairs_in_another_order_are_named_the_widest_first():
+    points = [Point("a", 0.9, 0.1), Point("b", 0.8, 0.5), Point("c", 0.1, 0.4), Point("d", 0.2, 0.9)]
+    assert disagreements(points) == [("a", "d"), ("a", "c"), ("b", "d"), ("a", "b")]
+    assert disagreements([Point("a", 1, 1), Point("b", 2, 2), Point("c", 2, 3)]) == []
+
+
+def test_the_plot_names_the_runs_on_which_validation_and_leaderboard_disagree(tmp_path, ledger):
+    for number, (valid, public) in enumerate([(0.9, 0.8), (0.8, 0.9), (0.7, 0.7)]):
+        add_entry(ledger, entry(f"run{number}", valid=valid, public=public))
+    picture = tmp_path / "plots/scores.png"
+    end = call(scores, "plot", "--ledger", ledger, "--output", picture)
+    assert end.code == 0, end.err
+    assert "0.500 (Spearman, 3 submissions)" in end.out
+    assert "disagree run0 has more accuracy than run1 in valid, and less in public" in end.out
+    assert picture.read_bytes().startswith(b"\x89PNG")

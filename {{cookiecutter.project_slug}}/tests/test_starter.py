@@ -1,0 +1,111 @@
+"""The data set of this project is what README says of one, and something is learned from it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_network
+from processes import run_ranks, run_train
+from small_data import change_one_sample, make_data
+
+import train
+from batteries import EvalLoader, SplitFile
+from batteries.splits import TEST
+from experiment.augmentations import MEAN, STD, normalize, train_transform, valid_transform
+from experiment.dataset import load_dataset
+from experiment.splits import make_folds
+from train import Config, Stage
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def dataset(data_dir):
+    return load_dataset(data_dir)
+
+
+def test_a_sample_is_an_image_and_a_target_and_its_id_is_its_own(dataset):
+    image, target = dataset[3]
+    assert image.dtype == torch.uint8
+    assert image.ndim == 3
+    assert image.shape[0] == len(MEAN)
+    assert int(target) == int(dataset.targets[3])
+    assert 0 <= int(target) < len(dataset.classes)
+    assert len(set(dataset.ids)) == len(dataset.ids) == len(dataset) == len(dataset.targets)
+
+
+def test_many_at_once_are_the_same_as_one_by_one(dataset):
+    if not hasattr(dataset, "get_batch"):
+        pytest.skip("this data set gives one sample at a time")
+    indices = np.array([5, 0, 5, 100, len(dataset) - 1])
+    images, targets = dataset.get_batch(indices)
+    for place, index in enumerate(indices.tolist()):
+        assert torch.equal(images[place], dataset[index][0])
+        assert int(targets[place]) == int(dataset[index][1])
+
+
+def test_the_fingerprint_tells_other_data(data_dir, tmp_path):
+    first = load_dataset(data_dir)
+    before = first.fingerprint()
+    assert load_dataset(data_dir).fingerprint() == before
+    assert change_one_sample(first).fingerprint() != before
+
+
+def test_an_official_test_split_has_its_own_samples_and_a_target_for_each(dataset, tmp_path):
+    splits = SplitFile(tmp_path / "x.csv", dataset, make_folds)
+    if getattr(dataset, "official_test", None) is None:
+        assert 0.1 < (splits.folds == TEST).mean() < 0.3
+        return
+    assert ((splits.folds == TEST) == np.asarray(dataset.official_test)).all()
+    assert 0 <= int(dataset[int(splits.select(0).test[-1])][1]) < len(dataset.classes)
+
+
+def test_what_the_model_gets_is_finite_and_of_one_size_in_training_and_validation(dataset, cpu):
+    shapes = set()
+    for transform in (train_transform(), valid_transform()):
+        for images, _ in EvalLoader(dataset, range(12), transform, cpu, batch_size=4):
+            shapes.add(tuple(images.shape))
+            assert normalize(images).isfinite().all()
+            assert normalize(images).abs().max() < 10
+    assert len(shapes) == 1
+
+
+def test_normalised_images_have_mean_0_and_deviation_1_on_the_scale_of_the_constants(dataset):
+    images = torch.randint(256, (4, len(MEAN), 5, 7), dtype=torch.uint8)
+    before = images.clone()
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (MEAN, STD))
+    torch.testing.assert_close(normalize(images).double(), (images.double() / 255 - mean) / std, rtol=1e-6, atol=1e-6)
+    assert torch.equal(normalize(images.float()), normalize(images))
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_two_epochs_score_far_over_chance(monkeypatch, dataset, data_dir, tmp_path, mixing):
+    monkeypatch.setattr(train, "build_model", tiny_network)
+    config = Config(
+        stages=(Stage("stage0", 2, 3e-2),),
+        batch_size=8,
+        data_dir=data_dir,
+        split_file=tmp_path / "splits.csv",
+        logdir=tmp_path / "run",
+        tracker="none",
+        device="cpu",
+        num_workers=0,
+    )
+    [score] = run_ranks(1, lambda: train.main(dataclasses.replace(config, **mixing)), join=False)
+    assert score > 3 / len(dataset.classes)
+
+
+@pytest.mark.slow
+def test_the_real_network_trains_on_it(data_dir, tmp_path):
+    flags = ["--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run")]
+    flags += ["--stages.0.epochs", "2", "--stages.1.epochs", "1", "--batch-size", "8", "--limit-batches", "4"]
+    end = run_train(train.main, Config, *flags, "--device", "cpu", "--tracker", "none")
+    assert end.code == 0, end.err
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["train"]["loss"]) for line in lines)
