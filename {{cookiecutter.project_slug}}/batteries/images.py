@@ -6,12 +6,13 @@ import torch
 
 from batteries.errors import BadInput
 from batteries.predictions import doubles, read_table, some
+from batteries.splits import UNKNOWN
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 class ImageFiles:
-    """Images as uint8 tensors (C, H, W), 0 to 255, with a target of 0 that means nothing.
+    """Images as uint8 tensors (C, H, W), 0 to 255, with the target -1, which is not known.
 
     `source` is a folder, whose images are called by their paths in it, in alphabetical order; or a CSV file with a
     column `path`, counted from its own folder, and `id` where they are called otherwise. `channels` is 1 or 3.
@@ -35,7 +36,7 @@ class ImageFiles:
         except (RuntimeError, OSError):
             raise BadInput(f"{self.paths[index]} cannot be read as an image: it is empty, damaged or none.") from None
         image = image[0] if image.ndim == 4 else image  # the first picture of an animation
-        return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8), torch.tensor(0)
+        return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8), torch.tensor(UNKNOWN)
 
 
 def _read_folder(folder: Path) -> tuple[list[str], list[Path]]:

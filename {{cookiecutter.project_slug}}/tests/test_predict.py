@@ -94,11 +94,7 @@ def test_each_sample_of_the_split_is_predicted_once_and_in_order(runs, tmp_path)
         written = read_predictions(tmp_path / f"{name}.csv")
         assert list(written.ids) == [dataset.ids[index] for index in split[name]]
         assert written.classes == dataset.classes
-        targets = np.asarray(dataset.targets)[split[name]]
-        if (targets >= 0).all():
-            assert np.array_equal(written.targets, targets)
-        else:  # those of an official test split are not known
-            assert written.targets is None
+        assert written.targets.tolist() == [int(dataset[index][1]) for index in split[name]]
         assert written.probabilities.tobytes() == table.probabilities.tobytes()
         assert written.probabilities == pytest.approx(by_hand(runs[0], name), abs=1e-6)
 
@@ -233,6 +229,15 @@ def test_over_folds_it_says_that_test_is_the_mean_of_several_models(runs, tmp_pa
     has_test = len(split_of(runs[0])[1].get("test", ())) > 0
     assert ("note     test is the mean of 2 models" in together.out) == has_test
     assert "note" not in alone.out
+
+
+def test_the_test_split_is_scored_and_compared_with_validation(runs, tmp_path):
+    end = call_predict("--run", runs[0], "--output", tmp_path)
+    assert end.code == 0, end.err
+    table = read_predictions(tmp_path / "test.csv")
+    accuracy = np.mean(table.probabilities.argmax(1) == table.targets)
+    assert f"test     {len(table.ids):,} rows  accuracy {accuracy:.4f}" in end.out
+    assert "gap      accuracy of test less valid " in end.out
 
 
 def test_predictions_that_are_there_and_differ_are_not_overwritten(runs, tmp_path):
