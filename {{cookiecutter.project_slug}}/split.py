@@ -43,18 +43,18 @@ def main(config: Config) -> None:
     """Make the split or compare it with its file, look at the data, write."""
     dataset = load_dataset(config.data_dir)
     splits = open_split(config, dataset)
-    for fold in range(splits.num_folds):
+    for fold in (config.fold, *range(splits.num_folds)):
         splits.select(fold)
     if config.check_images:
         check_images(dataset, splits.folds)
+    statistics = describe_channels(dataset, splits, config.fold) if config.statistics else []
     say = "is there already, and the same" if config.split_file.exists() else "is written"
     splits.write()
     show_counts(dataset, splits.folds)
     print(
         f"{config.split_file} {say}: {len(dataset):,} samples, {splits.num_folds} folds, sha256 {splits.sha256[:12]}…"
     )
-    if config.statistics:
-        show_statistics(dataset, splits, config.fold)
+    print(*statistics, sep="\n", end="\n" if statistics else "")
 
 
 def open_split(config: Config, dataset: Any) -> SplitFile:
@@ -111,14 +111,16 @@ def show_counts(dataset: Any, folds: np.ndarray) -> None:
     Console().print(table)
 
 
-def show_statistics(dataset: Any, splits: SplitFile, fold: int) -> None:
-    """The two lines for experiment/augmentations.py, from images as `valid_transform` gives them."""
+def describe_channels(dataset: Any, splits: SplitFile, fold: int) -> list[str]:
+    """The lines for experiment/augmentations.py, from images as `valid_transform` gives them."""
     train = splits.select(fold).train
     loader = EvalLoader(dataset, train, valid_transform(), torch.device("cpu"), batch_size=64)
     mean, std = channel_statistics(images for images, _ in loader)
-    print(f"# from {len(train):,} images: the train split of fold {fold} in {splits.path}")
-    for name, values in (("MEAN", mean), ("STD", std)):
-        print(f"{name} = ({', '.join(f'{value:.4f}' for value in values)},)")
+    values = {name: ", ".join(f"{value:.4f}" for value in found) for name, found in (("MEAN", mean), ("STD", std))}
+    return [
+        f"# from {len(train):,} images: the train split of fold {fold} in {splits.path}",
+        *(f"{name} = ({value},)" for name, value in values.items()),
+    ]
 
 
 def name_of(fold: int) -> str:

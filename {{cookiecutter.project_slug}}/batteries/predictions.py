@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from batteries.errors import BadInput
-from batteries.files import write_text
+from batteries.files import write_output
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,7 @@ def _to_csv(predictions: Predictions) -> str:
 def write_new(path: Path, text: str, *, overwrite: bool) -> None:
     """Put `text` into `path` in one step. Raises BadInput where the file is there with other contents."""
     check_new(path, text, overwrite=overwrite)
-    _write_new(path, text)
+    write_output(path, lambda file: file.write(text.encode()), "--output")
 
 
 def check_new(path: Path, text: str, *, overwrite: bool) -> None:
@@ -80,14 +80,6 @@ def check_new(path: Path, text: str, *, overwrite: bool) -> None:
         raise BadInput(f"{path} is a folder; give the name of a file.")
     if path.exists() and not overwrite and path.read_bytes() != text.encode():
         raise BadInput(f"{path} is there already, with other contents; give --overwrite, or another --output.")
-
-
-def _write_new(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}); use another --output.") from None
 
 
 def read_table(path: Path) -> "pd.DataFrame":

@@ -12,6 +12,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -106,7 +107,8 @@ def write_once(path: Path, text: str) -> None:
         except OSError as error:
             raise BadInput(f"{path} cannot be written ({error.strerror}); use another --split-file.") from None
         finally:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):  # its folder is none, perhaps
+                draft.unlink()
     if read_split(path) != text:
         raise BadInput(f"{path} is another split by now, and no file is changed; use another --split-file.")
 

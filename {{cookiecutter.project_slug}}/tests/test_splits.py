@@ -241,6 +241,20 @@ def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, t
     assert (tmp_path / "splits/x.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("flags", [["--fold", "9"], ["--statistics", "--fold", "9"]])
+def test_a_fold_that_is_not_there_is_refused_before_the_file_is_written(monkeypatch, tmp_path, flags):
+    end = run_split(monkeypatch, tmp_path, *flags)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert "--fold 9 is not there; use 0 to 4." in end.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_where_no_file_can_be_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "splits").write_text("a file")
+    with pytest.raises(BadInput, match=r"splits/x\.csv cannot be written \(File exists\); use another --split-file\."):
+        open_splits(tmp_path).write()
+
+
 def test_statistics_are_those_of_the_train_split_of_the_fold_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(split, "valid_transform", lambda: None)
     dataset = Samples()
