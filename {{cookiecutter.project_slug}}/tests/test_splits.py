@@ -290,6 +290,16 @@ def test_equal_and_nearly_equal_images_in_two_parts_are_found_and_no_others():
     assert pairs == [(2, 100, True), (3, 101, False), (4, 102, False), (5, 103, False)]
 
 
+def test_hard_compression_hides_few_duplicates_and_makes_none():
+    from torchvision.io import decode_jpeg, encode_jpeg
+
+    photos = [photo(seed) for seed in range(60)]
+    images = photos + [decode_jpeg(encode_jpeg(image, quality=15)) for image in photos]
+    pairs = find_duplicates([look(image) for image in images], np.repeat([0, 1], 60))
+    assert all(pair.second == pair.first + 60 for pair in pairs)
+    assert len(pairs) > 45
+
+
 def test_duplicates_are_counted_and_named_and_do_not_stop_the_split(monkeypatch, tmp_path):
     dataset = Samples(folds=np.arange(80) // 4 % 5)
     dataset.images[4] = dataset.images[0]
