@@ -173,6 +173,8 @@ def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(r
     ids = [dataset.ids[index] for index in split["valid"]]
     for name, index in zip(ids, split["valid"], strict=True):
         write_png(dataset[index][0], str(folder / f"{name}.png"))
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints/1.png").write_bytes(b"rubbish")
     if listed:
         lines = ["id,path", *(f"{name},photos/{name}.png" for name in ids)]
         (tmp_path / "photos.csv").write_text("\n".join(lines))

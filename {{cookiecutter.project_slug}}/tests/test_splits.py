@@ -79,6 +79,30 @@ def test_a_column_that_the_user_brings_decides():
     assert (make_folds(Samples(folds=brought)) == brought).all()
 
 
+@pytest.mark.parametrize(
+    ("dataset", "numbers"),
+    [
+        (Samples(folds=np.arange(80) % 3 - 1), {"num_folds": 10}),
+        (Samples(folds=np.arange(80) % 3 - 1), {"test_share": 0.5}),
+        (Samples(official_test=np.arange(80) < 20), {"test_share": 0.5}),
+    ],
+)
+def test_a_number_that_would_change_nothing_is_refused(dataset, numbers):
+    make_folds(dataset)
+    with pytest.raises(ValueError, match=rf"the data bring .* of their own: leave .*--{next(iter(numbers))[:3]}"):
+        make_folds(dataset, **numbers)
+
+
+@pytest.mark.parametrize("classes", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 0.9])
+def test_the_test_share_is_what_was_asked_for_with_groups_too(share, classes):
+    size = 800
+    dataset = Samples(size, groups=groups_of(size), targets=np.arange(size) % 4, classes=tuple("abcd"))
+    if not classes:
+        dataset.classes = dataset.targets = None
+    assert (make_folds(dataset, test_share=share) == TEST).mean() == pytest.approx(share, abs=0.03)
+
+
 def test_parts_share_no_sample_and_training_is_what_neither_validates_nor_tests(tmp_path):
     splits = open_splits(tmp_path)
     for fold in range(5):
@@ -164,6 +188,9 @@ def in_class(index: int, size: int = 80) -> torch.Tensor:
         (Samples(folds=np.arange(80) % 5, targets=np.full(80, 9)), "has target 9; with 4 classes a target is a whole"),
         (Samples(folds=np.arange(80) % 5, targets=np.full(80, 0.5)), "has target 0.5; with 4 classes a target is"),
         (Samples(folds=np.arange(80) % 5, targets=np.full(80, -1)), "trains on samples without a target: picture 0"),
+        (Samples(classes=("id", "b", "c", "d")), "a class is called id, as is a column of predictions/*.csv; call it"),
+        (Samples(classes=("a", "b", "c", "target")), "a class is called target, as is a column of predictions/*.csv"),
+        (Samples(classes=("a", "b", "c", "a")), "more than one class is called a; each needs a name of its own."),
     ],
 )
 def test_data_that_cannot_be_split_are_refused_with_the_reason(tmp_path, dataset, sentence):
@@ -307,6 +334,28 @@ def test_duplicates_are_counted_and_named_and_do_not_stop_the_split(monkeypatch,
     assert end.code == 0
     assert "picture 0, a (fold 0) and picture 4, a (fold 1) are equal\n" in end.out
     assert "duplicates across folds: 1 equal, 0 nearly equal" in end.out
+
+
+def test_equal_images_with_other_targets_are_named_in_whatever_fold(monkeypatch, tmp_path):
+    dataset = Samples(folds=np.arange(80) // 4 % 5, targets=torch.arange(80) % 4)
+    dataset.images[1] = dataset.images[0]
+    end = run_split(monkeypatch, tmp_path, dataset=dataset)
+    assert end.code == 0
+    assert "duplicates across folds: 0 equal, 0 nearly equal\n" in end.out
+    assert "picture 0, a (north) and picture 1, a (east) are equal, and their targets are not\n" in end.out
+    assert "contradictions: 1 pairs of equal images with different targets; mend or leave them out\n" in end.out
+    dataset.images[1] = Samples().images[1]
+    assert "contradictions" not in run_split(monkeypatch, tmp_path, "--keep", dataset=dataset).out
+
+
+def test_what_is_not_known_contradicts_nothing(monkeypatch, tmp_path):
+    targets = torch.arange(80) % 4
+    targets[:20] = -1
+    dataset = Samples(targets=targets, official_test=np.arange(80) < 20)
+    dataset.images[0] = dataset.images[30]
+    end = run_split(monkeypatch, tmp_path, dataset=dataset)
+    assert "duplicates across folds: 1 equal" in end.out
+    assert "contradictions" not in end.out
 
 
 def test_a_broken_image_is_named_and_nothing_is_written(monkeypatch, tmp_path):

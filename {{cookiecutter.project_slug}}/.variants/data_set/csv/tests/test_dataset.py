@@ -72,6 +72,17 @@ def test_a_group_is_in_one_fold_alone(tmp_path):
         assert len({int(fold) for fold, other in zip(folds, dataset.groups or [], strict=True) if other == group}) == 1
 
 
+def test_rows_without_a_group_are_each_their_own(tmp_path):
+    def clear(rows: list[dict[str, str]]) -> None:
+        for row in rows[8:]:
+            row["group"] = " "
+        rows[1]["group"] = " owner0 "
+
+    dataset, folds = split_of(write_data(tmp_path / "data", clear), tmp_path)
+    assert dataset.groups == ["owner0"] * 4 + ["owner1"] * 4 + dataset.ids[8:]
+    assert len(set(folds[8:].tolist())) == 6
+
+
 def test_a_column_fold_decides(tmp_path):
     def add(rows: list[dict[str, str]]) -> None:
         for index, row in enumerate(rows):

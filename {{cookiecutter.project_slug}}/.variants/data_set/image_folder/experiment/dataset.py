@@ -21,7 +21,7 @@ PARTS = {"train": 1, "valid": 0, "val": 0, "test": -1}  # folders with a split o
 class ImageFolder:
     """Images as uint8 tensors (3, H, W), 0 to 255, of any sizes; targets as whole numbers, indices into `classes`.
 
-    An id is the path in `data_dir`. Names that begin with a dot are left out.
+    An id is the path in `data_dir`. Files and folders whose names begin with a dot are left out.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -75,9 +75,9 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The image files in `folder` and below, in the order of their names, without hidden ones."""
-    there = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(there)
+    """The image files in `folder` and below, in the order of their names, without hidden ones and hidden folders."""
+    there = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def load_dataset(data_dir: Path) -> ImageFolder:

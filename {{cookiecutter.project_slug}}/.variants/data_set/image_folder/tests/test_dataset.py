@@ -53,6 +53,9 @@ def test_a_folder_for_each_class_is_a_data_set_and_hidden_files_and_others_are_l
     write_classes(tmp_path / "data")
     for name in ("data/.gitkeep", "data/cats/.thumb.jpg", "data/cats/notes.txt", "data/readme.md"):
         (tmp_path / name).touch()
+    for name in ("data/.Trash/1.jpg", "data/cats/.ipynb_checkpoints/00.jpg", "data/cats/.a/b/00.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
     dataset = ImageFolder(tmp_path / "data")
     assert dataset.classes == ("cats", "dogs")
     assert dataset.ids[:2] == ["cats/00.jpg", "cats/02.jpg"]
