@@ -43,10 +43,11 @@ FILES = {
 }
 
 
+OF_IMAGE_FILES = ("small_runs", "test_dataset", "test_images")
 # Files of one choice alone.
 OWN_FILES = {
-    "image_folder": {"experiment/images.py", "tests/test_dataset.py", "tests/test_images.py"},
-    "csv": {"experiment/images.py", "tests/test_dataset.py", "tests/test_images.py"},
+    "image_folder": {"experiment/images.py", *(f"tests/{name}.py" for name in OF_IMAGE_FILES)},
+    "csv": {"experiment/images.py", *(f"tests/{name}.py" for name in OF_IMAGE_FILES)},
     "tensorboard": {"scripts/tensorboard.sh"},
 }
 
