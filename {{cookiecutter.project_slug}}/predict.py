@@ -38,7 +38,7 @@ from experiment.augmentations import MEAN, normalize, valid_transform
 from experiment.dataset import load_dataset
 from experiment.model import build_model
 from experiment.splits import make_folds
-from train import Config, Stage
+from train import SCORES, Config, Stage
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def main(options: Options) -> dict[str, Predictions]:
             for name in parts[0]
         }
         on_main(lambda: write_all(list(merged.values()), overwrite=options.overwrite))
-        on_main(lambda: say(merged, len(options.run)))
+        on_main(lambda: say(merged, len(options.run), first))
     return merged
 
 
@@ -188,10 +188,11 @@ def merge(path: Path, tables: Sequence[Predictions], order: Sequence[str] | None
     return average_by_id(str(path), tables, order or tables[0].ids)
 
 
-def say(tables: dict[str, Predictions], models: int) -> None:
-    """Scores where targets are known, and how far test is from valid."""
+def say(tables: dict[str, Predictions], models: int, config: Config) -> None:
+    """Scores where targets are known, those that the run asked for too, and how far test is from valid."""
+    asked = {name: SCORES[name] for name in SCORES if name in (config.main_metric, *config.scores)}
     for name, table in tables.items():
-        scores = "".join(f"  {metric} {value:.4f}" for metric, value in score(table).items())
+        scores = "".join(f"  {metric} {value:.4f}" for metric, value in score(table, asked).items())
         print(f"{name:<8} {len(table.ids):,} rows{scores}  in {table.name}")
     if {"valid", "test"} <= set(tables):
         ours, theirs = sample_scores(tables["valid"]), sample_scores(tables["test"])

@@ -89,7 +89,7 @@ def read_table(path: Path) -> "pd.DataFrame":
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas would only warn, and cut the row
         try:
-            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
         except pd.errors.ParserWarning:
             raise ValueError("its rows are longer than its header") from None
 
@@ -99,11 +99,11 @@ def read_predictions(path: Path) -> Predictions:
     if not path.is_file():
         raise BadInput(f"{path} is not there; give a file of predictions, such as logs/baseline/predictions/test.csv.")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark that is no text
             header = next(csv.reader(file), [])
         _check_header(path, header)
         table = read_table(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise BadInput(f"{path} cannot be read as a table ({str(error).strip()}).") from None
     classes = tuple(name for name in header if name not in KEYS)
     ids = tuple(table["id"])
@@ -154,10 +154,11 @@ def match_predictions(tables: Sequence[Predictions]) -> list[Predictions]:
     table knows are known to all.
     """
     matched = [_in_order(tables[0], table) for table in tables]
-    targets = next((table.targets for table in matched if table.targets is not None), None)
+    known = next((table for table in matched if table.targets is not None), tables[0])
+    targets = known.targets
     for table in matched:
         if table.targets is not None and (wrong := np.flatnonzero(table.targets != targets)).size:
-            raise BadInput(f"{table.name} has another target than {tables[0].name} for id {table.ids[wrong[0]]}.")
+            raise BadInput(f"{table.name} has another target than {known.name} for id {table.ids[wrong[0]]}.")
     return [Predictions(table.name, table.ids, table.classes, table.probabilities, targets) for table in matched]
 
 

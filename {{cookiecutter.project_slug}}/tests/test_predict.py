@@ -1,5 +1,6 @@
 """Predictions are what the model says of each sample, once and in order, the same bytes however they are made."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import CHANNELS, tiny_network
 from processes import run_ranks, run_train
+from sklearn.metrics import f1_score
 from small_data import make_data
 from tables import refused
 from test_scripts import environment
@@ -184,6 +186,33 @@ def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(r
     assert made.targets is None
     wanted = run_predict(runs[0], output=tmp_path / "valid", split="valid")["valid"]
     assert made.probabilities == pytest.approx(wanted.probabilities, abs=1e-6)
+
+
+@UNSIZED
+def test_images_of_different_sizes_for_a_model_that_takes_one_are_refused_by_name(runs, tmp_path):
+    for size in (8, 9):
+        write_png(torch.zeros(CHANNELS, size, size, dtype=torch.uint8), str(tmp_path / f"{size}.png"))
+    end = call_predict("--run", runs[0], "--images", tmp_path, "--output", tmp_path / "out")
+    shapes = f"({CHANNELS}, 8, 8) of 8.png and ({CHANNELS}, 9, 9) of 9.png"
+    refused_but_for_weights(end, f"images of one batch have different shapes: {shapes}; bring all to one size")
+    assert not (tmp_path / "out").exists()
+
+
+def refused_but_for_weights(end, sentence: str) -> None:
+    """One sentence on stderr, after the line that names the checkpoint."""
+    assert (end.code, end.err.count("\n")) == (2, 1), end
+    assert sentence in end.err
+
+
+def test_the_scores_that_the_run_asked_for_are_printed_too(runs, monkeypatch, tmp_path):
+    config = dataclasses.replace(config_of(runs[0]), scores=("macro_f1", "balanced_accuracy"))
+    monkeypatch.setattr(predict, "read_config", lambda *_: config)
+    end = call_predict("--run", runs[0], "--split", "valid", "--output", tmp_path)
+    table = read_predictions(tmp_path / "valid.csv")
+    macro_f1 = f1_score(table.targets, table.probabilities.argmax(1), average="macro")
+    assert f"  macro_f1 {macro_f1:.4f}" in end.out
+    assert "  balanced_accuracy 0." in end.out
+    assert "roc_auc" not in end.out
 
 
 def call_predict(*flags: object):
