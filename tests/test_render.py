@@ -26,8 +26,8 @@ FILES = {
             *("averaging", "blends", "images", "ledger", "past_runs", "predictions", "scoring", "submissions", "views"),
             *("__init__", "background", "batchnorm", "checkpoints", "cli", "console", "data", "devices", "distributed"),
             *("errors", "files", "folds", "interrupts", "knobs", "launch", "logdirs", "metrics", "parallel", "pixels"),
-            *("randomness", "records", "resume", "runs", "schedules", "sheets", "splits", "state", "steps", "stopping"),
-            *("timing", "trackers", "weights"),
+            *("randomness", "ranks", "records", "resume", "runs", "schedules", "sheets", "splits", "state", "steps"),
+            *("stopping", "timing", "trackers", "weights"),
         )
     ),
     *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp", "train_folds")),

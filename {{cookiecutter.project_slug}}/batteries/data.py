@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from batteries.distributed import rank, world_size
 from batteries.errors import BadInput, is_bad_input
 from batteries.interrupts import SIGNALS
 from batteries.randomness import Stream, preserved_random_state, reseed, reseed_devices, stream_seeds
+from batteries.ranks import rank, world_size
 
 Transform = Callable[[Any, Any], tuple[Any, Any]]
 # Mixes a batch (images, targets) on the device, each sample with the one before it alone (torchvision's MixUp and

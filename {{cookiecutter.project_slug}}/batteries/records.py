@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from batteries.distributed import world_size
+from batteries.ranks import world_size
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from batteries.data import Batch, Epoch
-from batteries.distributed import rank, world_size
 from batteries.metrics import Averages
+from batteries.ranks import rank, world_size
 
 
 class Stopwatch:
