@@ -357,6 +357,20 @@ def read_all(dataset: Pictures, num_workers: int) -> None:
     list(EvalLoader(dataset, range(20), None, torch.device("cpu"), batch_size=4, num_workers=num_workers))
 
 
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(64, 1, 8), (16, 4, 4), (4, 8, 1), (1, 1, 1)])
+def test_a_gpu_gets_workers_by_the_cores_of_the_machine_that_stay_and_fetch_ahead(monkeypatch, cores, ranks, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    loader = EvalLoader(Pictures(8), range(8), None, torch.device("cuda"), batch_size=4, num_workers=None).batches
+    assert (loader.num_workers, loader.persistent_workers, loader.pin_memory) == (workers, True, True)
+    assert loader.prefetch_factor >= 2
+
+
+def test_a_cpu_gets_no_worker_since_the_model_needs_its_cores(cpu):
+    loader = EvalLoader(Pictures(8), range(8), None, cpu, batch_size=4, num_workers=None).batches
+    assert (loader.num_workers, loader.pin_memory) == (0, False)
+
+
 def test_a_worker_that_dies_ends_the_run_with_one_sentence_that_says_why():
     end = run_train(lambda _: read_all(Deadly(20), 2), Nothing)
     assert (end.code, end.err.count("\n")) == (1, 1)

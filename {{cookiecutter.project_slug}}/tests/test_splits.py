@@ -1,5 +1,6 @@
 """A split is written once, checked whenever it is read, and leaks nothing."""
 
+import csv
 import json
 from collections import Counter
 
@@ -257,7 +258,12 @@ def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, t
     end = run_split(monkeypatch, tmp_path)
     assert end.code == 0, end.err
     assert "x.csv is written: 80 samples, 5 folds, sha256 " in end.out
-    assert "north" in end.out
+    with (tmp_path / "splits/x.csv").open(newline="") as file:
+        counts = Counter((row["target"], row["fold"]) for row in csv.DictReader(file))
+    for target, name in enumerate(Samples.classes):
+        row = [counts[str(target), str(fold)] for fold in (*range(5), TEST)]
+        [shown] = [line.replace("│", " ").split() for line in end.out.splitlines() if f" {name} " in line]
+        assert shown == [name, *map(str, row), str(sum(row))]
     before = (tmp_path / "splits/x.csv").read_bytes()
     end = run_split(monkeypatch, tmp_path)
     assert (end.code, "x.csv is there already, and the same" in end.out) == (0, True)

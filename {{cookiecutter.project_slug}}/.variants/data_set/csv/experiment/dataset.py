@@ -47,9 +47,9 @@ class Table:
         return read_image(self.data_dir / self.ids[index]), int(self.targets[index])
 
     def check(self, indices: np.ndarray) -> None:
-        """Raise ValueError with the rows among `indices` whose files are no images, by their first bytes."""
+        """Raise ValueError with the rows among `indices` whose files are no images or cut short."""
         places = check_files([self.data_dir / self.ids[index] for index in indices])
-        self._refuse([int(indices[place]) for place in places], "no images")
+        self._refuse([int(indices[place]) for place in places], "no images, or cut short")
 
     def fingerprint(self) -> str:
         """Tells these data from others, by rows and sizes of the files: none is opened."""

@@ -101,7 +101,14 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
             "are missing or empty: nowhere.jpg (line 5); mend these rows",
         ),
         (lambda rows: rows[3].update(path="empty.jpg"), "are missing or empty: empty.jpg (line 5)"),
-        (lambda rows: rows[3].update(path="text.jpg"), "are no images: text.jpg (line 5)"),
+        (
+            lambda rows: rows[3].update(path="text.jpg"),
+            "are no images, or cut short: text.jpg (line 5); mend these rows.",
+        ),
+        (
+            lambda rows: rows[3].update(path="cut.jpg"),
+            "are no images, or cut short: cut.jpg (line 5); mend these rows.",
+        ),
         (lambda rows: rows[3].update(path="00.jpg"), "the data set's ids repeat: 00.jpg"),
         (
             lambda rows: [row.update(fold="one") for row in rows],
@@ -123,6 +130,7 @@ def test_a_table_that_is_wrong_is_refused_with_the_row(tmp_path, change, sentenc
     root = write_data(tmp_path / "data", change)
     (root / "empty.jpg").touch()
     (root / "text.jpg").write_text("hello")
+    (root / "cut.jpg").write_bytes((root / "00.jpg").read_bytes()[:300])
     for row in range(SIZE):  # the files that the rows above name are missing, not those that train
         assert (root / f"{row:02d}.jpg").exists()
     assert_refused(train_on(root, tmp_path), sentence, tmp_path)

@@ -54,10 +54,12 @@ class ImageFolder:
         return read_image(self.data_dir / self.ids[index]), int(self.targets[index])
 
     def check(self, indices: np.ndarray) -> None:
-        """Raise ValueError with the names of files among `indices` that are no images, by their first bytes."""
+        """Raise ValueError with the names of files among `indices` that are no images or cut short."""
         if broken := check_files([self.data_dir / self.ids[index] for index in indices]):
             names = ", ".join(self.ids[indices[place]] for place in broken[:5])
-            raise ValueError(f"{len(broken)} files in {self.data_dir} are no images: {names}; mend or remove them.")
+            raise ValueError(
+                f"{len(broken)} files in {self.data_dir} are no images, or cut short: {names}; mend or remove them."
+            )
 
     def fingerprint(self) -> str:
         """Tells these data from others, by names, classes and sizes of the files: none is opened."""

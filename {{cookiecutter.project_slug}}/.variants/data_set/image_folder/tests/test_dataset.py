@@ -109,17 +109,21 @@ def a_valid_file(root: Path, tmp_path: Path) -> str:
     return dataset.ids[int(SplitFile(tmp_path / "other.csv", dataset, make_folds).select(0).valid[0])]
 
 
-def test_a_file_that_is_no_image_is_named_before_training(tmp_path):
+@pytest.mark.parametrize("damage", [lambda data: b"hello", lambda data: data[:400]])
+def test_a_file_that_is_no_image_or_cut_short_is_named_before_training(tmp_path, damage):
     name = a_valid_file(write_classes(tmp_path / "data"), tmp_path)
-    (tmp_path / "data" / name).write_text("hello")
-    assert_refused(train_on(tmp_path / "data", tmp_path), f"data are no images: {name}; mend or remove them", tmp_path)
+    path = tmp_path / "data" / name
+    path.write_bytes(damage(path.read_bytes()))
+    sentence = f"data are no images, or cut short: {name}; mend or remove them"
+    assert_refused(train_on(tmp_path / "data", tmp_path), sentence, tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_image_that_is_cut_short_ends_the_run_with_its_name(tmp_path, num_workers):
+def test_an_image_that_is_broken_within_ends_the_run_with_its_name(tmp_path, num_workers):
     name = a_valid_file(write_classes(tmp_path / "data"), tmp_path)
     path = tmp_path / "data" / name
-    path.write_bytes(path.read_bytes()[:400])
+    data = path.read_bytes()
+    path.write_bytes(data[:20] + bytes(len(data) - 40) + data[-20:])
     end = train_on(tmp_path / "data", tmp_path, "--num-workers", str(num_workers))
     assert (end.code, end.err.count("\n")) == (2, 1), end.err
     assert f"data/{name} cannot be read as an image (" in end.err
