@@ -97,7 +97,8 @@ def read_table(path: Path) -> "pd.DataFrame":
 def read_predictions(path: Path) -> Predictions:
     """The table in `path`. Raises BadInput, with column, id and value, for whatever is not a table of predictions."""
     if not path.is_file():
-        raise BadInput(f"{path} is not there; give a file of predictions, such as logs/baseline/predictions/test.csv.")
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise BadInput(f"{path} {what}; give a file of predictions, such as logs/baseline/predictions/test.csv.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark that is no text
             header = next(csv.reader(file), [])
@@ -225,7 +226,9 @@ def doubles(names: Iterable[str]) -> list[str]:
 def _check_header(name: object, header: Sequence[str]) -> None:
     classes = [column for column in header if column not in KEYS]
     if "id" not in header or not classes:
-        raise BadInput(f"{name} needs a column id and one of probabilities for each class; it has {', '.join(header)}.")
+        raise BadInput(
+            f"{name} needs a column id and one of probabilities for each class; it has {', '.join(header) or 'none'}."
+        )
     if doubled := doubles(header):
         raise BadInput(f"{name} has more than one column {', '.join(doubled)}.")
     if "" in header:

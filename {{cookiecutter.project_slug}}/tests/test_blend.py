@@ -173,7 +173,8 @@ GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
         (["name,cat,dog", *GOOD[1:]], "{bad} needs a column id and one of probabilities for each class; it has name, "),
         (["id,target", "a,cat"], "{bad} needs a column id and one of probabilities"),
         (["id,cat,dog"], "{bad} has no rows."),
-        ([], "{bad} needs a column id"),
+        ([], "{bad} needs a column id and one of probabilities for each class; it has none."),
+        (["x" * 200_000], "{bad} cannot be read as a table (field larger than field limit"),
         (["id,cat,dog,target", "a,0.5,0.5,cow", "b,1,0,cat"], "{bad} has the target 'cow' for id a, which is none of"),
         (["id,cat,dog,target", "a,0.5,0.5,dog", "b,1,0,cat"], "{bad} has another target than "),
     ],
@@ -203,6 +204,7 @@ def test_a_table_that_does_not_fit_is_refused_by_name_and_nothing_is_written(tmp
         (["--fit-on", "x.csv", "x.csv", "--weights", "1,1"], "--weights and --fit-on exclude each other"),
         (["--fit-on", "x.csv", "x.csv", "--method", "rank"], "which --method rank does not have; give --weights."),
         (["--fit-on", "{a}", "{a}"], "--fit-on needs a column target in one of its files"),
+        (["--fit-on", "tests", "tests"], "tests is a folder; give a file of predictions"),
         (["--fit-on", "x.csv", "x.csv"], "x.csv is not there; give a file of predictions"),
         (["--weights", "1,1", "--weights", "2,1"], "--weights is given twice; give it once, with all its values."),
         (["--wieghts", "1,1"], "--wieghts is no flag; did you mean '--weights'? See python blend.py --help."),
@@ -214,6 +216,19 @@ def test_flags_that_cannot_be_meant_get_a_sentence(tmp_path, flags, sentence):
         call(verb, good, good, "--output", tmp_path / "out.csv", *(flag.format(a=good) for flag in flags)), sentence
     )
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_how_alike_the_inputs_are_is_said_by_pearsons_correlation(tmp_path):
+    tables = [random_table(20, number) for number in (1, 2, 3)]
+    paths = [tmp_path / f"{number}.csv" for number in (1, 2, 3)]
+    for path, table in zip(paths, tables, strict=True):
+        write_predictions(path, table)
+    end = call(verb, *paths, "--output", tmp_path / "out.csv")
+    values = [table.probabilities.ravel() for table in tables]
+    lines = end.out.partition("alike    Pearson")[2].splitlines()[1:4]
+    for number, line in enumerate(lines):
+        wanted = [scipy.stats.pearsonr(values[number], other).statistic for other in values]
+        assert line.split() == [str(number + 1), *(f"{value:.4f}" for value in wanted)]
 
 
 def test_one_file_is_no_blend(tmp_path):

@@ -74,11 +74,10 @@ def run_predict(*runs, ranks: int = 1, **options):
     return run_ranks(ranks, lambda: predict.main(made), join=False)[0]
 
 
-def by_hand(run, name: str) -> np.ndarray:
-    """Probabilities (N, C) of the best checkpoint, one sample at a time."""
+def by_hand(run, name: str, path=None) -> np.ndarray:
+    """Probabilities (N, C) of the best checkpoint, or that in `path`, one sample at a time."""
     dataset, split = split_of(run)
-    stages = [stage.name for stage in STAGES]
-    path = find_checkpoint(run, stages, None, "best", minimize=False)
+    path = path or find_checkpoint(run, [stage.name for stage in STAGES], None, "best", minimize=False)
     model = network(len(dataset.classes))
     model.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
     model.eval()
@@ -99,6 +98,21 @@ def test_each_sample_of_the_split_is_predicted_once_and_in_order(runs, tmp_path)
         assert written.targets.tolist() == [int(dataset[index][1]) for index in split[name]]
         assert written.probabilities.tobytes() == table.probabilities.tobytes()
         assert written.probabilities == pytest.approx(by_hand(runs[0], name), abs=1e-6)
+
+
+@UNSIZED
+@pytest.mark.parametrize(
+    ("asked", "file"),
+    [
+        ({"checkpoint": "last"}, "two/last.pth"),
+        ({"checkpoint": "last", "stage": "one"}, "one/last.pth"),
+        ({"checkpoint": "{}/one/epoch_1.pth"}, "one/epoch_1.pth"),
+    ],
+)
+def test_the_checkpoint_that_is_asked_for_predicts(runs, tmp_path, asked, file):
+    asked = {name: value.format(runs[0]) for name, value in asked.items()}
+    made = run_predict(runs[0], output=tmp_path, split="valid", **asked)["valid"]
+    assert made.probabilities == pytest.approx(by_hand(runs[0], "valid", runs[0] / file), abs=1e-6)
 
 
 def test_the_score_of_the_best_checkpoint_is_that_of_training(runs, tmp_path):

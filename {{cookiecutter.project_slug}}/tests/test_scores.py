@@ -231,7 +231,8 @@ def merge(tmp_path):
 
     def merge(start: Callable, theirs: Callable, ours: Callable) -> None:
         run("init", "-q", "-b", "main")
-        shutil.copy(ROOT / ".gitattributes", tmp_path)
+        for name in (".gitattributes", ".gitignore"):  # the ledger is in git, and merged as a list of lines
+            shutil.copy(ROOT / name, tmp_path)
         for branch, change in ((None, start), ("other", theirs), ("main", ours)):
             if branch is not None:
                 run("checkout", "-q", *(["-b"] if branch == "other" else []), branch)
