@@ -407,7 +407,7 @@ def _check_bytes(path: Path) -> None:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     listed = (
-        {json.loads(ledger.read_text())["sha256"]}
+        {read_json(ledger)["sha256"]}
         if path.name == AVERAGE
         else {row.sha256 for row in read_ledger(path.parent)["rows"]}
     )

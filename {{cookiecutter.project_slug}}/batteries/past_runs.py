@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from batteries.checkpoints import AVERAGE, read_ledger
 from batteries.cli import from_json
 from batteries.errors import BadInput, near
+from batteries.files import read_json
 
 Config = TypeVar("Config")
 
@@ -58,7 +59,7 @@ def average_score(folder: Path) -> float | None:
 def read_average(folder: Path) -> dict[str, Any]:
     """What average.py noted of swa.pth: its bytes and sha256, its score and what it was made of."""
     path = (folder / AVERAGE).with_suffix(".json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _best(names: Sequence[str], score_of: Callable[[str], float | None], minimize: bool) -> str:
