@@ -12,12 +12,14 @@ from small_data import TEST_FILES, change_one_sample, make_data
 
 import train
 from batteries import EvalLoader, SplitFile
-from batteries.splits import TEST
+from batteries.splits import TEST, UNKNOWN
 from batteries.trackers import default_tracker
 from experiment.augmentations import MEAN, STD, normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import make_folds
 from train import Config, Stage
+
+OFFICIAL = pytest.mark.skipif(not TEST_FILES, reason="no file holds the test split alone")
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +104,14 @@ def test_two_epochs_score_far_over_chance(monkeypatch, dataset, data_dir, tmp_pa
     assert score > 3 / len(dataset.classes)
 
 
-@pytest.mark.skipif(not TEST_FILES, reason="no file holds the test split alone")
+@OFFICIAL
+def test_samples_of_an_official_test_split_have_the_targets_of_its_file(dataset):
+    for index in np.flatnonzero(dataset.official_test).tolist():
+        number = int(dataset.ids[index].removeprefix("test_"))
+        assert (int(dataset[index][1]), int(dataset.targets[index])) == (number % 10, UNKNOWN)
+
+
+@OFFICIAL
 def test_training_opens_no_test_file_and_trains_where_they_are_rubbish(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
     data_dir = make_data(tmp_path / "data")
@@ -112,6 +121,9 @@ def test_training_opens_no_test_file_and_trains_where_they_are_rubbish(monkeypat
     flags += ["--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu", "--tracker", default_tracker()]
     end = run_train(train.main, Config, *flags)
     assert end.code == 0, end.err
+    dataset = load_dataset(data_dir)
+    with pytest.raises(ValueError, match=r"--data-dir .* has no sound "):
+        dataset[len(dataset) - 1]
 
 
 @pytest.mark.slow

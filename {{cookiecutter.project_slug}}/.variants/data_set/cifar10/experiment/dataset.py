@@ -45,8 +45,10 @@ class Cifar10:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One image (3, 32, 32) and its target ()."""
         size = len(self.labels)
-        images, labels = (self.images, self.labels) if index < size else self.test
-        return images[index % size], labels[index % size]
+        if index < size:
+            return self.images[index], self.labels[index]
+        images, labels = self.test
+        return images[index - size], labels[index - size]
 
     def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, 32, 32) and targets (N,) at once: faster than one by one where no sample is transformed."""
@@ -67,11 +69,11 @@ class Cifar10:
         return digest.hexdigest()
 
     def _read(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        try:
-            files = (TrainFiles if train else CIFAR10)(str(self.data_dir), train=train, download=True)
+        try:  # the first download brings the test files too
+            files = (TrainFiles if train else CIFAR10)(str(self.data_dir), train=train, download=train)
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"--data-dir {self.data_dir} has no sound CIFAR-10 and it cannot be downloaded ({error}); put the "
+                f"--data-dir {self.data_dir} has no sound CIFAR-10 or it cannot be downloaded ({error}); put the "
                 f"folder cifar-10-batches-py there."
             ) from error
         return torch.from_numpy(np.ascontiguousarray(files.data.transpose(0, 3, 1, 2))), torch.tensor(files.targets)

@@ -38,8 +38,10 @@ class Mnist:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One image (1, 28, 28) and its target ()."""
         size = len(self.labels)
-        images, labels = (self.images, self.labels) if index < size else self.test
-        return images[index % size], labels[index % size]
+        if index < size:
+            return self.images[index], self.labels[index]
+        images, labels = self.test
+        return images[index - size], labels[index - size]
 
     def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 1, 28, 28) and targets (N,) at once: faster than one by one where no sample is transformed."""
@@ -60,11 +62,11 @@ class Mnist:
         return digest.hexdigest()
 
     def _read(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        try:
-            files = MNIST(str(self.data_dir), train=train, download=True)
+        try:  # the first download brings the test files too
+            files = MNIST(str(self.data_dir), train=train, download=train)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two of files that are cut short
             raise ValueError(
-                f"--data-dir {self.data_dir} has no sound MNIST and it cannot be downloaded ({error}); put the folder "
+                f"--data-dir {self.data_dir} has no sound MNIST or it cannot be downloaded ({error}); put the folder "
                 f"MNIST/raw there."
             ) from error
         return files.data[:, None], files.targets
