@@ -317,8 +317,9 @@ def test_equal_and_nearly_equal_images_in_two_parts_are_found_and_no_others():
     recompressed = decode_jpeg(encode_jpeg(photos[3], quality=60))
     smaller = torch.nn.functional.interpolate(photos[4][None].float(), size=48, mode="area")[0].to(torch.uint8)
     brighter = (photos[5].float() * 0.95 + 5).to(torch.uint8)
-    images = [*photos, photos[2].clone(), recompressed, smaller, brighter, photos[6].clone()]
-    parts = np.array([0] * 100 + [1, 1, TEST, 1, 0])  # the last is a duplicate within one part
+    dark = (photos[7].float() * 0.4).to(torch.uint8)  # of the same hash, and another picture
+    images = [*photos, photos[2].clone(), recompressed, smaller, brighter, photos[6].clone(), dark]
+    parts = np.array([0] * 100 + [1, 1, TEST, 1, 0, 1])  # the last but one is a duplicate within one part
     pairs = find_duplicates([look(image) for image in images], parts)
     assert pairs == [(2, 100, True), (3, 101, False), (4, 102, False), (5, 103, False)]
 
