@@ -49,9 +49,9 @@ def run_script(script: Path | str, *flags: str, folder: Path, **extra: str) -> s
 @pytest.mark.parametrize(
     ("script", "world_size", "wrapper"),
     [
-        ("train_device.sh", 1, "threads\n"),
+        ("train_device.sh", 1, "threads, fp32\n"),
         ("train_dp.sh", 1, "threads with DataParallel"),
-        ("train_ddp.sh", 2, "threads with DistributedDataParallel\n"),
+        ("train_ddp.sh", 2, "threads with DistributedDataParallel, fp32\n"),
     ],
 )
 def test_each_script_shows_its_command_and_trains_from_any_folder(script, world_size, wrapper, data_flags, tmp_path):
