@@ -14,7 +14,7 @@ from batteries.resume import fingerprint
 from batteries.runs import Run
 from batteries.sheets import sample_sheet
 from batteries.splits import SplitFile, check_files
-from batteries.trackers import Tracker, default_tracker
+from batteries.trackers import Tracker, default_trackers
 
 __all__ = [
     "Averages",
@@ -31,7 +31,7 @@ __all__ = [
     "average_checkpoints",
     "check_batchnorm",
     "check_files",
-    "default_tracker",
+    "default_trackers",
     "evaluation",
     "fingerprint",
     "first_on_each_machine",

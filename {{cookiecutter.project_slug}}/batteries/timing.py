@@ -11,6 +11,7 @@ import torch
 from batteries.data import Batch, Epoch
 from batteries.distributed import rank, world_size
 from batteries.metrics import Averages
+from batteries.records import peak_memory
 
 
 class Stopwatch:
@@ -48,13 +49,14 @@ class Stopwatch:
         return (self.metrics.count - self._count) * world_size() / (time.perf_counter() - self._begin)
 
     def status(self) -> str:
-        """For the progress bar: means so far, samples a second, and the share of time spent waiting for data.
+        """For the progress bar: means so far, samples a second, the share of time spent waiting for data, peak memory.
 
         Short, so that it fits beside the bar into 80 columns.
         """
         means = " ".join(f"{name} {value:.3f}" for name, value in self.metrics.compute_local().items())
         share = self._waited / (time.perf_counter() - self._begin)
-        return f"{means} {self.samples_per_second():.0f}/s wait {share:.0%}"
+        memory = peak_memory(self.metrics.device) / 1e9
+        return f"{means} {self.samples_per_second():.0f}/s wait {share:.0%} {memory:.1f} GB"
 
 
 WAIT, WARMUP, ACTIVE = 2, 3, 5  # steps before the trace, steps that only warm the profiler up, and steps in the trace

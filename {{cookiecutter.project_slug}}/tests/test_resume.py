@@ -50,7 +50,7 @@ def config(monkeypatch, data_dir, tmp_path) -> Config:
         data_dir=data_dir,
         split_file=tmp_path / "splits.csv",
         device="cpu",
-        tracker="none",
+        tracker=("none",),
         num_workers=0,
         limit_batches=4,  # the smallest data of the tests give no more
         save_n_best=1,
@@ -465,7 +465,7 @@ def test_ranks_may_change_at_a_resume_and_then_weights_agree_to_rounding_and_it_
 
 def test_tensorboard_has_no_point_twice_after_a_kill_between_the_point_and_the_checkpoint(config, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = dataclasses.replace(config, tracker="tensorboard")
+    config = dataclasses.replace(config, tracker=("tensorboard",))
     process = train.CheckpointManager.process
 
     def die_first(self, score, epoch, checkpoint):
@@ -522,7 +522,7 @@ def test_a_signal_to_one_rank_saves_the_run_on_all_and_it_goes_on_bit_for_bit(co
             started = 0
             continue
         assert {process.exitcode for process in processes} == {128 + number}
-        assert exit_said == f"stopped by {name}"
+        assert exit_said == f"preempted by {name}"
         stopped += 1
     finish(config, world_size)
     assert digest(config.logdir) == wanted

@@ -165,7 +165,7 @@ def test_a_signal_saves_the_run_ends_all_processes_and_is_said_once(script, name
     assert messages == f"stopped by {name}; the run is saved, --resume goes on with it.\n"
     assert process.returncode == 128 + number
     assert not processes_of_session(process.pid)
-    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == f"stopped by {name}"
+    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == f"preempted by {name}"
     ledger = json.loads((tmp_path / "run/stage0/checkpoints.json").read_text())["checkpoints"][-1]
     written = (tmp_path / "run/stage0" / ledger["file"]).read_bytes()
     assert hashlib.sha256(written).hexdigest() == ledger["sha256"]

@@ -93,7 +93,7 @@ def test_two_epochs_score_far_over_chance(monkeypatch, dataset, data_dir, tmp_pa
         data_dir=data_dir,
         split_file=tmp_path / "splits.csv",
         logdir=tmp_path / "run",
-        tracker="none",
+        tracker=("none",),
         device="cpu",
         num_workers=0,
     )

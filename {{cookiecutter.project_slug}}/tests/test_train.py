@@ -17,7 +17,7 @@ from small_data import make_data
 from torch import nn
 
 import train
-from batteries import Averages, default_tracker, records
+from batteries import Averages, default_trackers, records
 from batteries.cli import from_json, parse, to_json
 from batteries.parallel import bare
 from train import Config, Stage
@@ -66,7 +66,7 @@ def test_the_best_score_of_the_run_is_what_main_gives(monkeypatch, data_dir, tmp
         data_dir=data_dir,
         split_file=tmp_path / "splits.csv",
         logdir=tmp_path / "run",
-        tracker="none",
+        tracker=("none",),
         device="cpu",
         limit_batches=3,
     )
@@ -93,7 +93,7 @@ def test_the_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch,
         data_dir=data_dir,
         split_file=tmp_path / "splits.csv",
         logdir=tmp_path / "run",
-        tracker="none",
+        tracker=("none",),
         device="cpu",
     )
 
@@ -358,7 +358,7 @@ def test_training_reads_no_sample_of_the_test_split(start, monkeypatch, tmp_path
         return dataset
 
     monkeypatch.setattr(train, "load_dataset", load_noted)
-    end = start("--logdir", str(tmp_path / "run"), "--tracker", default_tracker(), "--limit-batches", "1000")
+    end = start("--logdir", str(tmp_path / "run"), "--tracker", *default_trackers(), "--limit-batches", "1000")
     assert end.code == 0, end.err
     with (tmp_path / "splits/default.csv").open(newline="") as file:
         rows = {row["id"]: row["fold"] for row in csv.DictReader(file)}
@@ -433,7 +433,7 @@ def test_one_process_of_a_machine_loads_the_data_before_the_others(monkeypatch, 
         data_dir=data_dir,
         split_file=tmp_path / "splits.csv",
         logdir=tmp_path / "run",
-        tracker="none",
+        tracker=("none",),
         device="cpu",
         limit_batches=1,
     )
