@@ -32,6 +32,7 @@ class TensorBoard:
         went_on = run.resumed_at is not None and folder.exists()
         purge_step = None if run.resumed_at is None else run.resumed_at + 1
         self._last = run.resumed_at or 0
+        self._told = self._last if went_on else -1  # up to which step a run that had finished has told its end
         self._writer = self._module.SummaryWriter(str(folder), purge_step=purge_step)
         self._metric = f"best/{run.metric}"
         knobs = {name: value if _is_plain(value) else str(value) for name, value in run.knobs().items()}
@@ -59,7 +60,8 @@ class TensorBoard:
         """The final score is one step after the last, so that it is purged where the run goes on."""
         if score is not None:
             self._writer.add_scalar(self._metric, score, self._last + 1)
-            self._writer.add_text("best_checkpoint", str(best), self._last + 1)
+            if self._last > self._told:  # TensorBoard purges no texts
+                self._writer.add_text("best_checkpoint", str(best), self._last + 1)
             self._writer.file_writer.add_summary(self._end)
         self._writer.close()
 

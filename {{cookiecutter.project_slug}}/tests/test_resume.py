@@ -463,30 +463,6 @@ def test_ranks_may_change_at_a_resume_and_then_weights_agree_to_rounding_and_it_
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_tensorboard_has_no_point_twice_after_a_kill_between_the_point_and_the_checkpoint(config, monkeypatch):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = dataclasses.replace(config, tracker=("tensorboard",))
-    process = train.CheckpointManager.process
-
-    def die_first(self, score, epoch, checkpoint):
-        if epoch == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return process(self, score, epoch, checkpoint)
-
-    monkeypatch.setattr(train.CheckpointManager, "process", die_first)
-    [killed] = start(config)
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL
-    monkeypatch.setattr(train.CheckpointManager, "process", process)
-    finish(config)
-    accumulator = events.EventAccumulator(str(config.logdir / "tensorboard")).Reload()
-    lines = [json.loads(line) for line in (config.logdir / "metrics.jsonl").read_text().splitlines()]
-    for stage, before in (("stage0", 0), ("stage1", 12)):
-        points = [(event.step, event.value) for event in accumulator.Scalars(f"{stage}/valid/accuracy")]
-        wanted = [(before + line["step"], line["valid"]["accuracy"]) for line in lines if line["stage"] == stage]
-        assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
-
-
 def wait_for_start(logdir: Path, starts: int) -> None:
     """Wait until the run has said for the `starts`-th time where it begins: from then on it listens to signals."""
     until = time.monotonic() + 60

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from small_data import make_data
 from torch import nn
 
 import train
-from batteries import Averages, default_trackers, records
+from batteries import Averages, default_trackers
 from batteries.cli import from_json, parse, to_json
 from batteries.parallel import bare
 from train import Config, Stage
@@ -274,16 +273,6 @@ def test_a_variable_of_torchrun_that_strayed_into_the_environment_changes_nothin
     assert (tmp_path / "plain/metrics.jsonl").read_bytes() == (tmp_path / "stray/metrics.jsonl").read_bytes()
 
 
-def test_what_was_not_committed_is_kept_with_new_files_and_any_bytes(monkeypatch, tmp_path):
-    git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "empty"]):
-        subprocess.run([*git, *command], cwd=tmp_path, check=True)
-    (tmp_path / "new.py").write_bytes(b"caf\xe9\n")
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    assert b"+caf\xe9" in (records.uncommitted() or b"")
-    assert subprocess.run(["git", "status", "-s"], cwd=tmp_path, capture_output=True).stdout == b"?? new.py\n"
-
-
 def test_a_metric_of_another_shape_than_one_number_a_sample_is_refused(cpu):
     with pytest.raises(ValueError, match=r"metric accuracy has shape \(8, 5\) for 8 samples"):
         Averages(cpu).update(8, accuracy=torch.ones(8, 5))
@@ -386,37 +375,6 @@ def test_a_loss_that_is_not_finite_is_null_in_the_metrics_and_never_best(start, 
     assert not (tmp_path / "run/stage0/best.pth").exists()
 
 
-@pytest.mark.parametrize("method", ["__init__", "add_scalar", "add_image", "close"])
-def test_a_tracker_that_fails_warns_once_and_changes_no_weight(start, monkeypatch, tmp_path, method):
-    pytest.importorskip("tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    assert start("--logdir", str(tmp_path / "quiet")).code == 0
-    monkeypatch.setattr(SummaryWriter, method, fail)
-    end = start("--logdir", str(tmp_path / "noisy"), "--tracker", "tensorboard")
-    assert end.code == 0
-    assert end.out.count("tensorboard failed (disk full)") == 1
-    quiet, noisy = (
-        torch.load(tmp_path / name / "stage1/last.pth", weights_only=True)["model_state_dict"]
-        for name in ("quiet", "noisy")
-    )
-    assert all(torch.equal(quiet[name], noisy[name]) for name in quiet)
-
-
-def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(start, monkeypatch, tmp_path):
-    monkeypatch.setattr("batteries.trackers.find_spec", lambda name: None)
-    end = start("--logdir", str(tmp_path / "run"), "--tracker", "tensorboard")
-    assert end.code == 2
-    assert (
-        end.err
-        == "error: --tracker tensorboard needs the package tensorboard: uv add tensorboard, or --tracker none.\n"
-    )
-    assert not (tmp_path / "run").exists()
-
-
 def test_one_process_of_a_machine_loads_the_data_before_the_others(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
     load_dataset = train.load_dataset
@@ -438,15 +396,3 @@ def test_one_process_of_a_machine_loads_the_data_before_the_others(monkeypatch, 
         limit_batches=1,
     )
     assert len(run_ranks(2, lambda: train.main(config), join=False)) == 2
-
-
-def test_tensorboard_has_the_numbers_of_the_metrics(start, tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    logdir = tmp_path / "run"
-    assert start("--logdir", str(logdir), "--tracker", "tensorboard").code == 0
-    accumulator = events.EventAccumulator(str(logdir / "tensorboard")).Reload()
-    points = [(event.step, event.value) for event in accumulator.Scalars("stage0/valid/accuracy")]
-    wanted = [(line["step"], line["valid"]["accuracy"]) for line in read_metrics(logdir) if line["stage"] == "stage0"]
-    assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
-    [sheet] = accumulator.Images("samples")
-    assert (sheet.step, sheet.width > sheet.height) == (0, True)
