@@ -156,8 +156,8 @@ def main(config: Config) -> float:
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(**model_args)
         check_batchnorm(model, train_loader, synchronised=config.sync_batchnorm)
-        for stage in config.stages:
-            freeze(model, stage.freeze)  # here to refuse names that the model does not have
+        for number, stage in enumerate(config.stages):  # here to refuse names that the model does not have
+            freeze(model, stage.freeze, f"--stages.{number}.freeze")
         model = place_model(model, device, sync_batchnorm=config.sync_batchnorm, channels_last=config.channels_last)
         data = fingerprint(dataset.fingerprint(), *split)
         run = Run(

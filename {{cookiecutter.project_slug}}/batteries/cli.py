@@ -49,7 +49,7 @@ def run_command(
             _end(2, f"error: {error}")
         if isinstance(error, RunFailed):
             _end(1, f"error: {error}")
-        if lost := explain_lost_worker(error):
+        if lost := explain_lost_worker(error):  # torch raises it wherever the signal finds this process
             _end(1, f"error: {lost}")
         _end(1, traceback.format_exc())
 

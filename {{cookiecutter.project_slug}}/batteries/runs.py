@@ -26,7 +26,7 @@ from batteries.lines import Lines
 from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
 from batteries.records import Record, hash_config, now, peak_memory, versions, what_changes_rounding
-from batteries.resume import Cursor, Found, check_same_run, cut_lines, find_newest
+from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest, read_lines
 from batteries.state import TrainState
 from batteries.steps import HALVINGS, MOST_SKIPPED, GradientWatch
 from batteries.summaries import (
@@ -138,7 +138,7 @@ class Run:
             TrackedRun(record["id"], self.logdir, self.config, record, self.config["main_metric"], resumed_at)
         )
         offset = last = 0
-        for line in _read_lines(self.logdir / "metrics.jsonl"):
+        for _, line in read_lines(self.logdir / "metrics.jsonl"):
             offset = offset + last if line["epoch"] == 1 else offset
             last = line["step"]
             self._log_point(line, offset + last)
@@ -195,12 +195,7 @@ class Run:
         """A picture for the trackers, a uint8 tensor (3, H, W) or None; made where there is a tracker for it."""
         self.trackers.image(name, make, self.total_step)
 
-    def begin_stage(
-        self,
-        number: int,
-        state: TrainState,
-        checkpoints: CheckpointManager,
-    ) -> Cursor:
+    def begin_stage(self, number: int, state: TrainState, checkpoints: CheckpointManager) -> Cursor:
         """Where to begin in stage `number`; what the run was cut in is put back into `state`."""
         self.state, self.checkpoints = state, checkpoints
         self.stage = number
@@ -416,12 +411,14 @@ class Run:
         self.lock.acquire()
         self._check_split()
         before = _read_json(self.logdir / "config.json").get("stages", self.config["stages"])
-        found = find_newest(self.logdir, [stage["name"] for stage in before])
+        names = [stage["name"] for stage in before]
+        found = find_newest(self.logdir, names)
         if found.checkpoint is not None:
             check_same_run(found.checkpoint["experiment_args"], self.config, may_change, found.cursor)
             if found.checkpoint["resume"]["data"] != self.data:
                 raise BadInput(f"--resume would change the run: the data or their split are not those of {found.name}.")
             check_architecture(found.name, found.checkpoint["model_state_dict"], self.model)
+            check_lines(self.logdir / "metrics.jsonl", names, found)
             found.messages += what_changes_rounding(found.checkpoint["resume"])
         return found
 
@@ -452,10 +449,6 @@ class Run:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -12,6 +12,9 @@ from batteries.errors import BadInput
 from batteries.parallel import bare
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MOST_SKIPPED = 5  # steps in a row, then the run ends
+HALVINGS = 16  # that fp16 may need besides to bring its scale of 2^16 down to one
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,10 +61,6 @@ def start_momentum(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             if group["momentum"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-MOST_SKIPPED = 5  # steps in a row, then the run ends
-HALVINGS = 16  # that fp16 may need besides to bring its scale of 2^16 down to one
 
 
 class GradientWatch:

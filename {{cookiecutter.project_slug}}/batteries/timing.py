@@ -1,5 +1,6 @@
 """How fast an epoch goes, and how much of that is waiting for data; a trace of a few steps."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from batteries.data import Batch, Epoch
 from batteries.distributed import rank, world_size
 from batteries.metrics import Averages
 from batteries.records import peak_memory
+
+logger = logging.getLogger("batteries")
 
 
 class Stopwatch:
@@ -72,12 +75,15 @@ def profile_steps(folder: Path | None) -> Iterator[Any]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    path = folder / f"trace_rank{rank()}.json"
     with torch.profiler.profile(
         activities=activities,
         schedule=torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(folder / f"trace_rank{rank()}.json")),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
         yield profiler
+    if not path.exists():
+        logger.warning(f"--profile wrote no trace: it wants an epoch of {WAIT + WARMUP + ACTIVE} steps or more.")
 
 
 class _NoProfiler:

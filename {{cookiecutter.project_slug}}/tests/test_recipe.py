@@ -584,6 +584,12 @@ def test_out_of_memory_says_how_the_same_steps_fit(config, monkeypatch):
     )
 
 
+def test_an_epoch_too_short_for_a_profile_is_said(config):
+    end = command(dataclasses.replace(config, limit_batches=3), "--profile")
+    assert end.code == 0, end.err
+    assert "--profile wrote no trace: it wants an epoch of 10 steps or more." in end.out
+
+
 def test_a_profile_is_a_trace_of_a_few_steps(config):
     end = command(dataclasses.replace(config, limit_batches=20, batch_size=8), "--profile")
     assert end.code == 0, end.err

@@ -289,7 +289,7 @@ def test_what_the_user_prints_comes_above_the_bar_and_into_the_log(terminal, mon
     assert (config.logdir / "train.log").read_text().count(" OUT seen 32\n") == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_was_asked_to_stop_is_preempted(config, monkeypatch, number):
     take_step = train.take_step
 
@@ -302,3 +302,18 @@ def test_a_run_that_was_asked_to_stop_is_preempted(config, monkeypatch, number):
     assert end.code == 128 + number
     assert read_record(config)["exit"] == f"preempted by {number.name}"
     assert Path(config.logdir / "first/epoch_1_step_1.pth").exists()
+
+
+def test_nohup_keeps_a_run_from_the_end_of_its_terminal(config, monkeypatch):
+    def hang_up(*arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return take_step(*arguments)
+
+    take_step = train.take_step
+    monkeypatch.setattr(train, "take_step", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert command(config).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_record(config)["exit"] == "finished"

@@ -289,6 +289,19 @@ def test_a_damaged_end_of_an_epoch_gives_way_to_the_checkpoint_at_its_last_step(
     assert last.with_name("epoch_3.pth.corrupt").exists()
 
 
+@pytest.mark.parametrize("lost", ["the file", "the last line"])
+def test_metrics_that_lack_an_epoch_are_refused_by_name(cut_run, lost):
+    path = cut_run.logdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if lost == "the file":
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:3]))  # stage0 alone, and the run is in stage1
+    end = resume(cut_run)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert f"{path} lacks the epoch before that of {cut_run.logdir}/stage1/epoch_2_step_6.pth; put it back" in end.err
+
+
 def test_a_missing_ledger_is_refused_by_name(cut_run):
     (cut_run.logdir / "stage1/checkpoints.json").unlink()
     end = resume(cut_run)

@@ -122,6 +122,18 @@ def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
     assert not processes_of_session(process.pid)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+def test_ranks_save_the_run_and_end_when_their_launcher_is_killed(data_flags, tmp_path):
+    with start_script("train_ddp.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
+        wait_for_metrics(tmp_path / "run")
+        os.kill(process.pid, signal.SIGKILL)
+        until = time.monotonic() + 60
+        while processes_of_session(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not processes_of_session(process.pid)
+    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == "preempted by SIGTERM"
+
+
 def test_a_config_with_a_device_keeps_it_unless_told_otherwise(tmp_path):
     (tmp_path / "config.json").write_text('{"device": "cuda:7"}')
     flags = ["--config", str(tmp_path / "config.json"), "--logdir", str(tmp_path / "run")]

@@ -199,10 +199,10 @@ def test_flags_beside_a_config_file_win(tmp_path):
         (["--main-metric", "acuracy"], "--main-metric acuracy is no metric; did you mean 'accuracy'? Use one of: "),
         (["--scores", "f1_macro"], "--scores f1_macro is no metric; did you mean 'macro_f1'? Use one of: "),
         (["--stages.0.schedule", "cosin"], "--stages.0.schedule cosin is no choice; did you mean 'cosine'?"),
-        (["--stages.0.freeze", "0.wieght"], "--stages: freeze '0.wieght' is no module of the model"),
-        (["--stages.0.freeze", "0", "1"], "--stages: freeze 0, 1 leaves nothing to learn."),
+        (["--stages.0.freeze", "0.wieght"], "--stages.0.freeze '0.wieght' is no module of the model"),
+        (["--stages.0.freeze", "0", "1"], "--stages.0.freeze 0 1 leaves nothing to learn."),
         (["--patience", "0"], "--patience 0 must be 1 or more."),
-        (["--ema-decay", "1.5"], "--ema-decay 1.5 must be 0 to 1."),
+        (["--ema-decay", "1"], "--ema-decay 1.0 must be 0 or more, and under 1."),
         (["--clip-norm", "0"], "--clip-norm 0.0 must be over 0."),
         (
             ["--stages.1.schedule", "cosine", "--stages.1.warmup-epochs", "3"],
