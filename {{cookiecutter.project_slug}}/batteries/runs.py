@@ -21,7 +21,7 @@ from batteries.data import Batch, Epoch
 from batteries.distributed import Agreement, is_main, on_main, world_size
 from batteries.errors import BadInput, RunFailed, is_bad_input, is_out_of_memory, shorten
 from batteries.files import Lock, read_json, write_text
-from batteries.interrupts import SIGNALS, Interrupts, Stopped
+from batteries.interrupts import Interrupts, Stopped
 from batteries.lines import Lines
 from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
@@ -44,7 +44,7 @@ from batteries.timing import Stopwatch, profile_steps
 from batteries.trackers import TrackedRun, Trackers, check_trackers
 from batteries.weights import load_pretrained
 
-SAVE = 1  # a wish below any signal's number
+SAVE = 1  # the wish for a checkpoint; that for an end by a signal is SAVE and its number
 LOG_EVERY = 20  # steps between two reads of the metrics for the progress bar: each waits for the device
 
 
@@ -318,7 +318,8 @@ class Run:
             self._look_at_gradients()
             if self.step < len(self.batches):  # the end of an epoch has a point of its own
                 self._log_curves(metrics)
-        agreed = self.agreement(self.interrupts.received or self._due_by_clock())
+        received = self.interrupts.received
+        agreed = self.agreement(SAVE + received if received else self._due_by_clock())
         every = self.config["checkpoint_every_steps"]
         due_by_count = every is not None and self.step % every == 0 and self.step < len(self.batches)
         if agreed == SAVE and self.step == len(self.batches):
@@ -330,9 +331,9 @@ class Run:
         checkpoint = self._make_checkpoint(cursor.epoch, self._step_of_stage(), {}, cursor, metrics.state())
         self.checkpoints.save(checkpoint)
         self.saved_at = time.monotonic()
-        if agreed in SIGNALS:
+        if agreed > SAVE:
             self.checkpoints.wait()
-            raise Stopped(agreed)
+            raise Stopped(agreed - SAVE)
 
     def _step_of_stage(self) -> int:
         return (self.batches.key[2] - 1) * len(self.batches) + self.step
