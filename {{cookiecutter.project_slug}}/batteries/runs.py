@@ -351,7 +351,7 @@ class Run:
     def _due_by_clock(self) -> int:
         """Whether it is time for a checkpoint; rank 0 looks at its clock for all."""
         minutes = self.config["checkpoint_every_minutes"]
-        if minutes is None or not is_main() or time.monotonic() - self.saved_at < 60 * minutes:
+        if minutes is None or time.monotonic() - self.saved_at < 60 * minutes or not is_main():
             return 0
         self.saved_at = time.monotonic()
         return SAVE

@@ -101,13 +101,17 @@ class Buffers:
             before.copy_(buffer)
 
     @torch.no_grad()
-    def settle(self, finite: torch.Tensor) -> None:
-        """After a step: put them back where `finite`, shape (), is false; keep them else. No wait for a GPU."""
-        if finite.device.type == "cpu":
-            pairs = (self._before, self._buffers) if finite else (self._buffers, self._before)
+    def settle(self, norm: torch.Tensor) -> None:
+        """After a step: put them back where the gradient's `norm`, shape (), is not finite; else keep them.
+
+        No wait for a GPU.
+        """
+        if norm.device.type == "cpu":
+            pairs = (self._before, self._buffers) if math.isfinite(norm) else (self._buffers, self._before)
             for target, source in zip(*pairs, strict=True):
                 target.copy_(source)
             return
+        finite = torch.isfinite(norm)
         for before, buffer in zip(self._before, self._buffers, strict=True):
             before.copy_(torch.where(finite, buffer, before))
             buffer.copy_(before)
@@ -136,5 +140,5 @@ def take_step(
         optimizer.step()
     optimizer.zero_grad()
     if buffers is not None:
-        buffers.settle(torch.isfinite(norm))
+        buffers.settle(norm)
     return norm
