@@ -51,9 +51,11 @@ def describe_weights(config: Mapping[str, Any], found: Found, not_pretrained: Se
 
 def describe_stages(config: Mapping[str, Any]) -> str:
     """The stages with their epochs, and what a step is."""
-    stages = ", ".join(f"{one['name']} {one['epochs']} epochs at lr {one['lr']:g}" for one in config["stages"])
+    stages = ", ".join(
+        f"{one['name']} {one['epochs']} epoch{'s' * (one['epochs'] > 1)} lr {one['lr']:g}" for one in config["stages"]
+    )
     pieces = f" in {config['accumulation_steps']} micro-batches" if config["accumulation_steps"] > 1 else ""
-    return f"{stages}; {config['batch_size']} samples a step{pieces}"
+    return f"{stages}, {config['batch_size']} samples a step{pieces}"
 
 
 def describe_code(record: Mapping[str, Any]) -> str:
