@@ -26,8 +26,8 @@ FILES = {
             *("averaging", "blends", "images", "ledger", "past_runs", "predictions", "scoring", "submissions", "views"),
             *("__init__", "background", "batchnorm", "checkpoints", "cli", "console", "data", "devices", "distributed"),
             *("errors", "files", "folds", "interrupts", "knobs", "launch", "logdirs", "metrics", "parallel", "pixels"),
-            *("randomness", "records", "resume", "runs", "schedules", "sheets", "splits", "state", "steps", "stopping"),
-            *("timing", "trackers", "weights"),
+            *("randomness", "ranks", "records", "resume", "runs", "schedules", "sheets", "splits", "state", "steps"),
+            *("stopping", "timing", "trackers", "weights"),
         )
     ),
     *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp", "train_folds")),
@@ -43,10 +43,11 @@ FILES = {
 }
 
 
+OF_IMAGE_FILES = ("small_runs", "test_dataset", "test_images")
 # Files of one choice alone.
 OWN_FILES = {
-    "image_folder": {"experiment/images.py", "tests/test_dataset.py", "tests/test_images.py"},
-    "csv": {"experiment/images.py", "tests/test_dataset.py", "tests/test_images.py"},
+    "image_folder": {"experiment/images.py", *(f"tests/{name}.py" for name in OF_IMAGE_FILES)},
+    "csv": {"experiment/images.py", *(f"tests/{name}.py" for name in OF_IMAGE_FILES)},
     "tensorboard": {"scripts/tensorboard.sh"},
 }
 

@@ -12,10 +12,17 @@ from pathlib import Path
 import numpy as np
 from tyro.conf import Positional
 
-from batteries.blends import Method, blend, correlations, fit_weights
+from batteries.blends import Method, blend, correlations, fit_weights, shares_of
 from batteries.cli import run_command
 from batteries.errors import BadInput
-from batteries.predictions import Predictions, check_sums, match_predictions, read_predictions, write_predictions
+from batteries.predictions import (
+    Predictions,
+    check_sums,
+    compare,
+    match_predictions,
+    read_predictions,
+    write_predictions,
+)
 from batteries.scoring import score
 
 
@@ -40,7 +47,7 @@ def main(options: Options) -> None:
     if not 0 < options.power < float("inf"):
         raise BadInput(f"--power {options.power} must be over 0 and finite.")
     tables = read_tables(options.inputs, options)
-    weights = find_weights(options)
+    weights = find_weights(options, tables[0])
     blended = Predictions(
         str(options.output), tables[0].ids, tables[0].classes, mix(tables, weights, options), tables[0].targets
     )
@@ -57,12 +64,12 @@ def read_tables(paths: tuple[Path, ...], options: Options) -> list[Predictions]:
     return match_predictions(tables)
 
 
-def find_weights(options: Options) -> np.ndarray:
+def find_weights(options: Options, first: Predictions) -> np.ndarray:
     """The weights (M,) that were given or are found on out-of-fold predictions, else equal ones; they sum to one."""
     if options.weights is not None and options.fit_on:
         raise BadInput("--weights and --fit-on exclude each other: give weights, or let them be found.")
     if options.fit_on:
-        return fit(options)
+        return fit(options, first)
     if options.weights is None:
         return np.full(len(options.inputs), 1 / len(options.inputs))
     try:
@@ -73,19 +80,20 @@ def find_weights(options: Options) -> np.ndarray:
         raise BadInput(
             f"--weights {options.weights} are {len(weights)}, for {len(options.inputs)} files; give as many."
         )
-    if not np.all(np.isfinite(weights) & (weights >= 0)) or not weights.sum() > 0:
+    if not np.all(np.isfinite(weights) & (weights >= 0)) or not weights.any():
         raise BadInput(f"--weights {options.weights} must be 0 or more, finite, and not all 0.")
-    return weights / weights.sum()
+    return shares_of(weights)
 
 
-def fit(options: Options) -> np.ndarray:
-    """Weights found on out-of-fold predictions, and what they are worth."""
+def fit(options: Options, first: Predictions) -> np.ndarray:
+    """Weights found on out-of-fold predictions, of the classes of the `first` input, and what they are worth."""
     if len(options.fit_on) != len(options.inputs):
         raise BadInput(f"--fit-on has {len(options.fit_on)} files, for {len(options.inputs)} inputs; give as many.")
     if options.method == "rank" or options.independent:
         what = "--method rank" if options.method == "rank" else "--independent"
         raise BadInput(f"--fit-on looks for the least cross-entropy, which {what} does not have; give --weights.")
     tables = read_tables(options.fit_on, options)
+    compare("class", first.name, first.classes, tables[0].name, tables[0].classes)
     if (targets := tables[0].targets) is None:
         raise BadInput("--fit-on needs a column target in one of its files: weights are found on known samples.")
     found = fit_weights(

@@ -38,7 +38,7 @@ from experiment.augmentations import MEAN, normalize, valid_transform
 from experiment.dataset import load_dataset
 from experiment.model import build_model
 from experiment.splits import make_folds
-from train import Config, Stage
+from train import SCORES, Config, Stage
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def main(options: Options) -> dict[str, Predictions]:
             for name in parts[0]
         }
         on_main(lambda: write_all(list(merged.values()), overwrite=options.overwrite))
-        on_main(lambda: say(merged, len(options.run)))
+        on_main(lambda: say(merged, len(options.run), first))
     return merged
 
 
@@ -151,29 +151,33 @@ def predict_run(
     def predict(source: Any, indices: np.ndarray) -> Predictions:
         loader = EvalLoader(source, indices, transform, device, batch_size=batch_size, num_workers=options.num_workers)
         ids = tuple(str(source.ids[index]) for index in indices)
-        return Predictions(str(folder), ids, tuple(dataset.classes), predict_fn(model, loader, options.tta, config))
+        probabilities, targets = predict_fn(model, loader, options.tta, config)
+        known = targets if (targets >= 0).all() else None
+        return Predictions(str(folder), ids, tuple(dataset.classes), probabilities, known)
 
     if options.images is not None:
         files = ImageFiles(options.images, channels=len(MEAN))
         return {options.images.resolve().stem: predict(files, np.arange(len(files)))}
-    split, targets = load_split(dataset, config)._asdict(), np.asarray(dataset.targets)
+    split = load_split(dataset, config)._asdict()
     wanted = [name for name in ("valid", "test") if options.split in (name, "all") and len(split.get(name, ()))]
     if not wanted:
         raise BadInput(f"--split {options.split} is empty in this data set; use --split valid, or --images.")
-    known = {name: targets[split[name]] if (targets[split[name]] >= 0).all() else None for name in wanted}
-    return {name: replace(predict(dataset, split[name]), targets=known[name]) for name in wanted}
+    return {name: predict(dataset, split[name]) for name in wanted}
 
 
-def predict_fn(model: nn.Module, loader: EvalLoader, tta: Views, config: Config) -> np.ndarray:
-    """Probabilities (N, classes), float64, every sample once and in order: the same on each rank."""
+def predict_fn(model: nn.Module, loader: EvalLoader, tta: Views, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (N, classes), float64, and targets (N,), every sample once and in order: the same on each rank.
+
+    Targets are those that come with the images: a data set need not know them of an official test split before.
+    """
     mine = []
     with evaluation(model) as network, autocast(loader.device, config.precision):
-        for images, _ in loader:
+        for images, targets in loader:
             views = [network(normalize(view)).cpu().double().softmax(1) for view in make_views(images, tta)]
-            mine.append(torch.stack(views).mean(0).numpy())  # (batch, classes)
-    probabilities = np.concatenate(interleave_over_ranks(mine))
+            mine.append((torch.stack(views).mean(0).numpy(), targets.cpu().numpy()))  # (batch, classes), (batch,)
+    probabilities, targets = map(np.concatenate, zip(*interleave_over_ranks(mine), strict=True))
     assert len(probabilities) == loader.size, f"{len(probabilities)} samples instead of {loader.size}"
-    return probabilities
+    return probabilities, targets
 
 
 def merge(path: Path, tables: Sequence[Predictions], order: Sequence[str] | None) -> Predictions:
@@ -184,10 +188,11 @@ def merge(path: Path, tables: Sequence[Predictions], order: Sequence[str] | None
     return average_by_id(str(path), tables, order or tables[0].ids)
 
 
-def say(tables: dict[str, Predictions], models: int) -> None:
-    """Scores where targets are known, and how far test is from valid."""
+def say(tables: dict[str, Predictions], models: int, config: Config) -> None:
+    """Scores where targets are known, those that the run asked for too, and how far test is from valid."""
+    asked = {name: SCORES[name] for name in SCORES if name in (config.main_metric, *config.scores)}
     for name, table in tables.items():
-        scores = "".join(f"  {metric} {value:.4f}" for metric, value in score(table).items())
+        scores = "".join(f"  {metric} {value:.4f}" for metric, value in score(table, asked).items())
         print(f"{name:<8} {len(table.ids):,} rows{scores}  in {table.name}")
     if {"valid", "test"} <= set(tables):
         ours, theirs = sample_scores(tables["valid"]), sample_scores(tables["test"])

@@ -8,12 +8,13 @@ What it shows is what training gets: the same order, the same random streams. A 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from batteries import BadInput, SplitFile, TrainLoader, check_files, run_command
-from batteries.files import write_atomically
+from batteries.files import write_output
+from batteries.knobs import Count, NotNegative, Range, Seed, check_knobs
 from batteries.sheets import stretch, to_rgb
 from experiment.augmentations import batch_transform, normalize, train_transform
 from experiment.dataset import load_dataset
@@ -25,21 +26,21 @@ class Config:
     """Draw samples of the train split, before and after augmentation."""
 
     sheet: Path = Path("logs/preview.png")  # the picture; one that is there is replaced
-    samples: int = 6  # rows, at least 2
-    epochs: int = 4  # augmented versions of each, one from each of the first epochs
+    samples: Annotated[int, Range(2)] = 6  # rows
+    epochs: Count = 4  # augmented versions of each, one from each of the first epochs
     data_dir: Path = Path("data")  # where data sets that are files are kept
     split_file: Path = Path("splits/default.csv")  # which samples train; not written here
     fold: int = 0  # which fold validates; the others are looked at
-    seed: int = 0  # as in training
-    batch_size: int = 32  # as in training: a sample is mixed with one of its step
-    mixup: float = 0.0  # alpha of mixup, as in training
-    cutmix: float = 0.0  # alpha of cutmix, as in training
+    seed: Seed = 0  # as in training
+    batch_size: Count = 32  # as in training: a sample is mixed with one of its step
+    mixup: NotNegative = 0.0  # alpha of mixup, as in training
+    cutmix: NotNegative = 0.0  # alpha of cutmix, as in training
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""
-        for flag, least in (("samples", 2), ("epochs", 1), ("batch_size", 2)):
-            if getattr(self, flag) < least:
-                raise BadInput(f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least {least}.")
+        check_knobs(self)
+        if self.samples > self.batch_size:
+            raise BadInput(f"--samples {self.samples} are drawn of one batch: use --batch-size {self.samples} or more.")
         if self.sheet.suffix != ".png":
             raise BadInput(f"--sheet {self.sheet} must end in .png.")
 
@@ -101,8 +102,7 @@ def draw(
             place.axis("off")
     figure.suptitle(f"left: as it is; between: augmented; right: to the model, {describe(seen)}", fontsize=9)
     figure.tight_layout()
-    sheet.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(sheet, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_output(sheet, lambda file: figure.savefig(file, format="png", dpi=110), "--sheet")
     plt.close(figure)
 
 

@@ -18,8 +18,18 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, subcommand
 
 from batteries.cli import run_command
-from batteries.errors import BadInput
-from batteries.ledger import SCORES, Entry, Point, add_entry, disagreements, read_ledger, update_entry
+from batteries.errors import BadInput, near
+from batteries.files import read_json, write_output
+from batteries.ledger import (
+    SCORES,
+    Entry,
+    Point,
+    add_entry,
+    contradictions,
+    disagreements,
+    read_ledger,
+    update_entry,
+)
 from batteries.predictions import read_predictions
 from batteries.scoring import LESS_IS_BETTER, score
 
@@ -39,12 +49,13 @@ class Add:
 
     logdir: Positional[Path]  # a run's folder, one of runs (folds), or any with predictions/valid.csv and test.csv
     name: str | None = None  # of the submission, where a run has several; by default the folder's
+    metric: str | None = None  # by default the run's main metric; of a blend that of the other lines
     leaderboard: float | None = None  # the public score
     private: float | None = None  # the score after the competition's end
     valid: float | None = None  # by default from the predictions, else the best of training
     test: float | None = None  # by default from the predictions, where targets are known
     note: str = ""  # what was tried
-    update: bool = False  # fill in a line that is there
+    update: bool = False  # fill in a line that is there, with new predictions too
     ledger: Path = LEDGER  # the file of scores
 
 
@@ -52,7 +63,7 @@ class Add:
 class Plot:
     """Draw validation against leaderboard, and name the runs where they disagree."""
 
-    output: Path = Path("logs/scores.png")  # the picture
+    output: Path = Path("logs/scores.png")  # the picture: .png, .pdf or .svg
     against: Literal["public", "private", "test"] = "public"  # public and private are the leaderboard's
     ledger: Path = LEDGER  # the file of scores
 
@@ -72,39 +83,60 @@ def main(command: Show | Add | Plot) -> None:
         plot(command)
     else:
         show(read_ledger(command.ledger))
+    for sentence in contradictions(read_ledger(command.ledger)):
+        print(f"note     {sentence}")
 
 
 def add(command: Add) -> None:
-    """Enter or fill in a line."""
+    """Enter or fill in a line: what was given wins over what the folder says."""
     folder = command.logdir
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is not there; give a run's folder, such as logs/baseline.")
     given = {name: getattr(command, name) for name in ("valid", "test", "private")} | {"public": command.leaderboard}
     for name, value in given.items():
         if value is not None and not float("-inf") < value < float("inf"):
             raise BadInput(f"--{'leaderboard' if name == 'public' else name} {value} must be a finite number.")
-    name = command.name or folder.resolve().name
-    if command.update:
-        entry = update_entry(command.ledger, (_address(folder), name), **given, note=command.note or None)
+    address, name = _address(folder), command.name or folder.resolve().name
+    found = describe(folder, command, (address, name)) if folder.is_dir() else {}
+    if not found and not command.update:
+        raise BadInput(f"{folder} holds neither a run nor predictions; give a run's folder, such as logs/baseline.")
+    values: dict[str, Any] = found | {name: value for name, value in given.items() if value is not None}
+    if command.update:  # the folder may be gone by now
+        old, entry = update_entry(command.ledger, (address, name), **values, note=command.note)
+        for score in SCORES:
+            if getattr(old, score) not in (None, getattr(entry, score)):
+                print(f"changed  {score} was {_number(getattr(old, score))}")
     else:
-        entry = describe(folder, name, given, command.note)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = Entry(date, name, address, **values, note=command.note)
         add_entry(command.ledger, entry)
     print(f"entered  {entry.name}: {entry.metric} {_scores(entry)}")
 
 
-def describe(folder: Path, name: str, given: dict[str, float | None], note: str) -> Entry:
-    """The line of a submission: what was given wins over what the folder says."""
+def describe(folder: Path, command: Add, key: tuple[str, str]) -> dict[str, Any]:
+    """What a folder says of a submission: commit, config, metric, valid, test; empty where it holds nothing of one."""
     runs = [folder] if (folder / "run.json").is_file() else [path.parent for path in sorted(folder.glob("*/run.json"))]
+    predicted = [split for split in ("valid", "test") if (folder / "predictions" / f"{split}.csv").is_file()]
+    if not runs and not predicted:
+        return {}
     records, configs = ([_read_json(run / name) for run in runs] for name in ("run.json", "config.json"))
+    metric = command.metric or find_metric(configs, command, key)
     best = (records[0].get("best") if runs == [folder] else None) or {}
-    metric = next((config["main_metric"] for config in configs), "accuracy")
-    found = {"valid": best.get("score")} | {
-        split: value for split in ("valid", "test") if (value := _predicted(folder, split, metric)) is not None
-    }
-    scores = {score: given[score] if given[score] is not None else found.get(score) for score in SCORES}
-    date = datetime.now(UTC).isoformat(timespec="seconds")
+    scores: dict[str, Any] = {"valid": best.get("score") if best.get("metric", metric) == metric else None}
+    scores |= {split: value for split in predicted if (value := _predicted(folder, split, metric)) is not None}
     commits = "+".join(sorted({str(record.get("git_commit") or "")[:12] for record in records}))
-    return Entry(date, name, _address(folder), commits, hash_configs(configs), metric, **scores, note=note)
+    return {"commit": commits, "config": hash_configs(configs), "metric": metric, **scores}
+
+
+def find_metric(configs: Sequence[dict[str, Any]], command: Add, key: tuple[str, str]) -> str:
+    """The main metric of the first run; of a blend, which has none, that of its line, else of the other lines."""
+    if configs:
+        return configs[0].get("main_metric", "accuracy")
+    entries = read_ledger(command.ledger)
+    known = sorted({entry.metric for entry in entries if entry.key == key} or {entry.metric for entry in entries})
+    if len(known) > 1:
+        raise BadInput(
+            f"{command.logdir} is no run, and {command.ledger} has {', '.join(known)}: say which by --metric."
+        )
+    return known[0] if known else "accuracy"
 
 
 def hash_configs(configs: Sequence[dict[str, Any]]) -> str:
@@ -178,28 +210,30 @@ def draw(points: Sequence[Point], command: Plot, metric: str, title: str) -> Non
         axes.annotate(name, (ours, theirs), xytext=(5, 5), textcoords="offset points")
     axes.axline((points[0].first, points[0].first), slope=1, color="lightgrey", zorder=0)
     axes.set(xlabel=f"valid {metric}", ylabel=f"{command.against} {metric}", title=title)
-    command.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(command.output)
+    kind = command.output.suffix.removeprefix(".")
+    if kind not in ("png", "pdf", "svg"):
+        raise BadInput(f"--output {command.output} must end in .png, .pdf or .svg.")
+    write_output(command.output, lambda file: figure.savefig(file, format=kind), "--output")
 
 
 def _predicted(folder: Path, split: str, metric: str) -> float | None:
     """The score of the predictions in `folder`, where they have targets."""
-    path = folder / "predictions" / f"{split}.csv"
-    table = read_predictions(path) if path.is_file() else None
-    if table is None or table.targets is None:
-        return None
-    if metric in (known := score(table)):
-        return known[metric]
-    import sklearn.metrics
+    table = read_predictions(folder / "predictions" / f"{split}.csv")
+    if metric in ("accuracy", "loss"):
+        return score(table).get(metric)
+    from train import SCORES
 
-    import train
-
-    found = train.SCORES.get(metric)
-    return None if found is None else float(found(sklearn.metrics, table.targets, table.probabilities))
+    if metric not in SCORES:
+        known = ("accuracy", "loss", *SCORES)
+        raise BadInput(f"--metric {metric} is no metric{near(metric, known) or '.'} Use one of: {', '.join(known)}.")
+    return score(table, {metric: SCORES[metric]}).get(metric)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} is damaged (it is no object); put it back.")
+    return values
 
 
 def _address(folder: Path) -> str:

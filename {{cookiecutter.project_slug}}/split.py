@@ -17,7 +17,7 @@ import torch
 
 from batteries import BadInput, EvalLoader, SplitFile, run_command
 from batteries.pixels import Look, channel_statistics, find_duplicates, look_at
-from batteries.splits import TEST, has_classes, read_split, to_csv
+from batteries.splits import TEST, UNKNOWN, has_classes, read_split, to_csv
 from experiment.augmentations import valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import NUM_FOLDS, TEST_SHARE, make_folds
@@ -43,18 +43,18 @@ def main(config: Config) -> None:
     """Make the split or compare it with its file, look at the data, write."""
     dataset = load_dataset(config.data_dir)
     splits = open_split(config, dataset)
-    for fold in range(splits.num_folds):
+    for fold in (config.fold, *range(splits.num_folds)):
         splits.select(fold)
     if config.check_images:
         check_images(dataset, splits.folds)
+    statistics = describe_channels(dataset, splits, config.fold) if config.statistics else []
     say = "is there already, and the same" if config.split_file.exists() else "is written"
     splits.write()
     show_counts(dataset, splits.folds)
     print(
         f"{config.split_file} {say}: {len(dataset):,} samples, {splits.num_folds} folds, sha256 {splits.sha256[:12]}…"
     )
-    if config.statistics:
-        show_statistics(dataset, splits, config.fold)
+    print(*statistics, sep="\n", end="\n" if statistics else "")
 
 
 def open_split(config: Config, dataset: Any) -> SplitFile:
@@ -83,13 +83,28 @@ def check_images(dataset: Any, folds: np.ndarray) -> None:
     found = list(track(look_at(dataset, range(len(dataset))), "images", total=len(dataset), transient=True))
     if broken := [look for look in found if isinstance(look, str)]:
         raise BadInput(f"{len(broken)} of {len(found)} images cannot be read: {' '.join(broken[:MOST_NAMED])}")
-    pairs = find_duplicates([look for look in found if isinstance(look, Look)], folds)
+    looks = [look for look in found if isinstance(look, Look)]
+    pairs = find_duplicates(looks, folds)
     for pair in pairs[:MOST_NAMED]:
         one, other = (f"{dataset.ids[index]} ({name_of(folds[index])})" for index in pair[:2])
         print(f"{one} and {other} are {'equal' if pair.equal else 'nearly equal'}")
     equal = sum(pair.equal for pair in pairs)
     print(f"duplicates across folds: {equal} equal, {len(pairs) - equal} nearly equal", end="")
     print("; give both of a pair one group" if pairs else "")
+    if has_classes(dataset):
+        name_contradictions(dataset, looks)
+
+
+def name_contradictions(dataset: Any, looks: list[Look]) -> None:
+    """Say which equal images have different targets, in whatever folds."""
+    targets = np.asarray(dataset.targets)
+    known = np.flatnonzero(targets != UNKNOWN)
+    pairs = [pair for pair in find_duplicates([looks[index] for index in known], targets[known]) if pair.equal]
+    for pair in pairs[:MOST_NAMED]:
+        one, other = (f"{dataset.ids[index]} ({dataset.classes[targets[index]]})" for index in known[list(pair[:2])])
+        print(f"{one} and {other} are equal, and their targets are not")
+    if pairs:
+        print(f"contradictions: {len(pairs)} pairs of equal images with different targets; mend or leave them out")
 
 
 def show_counts(dataset: Any, folds: np.ndarray) -> None:
@@ -111,14 +126,16 @@ def show_counts(dataset: Any, folds: np.ndarray) -> None:
     Console().print(table)
 
 
-def show_statistics(dataset: Any, splits: SplitFile, fold: int) -> None:
-    """The two lines for experiment/augmentations.py, from images as `valid_transform` gives them."""
+def describe_channels(dataset: Any, splits: SplitFile, fold: int) -> list[str]:
+    """The lines for experiment/augmentations.py, from images as `valid_transform` gives them."""
     train = splits.select(fold).train
     loader = EvalLoader(dataset, train, valid_transform(), torch.device("cpu"), batch_size=64)
     mean, std = channel_statistics(images for images, _ in loader)
-    print(f"# from {len(train):,} images: the train split of fold {fold} in {splits.path}")
-    for name, values in (("MEAN", mean), ("STD", std)):
-        print(f"{name} = ({', '.join(f'{value:.4f}' for value in values)},)")
+    values = {name: ", ".join(f"{value:.4f}" for value in found) for name, found in (("MEAN", mean), ("STD", std))}
+    return [
+        f"# from {len(train):,} images: the train split of fold {fold} in {splits.path}",
+        *(f"{name} = ({value},)" for name, value in values.items()),
+    ]
 
 
 def name_of(fold: int) -> str:

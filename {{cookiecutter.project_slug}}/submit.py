@@ -26,18 +26,21 @@ class Options:
     # label: the most probable class, index: its number from 0, labels: all classes over the threshold;
     # probability: of each column's class, binary: whether that is over the threshold
     values: Values = "label"
-    threshold: float = 0.5  # from this probability on a class counts, for labels and binary
+    threshold: float | None = None  # from this probability on a class counts, for labels and binary; 0.5 by default
     column_class: str | None = None  # whose probability the only column takes, where it is not named so
     overwrite: bool = False  # replace an output that is there
 
 
 def main(options: Options) -> None:
     """Write the submission and say what is in it."""
-    if not 0 <= options.threshold <= 1:
-        raise BadInput(f"--threshold {options.threshold} must be 0 to 1.")
+    threshold = 0.5 if options.threshold is None else options.threshold
+    if not 0 <= threshold <= 1:
+        raise BadInput(f"--threshold {threshold} must be 0 to 1.")
+    if options.threshold is not None and options.values not in ("labels", "binary"):
+        raise BadInput(f"--threshold is for --values labels and binary, not {options.values}.")
     predictions = read_predictions(options.predictions)
     sample = read_sample(options.sample)
-    submission = make_submission(predictions, sample, options.values, options.threshold, options.column_class)
+    submission = make_submission(predictions, sample, options.values, threshold, options.column_class)
     text = submission.to_csv(index=False, lineterminator="\n")
     write_new(options.output, text, overwrite=options.overwrite)
     print(f"wrote    {options.output}: {len(submission):,} rows of {', '.join(submission.columns)}")

@@ -26,18 +26,35 @@ def blend(
     logarithms (Hinton 2002, products of experts). rank: of `ranks`, blind to how each model is calibrated.
     With `normalise` the rows of power and geometric sum to one again.
     """
-    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    shares = shares_of(weights)
     if method == "mean":
         blended = _weigh(shares, tables)
     elif method == "rank":
         blended = _weigh(shares, np.stack([ranks(table) for table in tables]))
     elif method == "power":
-        blended = _weigh(shares, tables**power) ** (1 / power)
+        blended = _power_mean(shares, tables, power)
     else:
         blended = np.exp(_weigh(shares, np.log(np.maximum(tables, SMALLEST))))
     if normalise and method in ("power", "geometric"):
         blended = blended / blended.sum(1, keepdims=True)
     return np.clip(blended, 0, 1)  # rounding may leave it by a hair
+
+
+def shares_of(weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Weights (M,), 0 or more and finite, as shares that sum to one, however large they are."""
+    scaled = np.asarray(weights, dtype=np.float64) / np.max(weights)
+    return scaled / scaled.sum()
+
+
+def _power_mean(shares: np.ndarray, tables: np.ndarray, power: float) -> np.ndarray:
+    """(sum of w p^power)^(1/power), for any power over 0: p^power alone may be rounded to 0, or to 1."""
+    shares, tables = shares[shares > 0], tables[shares > 0]
+    top = tables.max(0)  # (N, C)
+    ratios = np.divide(tables, top, out=np.ones_like(tables), where=top > 0)
+    with np.errstate(divide="ignore"):  # the logarithm of 0 is -inf, as it should be
+        total = _weigh(shares, ratios**power)
+        near_one = np.log1p(_weigh(shares, np.expm1(power * np.log(ratios))).clip(min=-1))
+        return top * np.exp(np.where(total < 0.5, np.log(total), near_one) / power)
 
 
 def ranks(table: np.ndarray) -> np.ndarray:

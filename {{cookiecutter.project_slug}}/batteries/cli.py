@@ -16,10 +16,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from batteries.data import explain_lost_worker
-from batteries.distributed import is_main, rank, world_size
 from batteries.errors import BadInput, RunFailed, is_bad_input, near
 from batteries.interrupts import Stopped
+from batteries.ranks import is_main, rank, world_size
 
 Config = TypeVar("Config")
 
@@ -49,6 +48,8 @@ def run_command(
             _end(2, f"error: {error}")
         if isinstance(error, RunFailed):
             _end(1, f"error: {error}")
+        from batteries.data import explain_lost_worker  # which needs torch: verbs that read tables start without it
+
         if lost := explain_lost_worker(error):  # torch raises it wherever the signal finds this process
             _end(1, f"error: {lost}")
         _end(1, traceback.format_exc())
@@ -194,8 +195,10 @@ def _wait_for_another_rank(error: Exception) -> None:
 
     A lost connection is what the others see; and where all fail alike, rank 0 speaks for them.
     """
+    if world_size() == 1:
+        return
     import torch.distributed as dist
 
     lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
-    if world_size() > 1 and (lost or not is_main()):
+    if lost or not is_main():
         time.sleep(SECONDS_TO_SPEAK * (2 if lost else 1))

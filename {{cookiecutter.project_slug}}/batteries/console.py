@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from batteries.data import Batch
-from batteries.distributed import is_main, rank
+from batteries.ranks import is_main, rank
 from batteries.timing import Stopwatch
 
 logger = logging.getLogger("batteries")

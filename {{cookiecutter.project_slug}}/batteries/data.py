@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from batteries.distributed import rank, world_size
 from batteries.errors import BadInput, is_bad_input
 from batteries.interrupts import SIGNALS
 from batteries.randomness import Stream, preserved_random_state, reseed, reseed_devices, stream_seeds
+from batteries.ranks import rank, world_size
 
 Transform = Callable[[Any, Any], tuple[Any, Any]]
 # Mixes a batch (images, targets) on the device, each sample with the one before it alone (torchvision's MixUp and
@@ -120,8 +120,22 @@ class Samples:
         if self.transform is None and get_batch is not None:
             return get_batch(request.indices)
         with preserved_random_state():
-            samples = zip(request.indices.tolist(), request.seeds.tolist(), strict=True)
-            return default_collate([self._sample(index, seed) for index, seed in samples])
+            pairs = zip(request.indices.tolist(), request.seeds.tolist(), strict=True)
+            samples = [self._sample(index, seed) for index, seed in pairs]
+        self._check_shapes(samples, request.indices)
+        return default_collate(samples)
+
+    def _check_shapes(self, samples: Sequence[tuple[Any, Any]], indices: np.ndarray) -> None:
+        """Raise BadInput where images of one batch differ in shape."""
+        shapes = [tuple(getattr(image, "shape", ())) for image, _ in samples]
+        if len(set(shapes)) == 1:
+            return
+        place = next(place for place, shape in enumerate(shapes) if shape != shapes[0])
+        ids = getattr(self.dataset, "ids", range(len(self.dataset)))
+        raise BadInput(
+            f"images of one batch have different shapes: {shapes[0]} of {ids[int(indices[0])]} and {shapes[place]} of "
+            f"{ids[int(indices[place])]}; bring all to one size, such as by v2.Resize in experiment/augmentations.py."
+        )
 
     def _sample(self, index: int, seed: int) -> tuple[Any, Any]:
         reseed(seed)

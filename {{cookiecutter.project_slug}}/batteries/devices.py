@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.utils.deterministic as deterministic_settings
 
-from batteries.distributed import local_rank, process_group, world_size
+from batteries.distributed import process_group
 from batteries.errors import BadInput
 from batteries.parallel import check_sharing
+from batteries.ranks import local_rank, world_size
 from batteries.steps import check_precision
 
 

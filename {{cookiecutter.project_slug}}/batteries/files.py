@@ -58,6 +58,18 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def write_output(path: Path, write: Callable[[BinaryIO], object], flag: str) -> None:
+    """Put what `write` writes into `path` in one step, and make its folder.
+
+    Raises BadInput, which asks for another `flag`, where that cannot be.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, write)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}); use another {flag}.") from None
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises BadInput where it was damaged."""
     try:

@@ -6,15 +6,17 @@ import torch
 
 from batteries.errors import BadInput
 from batteries.predictions import doubles, read_table, some
+from batteries.splits import UNKNOWN
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 class ImageFiles:
-    """Images as uint8 tensors (C, H, W), 0 to 255, with a target of 0 that means nothing.
+    """Images as uint8 tensors (C, H, W), 0 to 255, with the target -1, which is not known.
 
-    `source` is a folder, whose images are called by their paths in it, in alphabetical order; or a CSV file with a
-    column `path`, counted from its own folder, and `id` where they are called otherwise. `channels` is 1 or 3.
+    `source` is a folder, whose images are called by their paths in it, in alphabetical order, hidden ones left out; or
+    a CSV file with a column `path`, counted from its own folder, and `id` where they are called otherwise. `channels`
+    is 1 or 3.
     """
 
     def __init__(self, source: Path, channels: int) -> None:
@@ -35,14 +37,16 @@ class ImageFiles:
         except (RuntimeError, OSError):
             raise BadInput(f"{self.paths[index]} cannot be read as an image: it is empty, damaged or none.") from None
         image = image[0] if image.ndim == 4 else image  # the first picture of an animation
-        return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8), torch.tensor(0)
+        return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8), torch.tensor(UNKNOWN)
 
 
 def _read_folder(folder: Path) -> tuple[list[str], list[Path]]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
+    there = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    names = [path.relative_to(folder) for path in there]
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]  # not .Trash, for one
+    if not shown:
         raise BadInput(f"--images {folder} has no images ({', '.join(SUFFIXES)}); give a folder or a CSV file.")
-    return [path.relative_to(folder).as_posix() for path in paths], paths
+    return [name.as_posix() for name in shown], [folder / name for name in shown]
 
 
 def _read_table(file: Path) -> tuple[list[str], list[Path]]:

@@ -1,21 +1,22 @@
 """The ledger of scores: a CSV file in git, one line per run and submission, oldest first.
 
 Git merges it by union (.gitattributes): lines of both branches stay, and the next line that is added puts them in
-order again.
+order again. Lines of one submission become one where they do not contradict each other, such as where one branch filled
+in the public score and the other the private; else all stay, and `contradictions` names them.
 """
 
 import csv
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from batteries.errors import BadInput
-from batteries.files import write_text
+from batteries.files import write_output
 
 SCORES = ("valid", "test", "public", "private")
 
@@ -50,7 +51,7 @@ def add_entry(path: Path, entry: Entry) -> None:
 
     Raises BadInput where this submission of this run is there already.
     """
-    with _alone(path.parent):
+    with _alone(path):
         entries = read_ledger(path)
         if earlier := next((old for old in entries if old.key == entry.key), None):
             raise BadInput(
@@ -60,47 +61,85 @@ def add_entry(path: Path, entry: Entry) -> None:
         _write(path, [*entries, entry])
 
 
-def update_entry(path: Path, key: tuple[str, str], **values: float | str | None) -> Entry:
-    """Fill in the line of `key`: what is None in `values` stays as it is. Raises BadInput where it is not there."""
-    with _alone(path.parent):
+def update_entry(path: Path, key: tuple[str, str], **values: float | str | None) -> tuple[Entry, Entry]:
+    """Fill in the line of `key`, or all of them: what is None or empty in `values` stays. Gives what it was and is.
+
+    Raises BadInput where it is not there.
+    """
+    given: dict[str, Any] = {name: value for name, value in values.items() if value not in (None, "")}
+    with _alone(path):
         entries = read_ledger(path)
         old = next((entry for entry in entries if entry.key == key), None)
         if old is None:
             raise BadInput(f"--update: {path} has no {key[1]} of {key[0]}; leave --update out to enter it.")
-        new = replace(old, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
-        _write(path, [new if entry is old else entry for entry in entries])
-    return new
+        entries = join(replace(entry, **given) if entry.key == key else entry for entry in entries)
+        _write(path, entries)
+    return old, next(entry for entry in entries if entry.key == key)
 
 
 def read_ledger(path: Path) -> list[Entry]:
-    """The entries, oldest first; none where there is no file.
-
-    Lines that a merge has doubled count once. Raises BadInput, with the line, for what is no entry, and where one
-    submission has two lines that differ.
-    """
+    """The entries, oldest first; none where there is no file. Raises BadInput, with the line, for what is no entry."""
+    if path.is_dir():
+        raise BadInput(f"--ledger {path} is a folder; give the name of a file, such as scores.csv.")
     if not path.is_file():
         return []
-    entries: dict[tuple[str, str], tuple[int, Entry]] = {}
-    for number, row in _rows(path):
-        entry = _read_entry(path, number, row)
-        line, known = entries.setdefault(entry.key, (number, entry))
-        if known != entry:
-            raise BadInput(
-                f"{path} has {entry.name} of {entry.logdir} twice, in lines {line} and {number}, with other values; "
-                f"keep one."
+    return join(_read_entry(path, number, row) for number, row in _rows(path))
+
+
+def join(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries, oldest first; those of one submission that do not contradict each other as one."""
+    joined: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        lines = joined.setdefault(entry.key, [])
+        for place, line in enumerate(lines):
+            if (both := _join_two(line, entry)) is not None:
+                lines[place] = both
+                break
+        else:
+            lines.append(entry)
+    return sorted((line for lines in joined.values() for line in lines), key=lambda line: (line.date, *line.key))
+
+
+def _join_two(one: Entry, other: Entry) -> Entry | None:
+    """What either says, with the earlier date; None where they contradict each other."""
+    values: dict[str, Any] = {"date": min(one.date, other.date)}
+    for name in COLUMNS[1:]:
+        there = {value for value in (getattr(one, name), getattr(other, name)) if value not in (None, "")}
+        if len(there) > 1:
+            return None
+        values[name] = there.pop() if there else getattr(one, name)
+    return Entry(**values)
+
+
+def contradictions(entries: Sequence[Entry]) -> list[str]:
+    """A sentence for each submission that has lines which do not agree."""
+    lines: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        lines.setdefault(entry.key, []).append(entry)
+    found = []
+    for (logdir, name), same in lines.items():
+        values = {column: {str(value) for line in same if (value := getattr(line, column))} for column in COLUMNS[1:]}
+        said = [f"{column} {' or '.join(sorted(texts))}" for column, texts in values.items() if len(texts) > 1]
+        if len(same) > 1:
+            found.append(
+                f"{name} of {logdir} has {len(same)} lines that do not agree: {', '.join(said)}; say what is right by "
+                f"scores.py add {logdir} --update, or leave one of them."
             )
-    return sorted((entry for _, entry in entries.values()), key=lambda entry: (entry.date, *entry.key))
+    return found
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The lines but for the header, which a merge may have doubled, with their numbers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        if next(reader, None) != COLUMNS:
-            raise BadInput(f"{path} does not begin with {','.join(COLUMNS)}; put that line back.")
-        for row in reader:
-            if row and row != COLUMNS:
-                yield reader.line_num, row
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a ledger of scores ({error}).") from None
+    reader = csv.reader(io.StringIO(text, newline=""))
+    if next(reader, None) != COLUMNS:
+        raise BadInput(f"{path} does not begin with {','.join(COLUMNS)}; put that line back.")
+    for row in reader:
+        if row and row != COLUMNS:
+            yield reader.line_num, row
 
 
 def _read_entry(path: Path, number: int, row: Sequence[str]) -> Entry:
@@ -126,20 +165,24 @@ def _write(path: Path, entries: Sequence[Entry]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    ordered = sorted(entries, key=lambda entry: (entry.date, *entry.key))
-    writer.writerows([["" if value is None else value for value in asdict(entry).values()] for entry in ordered])
-    write_text(path, text.getvalue())
+    writer.writerows([["" if value is None else value for value in asdict(entry).values()] for entry in join(entries)])
+    write_output(path, lambda file: file.write(text.getvalue().encode()), "--ledger")
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here for `folder`; it leaves no file. Windows has no such lock."""
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here for a file in the folder of `path`; it leaves none. Not on Windows.
+
+    Raises BadInput where there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise BadInput(f"--ledger {path} cannot be: {path.parent} is no folder; use another.")
     if os.name == "nt":
         yield
         return
     import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -8,16 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from batteries.distributed import (
-    gather_over_ranks,
-    interleave_over_ranks,
-    is_main,
-    rank,
-    sum_over_ranks,
-    union_over_ranks,
-    world_size,
-)
+from batteries.distributed import gather_over_ranks, interleave_over_ranks, sum_over_ranks, union_over_ranks
 from batteries.errors import BadInput, near
+from batteries.ranks import is_main, rank, world_size
 
 logger = logging.getLogger("batteries")
 

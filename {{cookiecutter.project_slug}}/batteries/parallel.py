@@ -12,9 +12,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from batteries.batchnorm import synchronise_batchnorm
 from batteries.data import Batch, TrainLoader
-from batteries.distributed import world_size
 from batteries.errors import BadInput
 from batteries.randomness import reseed, reseed_devices
+from batteries.ranks import world_size
 
 
 def place_model(

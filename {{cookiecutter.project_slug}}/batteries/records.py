@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from batteries.distributed import world_size
 from batteries.files import read_json, write_atomically, write_text
+from batteries.ranks import world_size
 
 logger = logging.getLogger("batteries")
 

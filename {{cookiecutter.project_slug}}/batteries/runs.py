@@ -18,13 +18,14 @@ from batteries.checkpoints import CheckpointManager, best_of, check_architecture
 from batteries.cli import to_json
 from batteries.console import Console, logger
 from batteries.data import Batch, Epoch
-from batteries.distributed import Agreement, is_main, on_main, world_size
+from batteries.distributed import Agreement, on_main
 from batteries.errors import BadInput, RunFailed, is_bad_input, is_out_of_memory, shorten
 from batteries.files import Lock, read_json, write_text
 from batteries.interrupts import Interrupts, Stopped
 from batteries.lines import Lines
 from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
+from batteries.ranks import is_main, world_size
 from batteries.records import Record, hash_config, now, peak_memory, versions, what_changes_rounding
 from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest, read_lines
 from batteries.state import TrainState

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from batteries.distributed import is_main
 from batteries.errors import BadInput
+from batteries.ranks import is_main
 
 Schedule = Literal["one-cycle", "cosine", "multi-step", "constant", "plateau"]
 

@@ -1,6 +1,8 @@
 """What predictions are worth: a number for each sample, their mean, and how sure a difference of two means is."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -8,6 +10,7 @@ from batteries.predictions import Predictions
 
 SMALLEST = 1e-15  # of a probability in a logarithm: a certain and wrong prediction costs 34.5, not infinity
 RESAMPLES = 2000
+Score = Callable[[Any, np.ndarray, np.ndarray], float]
 LESS_IS_BETTER = ("loss", "log_loss")
 
 
@@ -26,9 +29,22 @@ def sample_scores(predictions: Predictions) -> dict[str, np.ndarray]:
     return scores
 
 
-def score(predictions: Predictions) -> dict[str, float]:
-    """The mean of each of `sample_scores`."""
-    return {name: float(values.mean()) for name, values in sample_scores(predictions).items()}
+def score(predictions: Predictions, functions: Mapping[str, Score] | None = None) -> dict[str, float]:
+    """The mean of each of `sample_scores`, and what each of `functions` gives for the whole: those of train.SCORES.
+
+    Those take (sklearn.metrics, targets, probabilities); NaN where such a score has no meaning.
+    """
+    means = {name: float(values.mean()) for name, values in sample_scores(predictions).items()}
+    if not functions or predictions.targets is None:
+        return means
+    from sklearn import metrics
+
+    for name, function in functions.items():
+        try:
+            means[name] = float(function(metrics, predictions.targets, predictions.probabilities))
+        except ValueError:  # such as ROC AUC of a class without samples
+            means[name] = math.nan
+    return means
 
 
 class Gap(NamedTuple):

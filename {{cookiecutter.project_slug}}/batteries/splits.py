@@ -11,15 +11,17 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from batteries.distributed import on_main
-from batteries.errors import BadInput
+from batteries.errors import BadInput, shorten
 from batteries.files import sync_folder, write_text
+from batteries.predictions import KEYS, doubles
 
 TEST = -1  # the fold of the held-out test split
 UNKNOWN = -1  # the class of a sample whose target is not known: it can only be tested
@@ -106,7 +108,8 @@ def write_once(path: Path, text: str) -> None:
         except OSError as error:
             raise BadInput(f"{path} cannot be written ({error.strerror}); use another --split-file.") from None
         finally:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):  # its folder is none, perhaps
+                draft.unlink()
     if read_split(path) != text:
         raise BadInput(f"{path} is another split by now, and no file is changed; use another --split-file.")
 
@@ -158,6 +161,7 @@ def parse_folds(text: str, dataset: SplitSource, name: str) -> np.ndarray:
     _check_column("group", _group_texts(dataset), rows, name)
     _check_groups(getattr(dataset, "groups", None), folds, name)
     _check_unknown(dataset, folds, name)
+    _check_class_names(dataset)
     return folds
 
 
@@ -184,15 +188,15 @@ def _check_columns(columns: Sequence[str], dataset: SplitSource, name: str) -> N
 def _match_ids(there: Sequence[str], wanted: Sequence[str], name: str) -> list[int]:
     """For each sample of the data set its row in the file."""
     if repeated := [sample for sample, count in Counter(wanted).items() if count > 1]:
-        raise BadInput(f"the data set's ids repeat: {_some(repeated)}; each sample needs one of its own.")
+        raise BadInput(f"the data set's ids repeat: {shorten(repeated, most=5)}; each sample needs one of its own.")
     if repeated := [sample for sample, count in Counter(there).items() if count > 1]:
-        raise BadInput(f"{name} has ids more than once: {_some(repeated)}; leave one row of each.")
+        raise BadInput(f"{name} has ids more than once: {shorten(repeated, most=5)}; leave one row of each.")
     place = {sample: row for row, sample in enumerate(there)}
     missing = [sample for sample in wanted if sample not in place]
     extra = sorted(place.keys() - set(wanted))
     if missing or extra:
-        parts = [f"without {len(missing)} samples of it ({_some(missing)})"] if missing else []
-        parts += [f"with {len(extra)} that it does not have ({_some(extra)})"] if extra else []
+        parts = [f"without {len(missing)} samples of it ({shorten(missing, most=5)})"] if missing else []
+        parts += [f"with {len(extra)} that it does not have ({shorten(extra, most=5)})"] if extra else []
         raise BadInput(f"{name} is of another data set: {', and '.join(parts)}; use another --split-file.")
     return [place[sample] for sample in wanted]
 
@@ -229,7 +233,8 @@ def _check_unknown(dataset: SplitSource, folds: np.ndarray, name: str) -> None:
     unknown = values == UNKNOWN if has_classes(dataset) else np.isnan(values.astype(float))
     if len(places := np.flatnonzero(unknown & (folds != TEST))):
         raise BadInput(
-            f"{name} trains on samples without a target: {_some([dataset.ids[int(place)] for place in places])}."
+            f"{name} trains on samples without a target: "
+            f"{shorten((dataset.ids[int(place)] for place in places), most=5)}."
         )
     if not has_classes(dataset):
         return
@@ -240,6 +245,15 @@ def _check_unknown(dataset: SplitSource, folds: np.ndarray, name: str) -> None:
             f"sample {dataset.ids[int(places[0])]} has target {values[places[0]]}; with {classes} classes a target is "
             f"a whole number from 0 to {classes - 1}."
         )
+
+
+def _check_class_names(dataset: SplitSource) -> None:
+    """In predictions/*.csv each class is a column."""
+    names = [str(name) for name in dataset.classes] if has_classes(dataset) else []  # type: ignore[attr-defined]
+    if taken := [name for name in names if name in KEYS]:
+        raise BadInput(f"a class is called {taken[0]}, as is a column of predictions/*.csv; call it otherwise.")
+    if doubled := doubles(names):
+        raise BadInput(f"more than one class is called {shorten(doubled, most=5)}; each needs a name of its own.")
 
 
 def _check_classes(split: Split, fold: int, dataset: SplitSource, name: str) -> None:
@@ -255,7 +269,7 @@ def _check_classes(split: Split, fold: int, dataset: SplitSource, name: str) -> 
         if missing := [classes[index] for index in np.flatnonzero(counts == 0)]:
             everywhere = int((targets == classes.index(missing[0])).sum())
             raise BadInput(
-                f"the {part} split of fold {fold} has no sample of class {_some(missing)} ({everywhere} of "
+                f"the {part} split of fold {fold} has no sample of class {shorten(missing, most=5)} ({everywhere} of "
                 f"{missing[0]} in all, {name}); bring more of it, leave it out, or use fewer folds."
             )
 
@@ -290,9 +304,3 @@ def _same_number(text: str, other: str) -> bool:
         return float(text) == float(other)
     except ValueError:
         return False
-
-
-def _some(names: Iterable[Any]) -> str:
-    """The first few names, and how many more there are."""
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

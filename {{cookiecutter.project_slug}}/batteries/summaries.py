@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from batteries.distributed import world_size
 from batteries.errors import BadInput, RunFailed, shorten
 from batteries.interrupts import Stopped
+from batteries.ranks import world_size
 from batteries.resume import Found
 
 Metrics = Mapping[str, Mapping[str, float]]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from batteries.data import Batch, Epoch
-from batteries.distributed import rank, world_size
 from batteries.metrics import Averages
+from batteries.ranks import rank, world_size
 from batteries.records import peak_memory
 
 logger = logging.getLogger("batteries")

@@ -6,7 +6,7 @@ from torchvision.models import resnet18
 
 
 def build_model(num_classes: int) -> nn.Module:
-    """A network from normalised images (N, 1, 8, 8) to logits (N, num_classes)."""
+    """A network from normalised images (N, 1, H, W) to logits (N, num_classes)."""
     return fit_small_images(resnet18(num_classes=num_classes), channels=1)
 
 

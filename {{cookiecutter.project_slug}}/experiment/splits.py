@@ -4,12 +4,14 @@
 on the data alone, not on a run's seed: runs with other seeds stay comparable.
 """
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 NUM_FOLDS = 5
-TEST_SHARE = 0.2  # of all samples (of all groups, where there are some), where the data set has no official test split
+TEST_SHARE = 0.2  # of all samples, where the data set has no official test split
+PARTS = 20  # where there are groups: the largest denominator of the fraction that stands for the share
 SPLIT_SEED = 0
 
 
@@ -18,9 +20,11 @@ def make_folds(dataset: Any, num_folds: int = NUM_FOLDS, test_share: float = TES
 
     Folds are stratified where targets are classes, and no group is in two of them. A data set that has `folds` of its
     own, such as a column of its table, is split by those; one with `official_test` is tested on that.
-    Raises ValueError where samples, classes or groups are too few.
+    Raises ValueError where samples, classes or groups are too few, and for a number that would change nothing.
     """
     if getattr(dataset, "folds", None) is not None:
+        if (num_folds, test_share) != (NUM_FOLDS, TEST_SHARE):
+            raise ValueError("the data bring folds of their own: leave --num-folds and --test-share out.")
         return np.asarray(dataset.folds)
     if num_folds < 2:
         raise ValueError(f"--num-folds {num_folds} must be 2 or more: one part validates, the others train.")
@@ -30,6 +34,8 @@ def make_folds(dataset: Any, num_folds: int = NUM_FOLDS, test_share: float = TES
     groups = None if groups is None else np.asarray(groups)
     everything, official = np.arange(len(dataset)), getattr(dataset, "official_test", None)
     if official is not None:
+        if test_share != TEST_SHARE:
+            raise ValueError("the data bring a test split of their own: leave --test-share out.")
         rest = everything[~np.asarray(official)]
         check_classes(dataset, labels, rest, num_folds)
     else:
@@ -56,8 +62,10 @@ def leave_test(indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarra
     if share == 0:
         return indices
     if groups is not None:
-        test = cut(indices, labels, groups, max(2, round(1 / share)))[0]
-        return np.setdiff1d(indices, test)
+        most = min(PARTS, len(set(groups[indices])), PARTS if labels is None else np.bincount(labels[indices]).max())
+        part = Fraction(share).limit_denominator(int(most)) or Fraction(1, round(1 / share))
+        parts = cut(indices, labels, groups, max(2, part.denominator))
+        return np.sort(np.concatenate(parts[min(part.numerator, len(parts) - 1) :]))
     rest, _ = train_test_split(indices, test_size=share, stratify=labels, random_state=SPLIT_SEED)
     return np.asarray(rest)
 

@@ -11,10 +11,13 @@ source "$(dirname "$0")/common.sh"
 
 logdir=logs/folds
 flags=()
+only_show=
+launch=${LAUNCH:-scripts/train_device.sh}
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --logdir) logdir=${2:?"error: --logdir needs a folder"}; shift ;;
         --logdir=*) logdir=${1#*=} ;;
+        --help | -h | --show-schedule) only_show=1; flags+=("$1") ;;
         --fold | --fold=* | --resume | --no-resume)
             echo "error: $1 is given by scripts/train_folds.sh itself; leave it out." >&2
             exit 2
@@ -24,11 +27,15 @@ while [[ $# -gt 0 ]]; do
     shift
 done
 
+if [[ -n $only_show ]]; then  # train.py only speaks, and trains nothing
+    exec "$launch" "${flags[@]}"
+fi
+
 # How many folds there are stands in the first run's record: its split file may be made by that run.
 fold=0
 folds=1
 while [[ $fold -lt $folds ]]; do
-    "${LAUNCH:-scripts/train_device.sh}" ${flags[@]+"${flags[@]}"} --fold "$fold" --logdir "$logdir/fold_$fold" --resume
+    "$launch" ${flags[@]+"${flags[@]}"} --fold "$fold" --logdir "$logdir/fold_$fold" --resume
     folds=$(sed -n 's/^ *"folds": \([0-9]*\).*/\1/p' "$logdir/fold_0/run.json")
     fold=$((fold + 1))
 done

@@ -1,5 +1,6 @@
 """Tables come back as they were written, blends are what their formulas say, and bad tables are named."""
 
+import decimal
 import math
 from dataclasses import replace
 
@@ -78,6 +79,39 @@ def test_ranks_are_scipys_with_ties_averaged_on_the_scale_0_to_1_by_column(stack
     assert blend(tables, "rank", weights) == pytest.approx(by_hand, abs=1e-12)
 
 
+def exact_power_mean(values: list[float], weights: list[float], power: float) -> float:
+    """By decimals of 60 digits and any exponent."""
+    with decimal.localcontext(decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX)):
+        exact = [decimal.Decimal(value) for value in values]
+        shares = [decimal.Decimal(weight) for weight in weights]
+        total = sum((share * value ** decimal.Decimal(power) for share, value in zip(shares, exact, strict=True)))
+        return float((total / sum(shares)) ** (1 / decimal.Decimal(power)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays(np.float64, (3, 1, 1), elements=st.floats(1e-12, 1)),
+    st.lists(st.floats(1e-3, 1.7), min_size=3, max_size=3),
+    st.sampled_from([1e-300, 1.0, 1e308]),
+    st.sampled_from([1e-9, 1e-3, 0.5, 2.0, 300.0, 5000.0, 1e6]),
+)
+def test_a_power_mean_is_exact_for_any_power_and_weights(tables, weights, scale, power):
+    weights = [weight * scale for weight in weights]
+    wanted = exact_power_mean(tables[:, 0, 0].tolist(), weights, power)
+    assert blend(tables, "power", weights, power, normalise=False).item() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("flags", [["--power", "5000"], ["--power", "1e-12"], ["--weights", "1e308,1.7e308"]])
+def test_large_powers_and_weights_blend_to_rows_that_sum_to_one(tmp_path, flags):
+    for number in (1, 2):
+        write_predictions(tmp_path / f"{number}.csv", random_table(20, number))
+    end = call(
+        verb, tmp_path / "1.csv", tmp_path / "2.csv", "--method", "power", "--output", tmp_path / "o.csv", *flags
+    )
+    assert end.code == 0, end.err
+    assert read_predictions(tmp_path / "o.csv").sums_to_one()
+
+
 def test_ranks_do_not_see_how_a_model_is_calibrated():
     table = random_table(50).probabilities
     assert np.array_equal(ranks(table), ranks(table**3))
@@ -139,7 +173,8 @@ GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
         (["name,cat,dog", *GOOD[1:]], "{bad} needs a column id and one of probabilities for each class; it has name, "),
         (["id,target", "a,cat"], "{bad} needs a column id and one of probabilities"),
         (["id,cat,dog"], "{bad} has no rows."),
-        ([], "{bad} needs a column id"),
+        ([], "{bad} needs a column id and one of probabilities for each class; it has none."),
+        (["x" * 200_000], "{bad} cannot be read as a table (field larger than field limit"),
         (["id,cat,dog,target", "a,0.5,0.5,cow", "b,1,0,cat"], "{bad} has the target 'cow' for id a, which is none of"),
         (["id,cat,dog,target", "a,0.5,0.5,dog", "b,1,0,cat"], "{bad} has another target than "),
     ],
@@ -169,6 +204,7 @@ def test_a_table_that_does_not_fit_is_refused_by_name_and_nothing_is_written(tmp
         (["--fit-on", "x.csv", "x.csv", "--weights", "1,1"], "--weights and --fit-on exclude each other"),
         (["--fit-on", "x.csv", "x.csv", "--method", "rank"], "which --method rank does not have; give --weights."),
         (["--fit-on", "{a}", "{a}"], "--fit-on needs a column target in one of its files"),
+        (["--fit-on", "tests", "tests"], "tests is a folder; give a file of predictions"),
         (["--fit-on", "x.csv", "x.csv"], "x.csv is not there; give a file of predictions"),
         (["--weights", "1,1", "--weights", "2,1"], "--weights is given twice; give it once, with all its values."),
         (["--wieghts", "1,1"], "--wieghts is no flag; did you mean '--weights'? See python blend.py --help."),
@@ -180,6 +216,19 @@ def test_flags_that_cannot_be_meant_get_a_sentence(tmp_path, flags, sentence):
         call(verb, good, good, "--output", tmp_path / "out.csv", *(flag.format(a=good) for flag in flags)), sentence
     )
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_how_alike_the_inputs_are_is_said_by_pearsons_correlation(tmp_path):
+    tables = [random_table(20, number) for number in (1, 2, 3)]
+    paths = [tmp_path / f"{number}.csv" for number in (1, 2, 3)]
+    for path, table in zip(paths, tables, strict=True):
+        write_predictions(path, table)
+    end = call(verb, *paths, "--output", tmp_path / "out.csv")
+    values = [table.probabilities.ravel() for table in tables]
+    lines = end.out.partition("alike    Pearson")[2].splitlines()[1:4]
+    for number, line in enumerate(lines):
+        wanted = [scipy.stats.pearsonr(values[number], other).statistic for other in values]
+        assert line.split() == [str(number + 1), *(f"{value:.4f}" for value in wanted)]
 
 
 def test_one_file_is_no_blend(tmp_path):
@@ -197,6 +246,19 @@ def test_an_output_with_other_contents_stays_and_one_with_the_same_is_no_matter(
     assert output.read_bytes() == before
     assert call(verb, first, second, "--output", output, "--weights", "2,1", "--overwrite").code == 0
     assert output.read_bytes() != before
+
+
+def test_the_file_that_knows_the_target_is_the_one_that_is_named(tmp_path):
+    tables = [GOOD, ["id,cat,dog,target", "a,1,0,cat", "b,0,1,dog"], ["id,cat,dog,target", "a,1,0,dog", "b,0,1,dog"]]
+    paths = [write_lines(tmp_path / f"{name}.csv", *lines) for name, lines in zip("xyz", tables, strict=True)]
+    end = call(verb, *paths, "--output", tmp_path / "out.csv")
+    refused(end, f"{paths[2]} has another target than {paths[1]} for id a.")
+
+
+def test_a_mark_at_the_beginning_which_excel_writes_is_no_part_of_a_name(tmp_path):
+    path = tmp_path / "excel.csv"
+    path.write_text("\ufeffid,cat,dog\na,0.5,0.5\n", encoding="utf-8")
+    assert read_predictions(path).ids == ("a",)
 
 
 def test_rows_that_do_not_sum_to_one_are_for_ranks_and_for_independent_classes(tmp_path):
@@ -250,6 +312,15 @@ def test_found_weights_are_used_on_the_test_predictions(tmp_path):
     weight = float(end.out.split("weight ")[1].split()[0])
     blended = weight * first.probabilities + (1 - weight) * second.probabilities
     assert read_predictions(tmp_path / "out.csv").probabilities == pytest.approx(blended, abs=1e-4)
+
+
+def test_weights_are_not_found_on_predictions_of_other_classes(tmp_path):
+    write_predictions(tmp_path / "test.csv", random_table(9, targets=False))
+    write_predictions(tmp_path / "valid.csv", random_table(30, classes=("cat", "dog", "cow")))
+    test, valid, output = (tmp_path / f"{name}.csv" for name in ("test", "valid", "out"))
+    end = call(verb, test, test, "--fit-on", valid, valid, "--output", output)
+    refused(end, f"{test} and {valid} do not match: class 0 missing in {valid}, class cow only there.")
+    assert not output.exists()
 
 
 def test_scores_are_those_of_scikit_learn():

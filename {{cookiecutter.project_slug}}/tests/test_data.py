@@ -23,20 +23,16 @@ from experiment.splits import make_folds
 SIZE, BATCH_SIZE, SEED = 53, 16, 7
 
 
+def shaken_loader(**options) -> TrainLoader:
+    """Augmented pictures in steps of BATCH_SIZE and a short last one."""
+    cpu = torch.device("cpu")
+    fixed = {"seed": SEED, "batch_size": BATCH_SIZE, "drop_last": False}
+    return TrainLoader(Pictures(SIZE), np.arange(SIZE), Shake(), cpu, **(fixed | options))
+
+
 def epoch_bytes(num_workers: int, start_method: str | None, accumulation_steps: int, epoch: int) -> list[bytes]:
     """The bytes of each micro-batch of this rank."""
-    loader = TrainLoader(
-        Pictures(SIZE),
-        np.arange(SIZE),
-        Shake(),
-        torch.device("cpu"),
-        seed=SEED,
-        batch_size=BATCH_SIZE,
-        accumulation_steps=accumulation_steps,
-        drop_last=False,
-        num_workers=num_workers,
-        start_method=start_method,
-    )
+    loader = shaken_loader(accumulation_steps=accumulation_steps, num_workers=num_workers, start_method=start_method)
     return [batch.images.numpy().tobytes() + batch.targets.numpy().tobytes() for batch in loader.epoch(0, epoch)]
 
 
@@ -109,7 +105,7 @@ def test_two_epochs_differ_in_order_and_in_augmentation():
 
 
 def test_an_epoch_can_start_at_any_step_with_the_batches_that_follow():
-    loader = TrainLoader(Pictures(SIZE), range(SIZE), Shake(), torch.device("cpu"), seed=SEED, batch_size=BATCH_SIZE)
+    loader = shaken_loader()
     whole = [batch.images for batch in loader.epoch(0, 1)]
     rest = [batch.images for batch in loader.epoch(0, 1, first_step=2)]
     assert len(rest) == len(whole) - 2
@@ -216,18 +212,8 @@ def mixed_steps(kind: str, world_size: int, num_workers: int, accumulation_steps
     """Mixed images and soft targets of each step of an epoch, those of all ranks in order."""
 
     def load() -> list[tuple[bytes, bytes]]:
-        loader = TrainLoader(
-            Pictures(SIZE),
-            np.arange(SIZE),
-            Shake(),
-            torch.device("cpu"),
-            seed=SEED,
-            batch_size=BATCH_SIZE,
-            accumulation_steps=accumulation_steps,
-            drop_last=False,
-            num_workers=num_workers,
-            mixer=batch_transform(4, **MIXERS[kind]),
-        )
+        mixer = batch_transform(4, **MIXERS[kind])
+        loader = shaken_loader(accumulation_steps=accumulation_steps, num_workers=num_workers, mixer=mixer)
         return [(batch.images.numpy().tobytes(), batch.targets.numpy().tobytes()) for batch in loader.epoch(0, 1)]
 
     ranks = run_ranks(world_size, load)
@@ -244,15 +230,7 @@ def mixed_steps(kind: str, world_size: int, num_workers: int, accumulation_steps
 
 def mixed_oracle(kind: str) -> list[bytes]:
     """What torchvision makes of each whole step at once, as one process would see it without accumulation."""
-    loader = TrainLoader(
-        Pictures(SIZE),
-        np.arange(SIZE),
-        Shake(),
-        torch.device("cpu"),
-        seed=SEED,
-        batch_size=BATCH_SIZE,
-        drop_last=False,
-    )
+    loader = shaken_loader()
     seeds = stream_seeds(len(loader), SEED, 0, 1, Stream.MIXING)
     kinds = [
         {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name](alpha=alpha, num_classes=4)
@@ -278,11 +256,8 @@ def test_mixed_samples_are_the_same_bytes_for_any_workers_ranks_and_accumulation
     assert mixed_steps(kind, world_size, num_workers, accumulation_steps) == mixed_oracle(kind)
 
 
-def test_a_look_at_the_first_samples_shows_what_training_gets_and_uses_nothing_up(cpu):
-    loader = TrainLoader(
-        Pictures(SIZE), range(SIZE), Shake(), cpu, seed=SEED, batch_size=16, mixer=batch_transform(4, mixup=0.4)
-    )
-    epoch = loader.epoch(0, 1)
+def test_a_look_at_the_first_samples_shows_what_training_gets_and_uses_nothing_up():
+    epoch = shaken_loader(mixer=batch_transform(4, mixup=0.4)).epoch(0, 1)
     originals, images, targets = epoch.peek(8)
     first = next(iter(epoch))
     assert torch.equal(images, first.images[:8])
@@ -380,6 +355,20 @@ class Picky(Pictures):
 
 def read_all(dataset: Pictures, num_workers: int) -> None:
     list(EvalLoader(dataset, range(20), None, torch.device("cpu"), batch_size=4, num_workers=num_workers))
+
+
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(64, 1, 8), (16, 4, 4), (4, 8, 1), (1, 1, 1)])
+def test_a_gpu_gets_workers_by_the_cores_of_the_machine_that_stay_and_fetch_ahead(monkeypatch, cores, ranks, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    loader = EvalLoader(Pictures(8), range(8), None, torch.device("cuda"), batch_size=4, num_workers=None).batches
+    assert (loader.num_workers, loader.persistent_workers, loader.pin_memory) == (workers, True, True)
+    assert loader.prefetch_factor >= 2
+
+
+def test_a_cpu_gets_no_worker_since_the_model_needs_its_cores(cpu):
+    loader = EvalLoader(Pictures(8), range(8), None, cpu, batch_size=4, num_workers=None).batches
+    assert (loader.num_workers, loader.pin_memory) == (0, False)
 
 
 def test_a_worker_that_dies_ends_the_run_with_one_sentence_that_says_why():

@@ -1,5 +1,6 @@
 """Predictions are what the model says of each sample, once and in order, the same bytes however they are made."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import CHANNELS, tiny_network
 from processes import run_ranks, run_train
+from sklearn.metrics import f1_score
 from small_data import make_data
 from tables import refused
 from test_scripts import environment
@@ -72,11 +74,10 @@ def run_predict(*runs, ranks: int = 1, **options):
     return run_ranks(ranks, lambda: predict.main(made), join=False)[0]
 
 
-def by_hand(run, name: str) -> np.ndarray:
-    """Probabilities (N, C) of the best checkpoint, one sample at a time."""
+def by_hand(run, name: str, path=None) -> np.ndarray:
+    """Probabilities (N, C) of the best checkpoint, or that in `path`, one sample at a time."""
     dataset, split = split_of(run)
-    stages = [stage.name for stage in STAGES]
-    path = find_checkpoint(run, stages, None, "best", minimize=False)
+    path = path or find_checkpoint(run, [stage.name for stage in STAGES], None, "best", minimize=False)
     model = network(len(dataset.classes))
     model.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
     model.eval()
@@ -94,13 +95,24 @@ def test_each_sample_of_the_split_is_predicted_once_and_in_order(runs, tmp_path)
         written = read_predictions(tmp_path / f"{name}.csv")
         assert list(written.ids) == [dataset.ids[index] for index in split[name]]
         assert written.classes == dataset.classes
-        targets = np.asarray(dataset.targets)[split[name]]
-        if (targets >= 0).all():
-            assert np.array_equal(written.targets, targets)
-        else:  # those of an official test split are not known
-            assert written.targets is None
+        assert written.targets.tolist() == [int(dataset[index][1]) for index in split[name]]
         assert written.probabilities.tobytes() == table.probabilities.tobytes()
         assert written.probabilities == pytest.approx(by_hand(runs[0], name), abs=1e-6)
+
+
+@UNSIZED
+@pytest.mark.parametrize(
+    ("asked", "file"),
+    [
+        ({"checkpoint": "last"}, "two/last.pth"),
+        ({"checkpoint": "last", "stage": "one"}, "one/last.pth"),
+        ({"checkpoint": "{}/one/epoch_1.pth"}, "one/epoch_1.pth"),
+    ],
+)
+def test_the_checkpoint_that_is_asked_for_predicts(runs, tmp_path, asked, file):
+    asked = {name: value.format(runs[0]) for name, value in asked.items()}
+    made = run_predict(runs[0], output=tmp_path, split="valid", **asked)["valid"]
+    assert made.probabilities == pytest.approx(by_hand(runs[0], "valid", runs[0] / file), abs=1e-6)
 
 
 def test_the_score_of_the_best_checkpoint_is_that_of_training(runs, tmp_path):
@@ -177,6 +189,8 @@ def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(r
     ids = [dataset.ids[index] for index in split["valid"]]
     for name, index in zip(ids, split["valid"], strict=True):
         write_png(dataset[index][0], str(folder / f"{name}.png"))
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints/1.png").write_bytes(b"rubbish")
     if listed:
         lines = ["id,path", *(f"{name},photos/{name}.png" for name in ids)]
         (tmp_path / "photos.csv").write_text("\n".join(lines))
@@ -186,6 +200,33 @@ def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(r
     assert made.targets is None
     wanted = run_predict(runs[0], output=tmp_path / "valid", split="valid")["valid"]
     assert made.probabilities == pytest.approx(wanted.probabilities, abs=1e-6)
+
+
+@UNSIZED
+def test_images_of_different_sizes_for_a_model_that_takes_one_are_refused_by_name(runs, tmp_path):
+    for size in (8, 9):
+        write_png(torch.zeros(CHANNELS, size, size, dtype=torch.uint8), str(tmp_path / f"{size}.png"))
+    end = call_predict("--run", runs[0], "--images", tmp_path, "--output", tmp_path / "out")
+    shapes = f"({CHANNELS}, 8, 8) of 8.png and ({CHANNELS}, 9, 9) of 9.png"
+    refused_but_for_weights(end, f"images of one batch have different shapes: {shapes}; bring all to one size")
+    assert not (tmp_path / "out").exists()
+
+
+def refused_but_for_weights(end, sentence: str) -> None:
+    """One sentence on stderr, after the line that names the checkpoint."""
+    assert (end.code, end.err.count("\n")) == (2, 1), end
+    assert sentence in end.err
+
+
+def test_the_scores_that_the_run_asked_for_are_printed_too(runs, monkeypatch, tmp_path):
+    config = dataclasses.replace(config_of(runs[0]), scores=("macro_f1", "balanced_accuracy"))
+    monkeypatch.setattr(predict, "read_config", lambda *_: config)
+    end = call_predict("--run", runs[0], "--split", "valid", "--output", tmp_path)
+    table = read_predictions(tmp_path / "valid.csv")
+    macro_f1 = f1_score(table.targets, table.probabilities.argmax(1), average="macro")
+    assert f"  macro_f1 {macro_f1:.4f}" in end.out
+    assert "  balanced_accuracy 0." in end.out
+    assert "roc_auc" not in end.out
 
 
 def call_predict(*flags: object):
@@ -233,6 +274,15 @@ def test_over_folds_it_says_that_test_is_the_mean_of_several_models(runs, tmp_pa
     has_test = len(split_of(runs[0])[1].get("test", ())) > 0
     assert ("note     test is the mean of 2 models" in together.out) == has_test
     assert "note" not in alone.out
+
+
+def test_the_test_split_is_scored_and_compared_with_validation(runs, tmp_path):
+    end = call_predict("--run", runs[0], "--output", tmp_path)
+    assert end.code == 0, end.err
+    table = read_predictions(tmp_path / "test.csv")
+    accuracy = np.mean(table.probabilities.argmax(1) == table.targets)
+    assert f"test     {len(table.ids):,} rows  accuracy {accuracy:.4f}" in end.out
+    assert "gap      accuracy of test less valid " in end.out
 
 
 def test_predictions_that_are_there_and_differ_are_not_overwritten(runs, tmp_path):

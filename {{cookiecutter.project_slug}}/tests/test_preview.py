@@ -39,8 +39,12 @@ def test_a_sheet_is_drawn_and_the_range_of_values_is_said(data_dir, tmp_path, mi
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--samples", "1"], "--samples 1 must be at least 2."),
-        (["--epochs", "0"], "--epochs 0 must be at least 1."),
+        (["--samples", "1"], "--samples 1 must be 2 or more."),
+        (["--epochs", "0"], "--epochs 0 must be 1 or more."),
+        (["--samples", "12", "--batch-size", "4"], "--samples 12 are drawn of one batch: use --batch-size 12 or more."),
+        (["--mixup", "-1"], "--mixup -1.0 must be 0 or more."),
+        (["--cutmix", "nan"], "--cutmix nan must be 0 or more."),
+        (["--sheet", "README.md/p.png"], "README.md/p.png cannot be written (File exists); use another --sheet."),
         (["--sheet", "sheet.jpg"], "--sheet sheet.jpg must end in .png."),
         (["--fold", "7"], "--fold 7 is not there"),
     ],

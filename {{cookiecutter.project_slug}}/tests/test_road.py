@@ -27,12 +27,10 @@ pytestmark = [
 
 
 def commands(train_flags: str) -> str:
-    """README's commands for this environment, with short training; the sample is made before it is needed."""
+    """README's commands for this environment, with short training."""
     story = README.partition("## The road to a submission")[2]
     [block] = re.findall(r"```bash\n(.*?)```", story, re.DOTALL)[:1]
-    [sample] = re.findall(r"`(cut .*?sample_submission.csv)`", story)
     block = re.sub(r"(scripts/train_device.sh .*)", rf"\1 {train_flags}", block)
-    block = block.replace("uv run python submit.py", f"{sample}\nuv run python submit.py")
     return "set -eu\n" + block.replace("uv run python", sys.executable)
 
 

@@ -5,13 +5,14 @@ import json
 import multiprocessing
 import shutil
 import subprocess
+from collections.abc import Callable
 
 import pytest
 from sklearn.metrics import f1_score
 from tables import call, random_table, refused
 
 import scores
-from batteries.ledger import COLUMNS, Entry, Point, add_entry, disagreements, read_ledger
+from batteries.ledger import COLUMNS, Entry, Point, add_entry, disagreements, read_ledger, update_entry
 from batteries.predictions import write_predictions
 from batteries.scoring import score
 from train import MAY_CHANGE
@@ -84,6 +85,46 @@ def test_the_recipe_has_one_name_wherever_it_ran_and_another_with_another_knob()
     assert scores.hash_configs([here]) == scores.hash_configs([there]) != scores.hash_configs([here | {"seed": 2}])
 
 
+def predict_blend(logdir):
+    """A folder with predictions alone, as blend.py leaves it."""
+    folder = logdir.parent / "blend"
+    (folder / "predictions").mkdir(parents=True)
+    write_predictions(folder / "predictions/valid.csv", random_table(30, 1))
+    return folder
+
+
+def test_a_blend_is_scored_by_the_metric_of_the_other_lines_or_by_the_one_that_is_named(logdir, ledger):
+    folder, table = predict_blend(logdir), random_table(30, 1)
+    (logdir / "config.json").write_text('{"main_metric": "macro_f1"}')
+    assert call(scores, "add", logdir, "--ledger", ledger).code == 0
+    assert call(scores, "add", folder, "--ledger", ledger).code == 0
+    lines = {line.name: line for line in read_ledger(ledger)}
+    assert lines["blend"].metric == "macro_f1"
+    assert lines["blend"].valid == f1_score(table.targets, table.probabilities.argmax(1), average="macro")
+    assert call(scores, "add", folder, "--name", "by loss", "--metric", "loss", "--ledger", ledger).code == 0
+    assert {line.name: line for line in read_ledger(ledger)}["by loss"].valid == score(table)["loss"]
+    end = call(scores, "add", folder, "--name", "third", "--ledger", ledger)
+    refused(end, f"{folder} is no run, and {ledger} has loss, macro_f1: say which by --metric.")
+    end = call(scores, "add", folder, "--metric", "macro_f2", "--name", "third", "--ledger", ledger)
+    refused(end, "--metric macro_f2 is no metric; did you mean 'macro_f1'?")
+    assert call(scores, "add", folder, "--leaderboard", "0.5", "--update", "--ledger", ledger).code == 0
+
+
+def test_an_update_takes_new_predictions_in_says_what_changed_and_needs_no_folder(logdir, ledger):
+    assert call(scores, "add", logdir, "--leaderboard", "0.5", "--ledger", ledger).code == 0
+    (logdir / "predictions").mkdir()
+    valid, test = random_table(30, 1), random_table(20, 2)
+    write_predictions(logdir / "predictions/valid.csv", valid)
+    write_predictions(logdir / "predictions/test.csv", test)
+    end = call(scores, "add", logdir, "--update", "--ledger", ledger)
+    assert (end.code, "changed  valid was 0.7500\n" in end.out) == (0, True)
+    shutil.rmtree(logdir)
+    assert call(scores, "add", logdir, "--private", "0.4", "--update", "--ledger", ledger).code == 0
+    [line] = read_ledger(ledger)
+    assert (line.valid, line.test) == (score(valid)["accuracy"], score(test)["accuracy"])
+    assert (line.public, line.private, line.commit) == (0.5, 0.4, "0123456789ab")
+
+
 def test_folds_are_entered_by_the_folder_that_holds_them(logdir, ledger):
     folds = logdir.parent
     shutil.copytree(logdir, folds / "second")
@@ -112,7 +153,18 @@ def test_the_same_submission_is_not_entered_twice_but_can_be_filled_in(logdir, l
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["add", "nowhere"], "nowhere is not there; give a run's folder, such as logs/baseline."),
+        (
+            ["add", "nowhere"],
+            "nowhere holds neither a run nor predictions; give a run's folder, such as logs/baseline.",
+        ),
+        (["add", "{logdir}/../..", "--ledger", "{ledger}"], "holds neither a run nor predictions"),
+        (["add", "README.md"], "README.md holds neither a run nor predictions"),
+        (["show", "--ledger", "tests"], "--ledger tests is a folder; give the name of a file, such as scores.csv."),
+        (
+            ["add", "{logdir}", "--ledger", "README.md/x.csv"],
+            "--ledger README.md/x.csv cannot be: README.md is no folder",
+        ),
+        (["add", "{logdir}", "--ledger", "nowhere/x.csv"], "--ledger nowhere/x.csv cannot be: nowhere is no folder"),
         (["add"], "scores.py add needs PATH: a run's folder, "),
         (["add", "{logdir}", "--leaderboard", "nan"], "--leaderboard nan must be a finite number."),
         (["add", "{logdir}", "--update", "--ledger", "{ledger}"], "has no first of {logdir}; leave --update out to"),
@@ -136,7 +188,6 @@ HEADER = ",".join(COLUMNS)
         ("name,score\n", "does not begin with date,name,logdir"),
         (f"{HEADER}\na,b\n", "line 2, has 2 values for 11 columns."),
         (f"{HEADER}\nd,n,l,c,h,accuracy,x,,,,\n", "line 2: valid is 'x', which is no score."),
-        (f"{HEADER}\nd,n,l,c,h,accuracy,1,,,,\nd,n,l,c,h,accuracy,2,,,,\n", "has n of l twice, in lines 2 and 3, with"),
         ("<<<<<<< ours\n", "does not begin with date,name,logdir"),
     ],
 )
@@ -147,30 +198,90 @@ def test_a_ledger_that_was_damaged_is_refused_with_the_line(logdir, ledger, text
     assert ledger.read_text() == text
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"date,\xe9\n"])
+def test_a_ledger_that_is_no_text_is_refused(logdir, ledger, content):
+    ledger.write_bytes(content)
+    refused(call(scores, "add", logdir, "--ledger", ledger), f"{ledger} cannot be read as a ledger of scores (")
+    assert ledger.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json"])
+@pytest.mark.parametrize("text", ['{"git_commit": "01', "[]"])
+def test_a_record_that_was_cut_is_named(logdir, ledger, name, text):
+    (logdir / name).write_text(text)
+    refused(call(scores, "add", logdir, "--ledger", ledger), f"{logdir / name} is damaged (")
+    assert not ledger.exists()
+
+
 def test_lines_that_a_merge_has_doubled_count_once(ledger):
     add_entry(ledger, entry("first"))
     ledger.write_text(ledger.read_text() * 2)
     assert [line.name for line in read_ledger(ledger)] == ["first"]
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-@pytest.mark.parametrize("begun", [True, False])
-def test_a_merge_of_two_branches_keeps_the_lines_of_both(tmp_path, ledger, begun):
+@pytest.fixture
+def merge(tmp_path):
+    """Merges two branches, one with what `theirs` did and one with what `ours` did, after `start`."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
 
     def run(*arguments: str) -> None:
         subprocess.run([*git, *arguments], check=True, capture_output=True)
 
-    run("init", "-q", "-b", "main")
-    shutil.copy(ROOT / ".gitattributes", tmp_path)
-    if begun:
-        add_entry(ledger, entry("old"))
-    run("add", "."), run("commit", "-q", "-m", "start")
-    run("checkout", "-q", "-b", "other")
-    add_entry(ledger, entry("theirs", date="2025-01-02"))
-    run("add", "."), run("commit", "-q", "-m", "theirs"), run("checkout", "-q", "main")
-    add_entry(ledger, entry("ours", date="2025-01-03"))
-    run("add", "."), run("commit", "-q", "-m", "ours"), run("merge", "-q", "-m", "merge", "other")
+    def merge(start: Callable, theirs: Callable, ours: Callable) -> None:
+        run("init", "-q", "-b", "main")
+        for name in (".gitattributes", ".gitignore"):  # the ledger is in git, and merged as a list of lines
+            shutil.copy(ROOT / name, tmp_path)
+        for branch, change in ((None, start), ("other", theirs), ("main", ours)):
+            if branch is not None:
+                run("checkout", "-q", *(["-b"] if branch == "other" else []), branch)
+            change()
+            run("add", "."), run("commit", "-q", "-m", "change")
+        run("merge", "-q", "-m", "merge", "other")
+
+    return merge
+
+
+def test_two_branches_that_filled_in_one_line_give_one_line_with_both(ledger, merge):
+    key = entry("first").key
+    merge(
+        lambda: add_entry(ledger, entry("first", valid=0.75)),
+        lambda: update_entry(ledger, key, public=0.5),
+        lambda: update_entry(ledger, key, private=0.4, note="mine"),
+    )
+    assert len(ledger.read_text().splitlines()) == 3
+    [line] = read_ledger(ledger)
+    assert (line.valid, line.public, line.private, line.note) == (0.75, 0.5, 0.4, "mine")
+    assert "note" not in call(scores, "show", "--ledger", ledger).out.splitlines()[-1]
+
+
+def test_branches_that_contradict_each_other_keep_both_lines_until_one_is_said_to_be_right(ledger, merge):
+    key = entry("first").key
+    merge(
+        lambda: add_entry(ledger, entry("first", valid=0.75)),
+        lambda: update_entry(ledger, key, public=0.5),
+        lambda: update_entry(ledger, key, public=0.6),
+    )
+    end = call(scores, "show", "--ledger", ledger)
+    assert end.code == 0, end.err
+    assert "0.5000" in end.out
+    assert "0.6000" in end.out
+    note = "note     first of logs/first has 2 lines that do not agree: public 0.5 or 0.6; say what is right by"
+    assert end.out.splitlines()[-1].startswith(note)
+    add_entry(ledger, entry("second"))
+    assert [line.name for line in read_ledger(ledger)] == ["first", "first", "second"]
+    update_entry(ledger, key, public=0.6)
+    assert [line.public for line in read_ledger(ledger)] == [0.6, None]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_merge_of_two_branches_keeps_the_lines_of_both(ledger, merge, begun):
+    merge(
+        lambda: add_entry(ledger, entry("old")) if begun else None,
+        lambda: add_entry(ledger, entry("theirs", date="2025-01-02")),
+        lambda: add_entry(ledger, entry("ours", date="2025-01-03")),
+    )
     names = [line.name for line in read_ledger(ledger)]
     assert sorted(names) == sorted(["theirs", "ours", *(["old"] if begun else [])])
     add_entry(ledger, entry("next", date="2025-01-04"))
@@ -213,6 +324,22 @@ def test_pairs_in_another_order_are_named_the_widest_first():
     points = [Point("a", 0.9, 0.1), Point("b", 0.8, 0.5), Point("c", 0.1, 0.4), Point("d", 0.2, 0.9)]
     assert disagreements(points) == [("a", "d"), ("a", "c"), ("b", "d"), ("a", "b")]
     assert disagreements([Point("a", 1, 1), Point("b", 2, 2), Point("c", 2, 3)]) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("plot", "plot must end in .png, .pdf or .svg."),
+        ("plot.xyz", "plot.xyz must end in .png, .pdf or .svg."),
+        ("scores.csv/plot.png", "plot.png cannot be written (File exists); use another --output."),
+        ("folder.png", "folder.png cannot be written (Is a directory); use another --output."),
+    ],
+)
+def test_a_plot_that_cannot_be_written_gets_a_sentence(tmp_path, ledger, output, sentence):
+    (tmp_path / "folder.png").mkdir()
+    for index in range(2):
+        add_entry(ledger, entry(f"run{index}", valid=index / 2, public=index / 3))
+    refused(call(scores, "plot", "--ledger", ledger, "--output", tmp_path / output), sentence)
 
 
 def test_the_plot_names_the_runs_on_which_validation_and_leaderboard_disagree(tmp_path, ledger):

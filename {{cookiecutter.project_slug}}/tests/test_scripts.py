@@ -233,6 +233,14 @@ def test_what_train_folds_gives_itself_is_refused(flag, tmp_path):
     assert f"error: {flag} is given by scripts/train_folds.sh itself" in done.stderr
 
 
+@pytest.mark.parametrize(("flag", "word"), [("--help", "--logdir PATH"), ("--show-schedule", "stage1")])
+def test_train_folds_passes_on_what_train_py_only_says(flag, word, data_flags, tmp_path):
+    done = run_script("train_folds.sh", *data_flags, "--logdir", str(tmp_path / "folds"), flag, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert word in done.stdout
+    assert not (tmp_path / "folds").exists()
+
+
 def processes_of_session(session: int) -> list[int]:
     """The processes that the script left behind."""
     found = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True).stdout

@@ -1,5 +1,6 @@
 """A split is written once, checked whenever it is read, and leaks nothing."""
 
+import csv
 import json
 from collections import Counter
 
@@ -77,6 +78,30 @@ def test_folds_cover_each_sample_once_and_neither_groups_nor_the_test_split_leak
 def test_a_column_that_the_user_brings_decides():
     brought = np.arange(80) % 3 - 1
     assert (make_folds(Samples(folds=brought)) == brought).all()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "numbers"),
+    [
+        (Samples(folds=np.arange(80) % 3 - 1), {"num_folds": 10}),
+        (Samples(folds=np.arange(80) % 3 - 1), {"test_share": 0.5}),
+        (Samples(official_test=np.arange(80) < 20), {"test_share": 0.5}),
+    ],
+)
+def test_a_number_that_would_change_nothing_is_refused(dataset, numbers):
+    make_folds(dataset)
+    with pytest.raises(ValueError, match=rf"the data bring .* of their own: leave .*--{next(iter(numbers))[:3]}"):
+        make_folds(dataset, **numbers)
+
+
+@pytest.mark.parametrize("classes", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 0.9])
+def test_the_test_share_is_what_was_asked_for_with_groups_too(share, classes):
+    size = 800
+    dataset = Samples(size, groups=groups_of(size), targets=np.arange(size) % 4, classes=tuple("abcd"))
+    if not classes:
+        dataset.classes = dataset.targets = None
+    assert (make_folds(dataset, test_share=share) == TEST).mean() == pytest.approx(share, abs=0.03)
 
 
 def test_parts_share_no_sample_and_training_is_what_neither_validates_nor_tests(tmp_path):
@@ -164,6 +189,9 @@ def in_class(index: int, size: int = 80) -> torch.Tensor:
         (Samples(folds=np.arange(80) % 5, targets=np.full(80, 9)), "has target 9; with 4 classes a target is a whole"),
         (Samples(folds=np.arange(80) % 5, targets=np.full(80, 0.5)), "has target 0.5; with 4 classes a target is"),
         (Samples(folds=np.arange(80) % 5, targets=np.full(80, -1)), "trains on samples without a target: picture 0"),
+        (Samples(classes=("id", "b", "c", "d")), "a class is called id, as is a column of predictions/*.csv; call it"),
+        (Samples(classes=("a", "b", "c", "target")), "a class is called target, as is a column of predictions/*.csv"),
+        (Samples(classes=("a", "b", "c", "a")), "more than one class is called a; each needs a name of its own."),
     ],
 )
 def test_data_that_cannot_be_split_are_refused_with_the_reason(tmp_path, dataset, sentence):
@@ -230,7 +258,12 @@ def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, t
     end = run_split(monkeypatch, tmp_path)
     assert end.code == 0, end.err
     assert "x.csv is written: 80 samples, 5 folds, sha256 " in end.out
-    assert "north" in end.out
+    with (tmp_path / "splits/x.csv").open(newline="") as file:
+        counts = Counter((row["target"], row["fold"]) for row in csv.DictReader(file))
+    for target, name in enumerate(Samples.classes):
+        row = [counts[str(target), str(fold)] for fold in (*range(5), TEST)]
+        [shown] = [line.replace("│", " ").split() for line in end.out.splitlines() if f" {name} " in line]
+        assert shown == [name, *map(str, row), str(sum(row))]
     before = (tmp_path / "splits/x.csv").read_bytes()
     end = run_split(monkeypatch, tmp_path)
     assert (end.code, "x.csv is there already, and the same" in end.out) == (0, True)
@@ -239,6 +272,20 @@ def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, t
     assert "is there and another split than this would be; write it under another name" in end.err
     assert run_split(monkeypatch, tmp_path, "--num-folds", "4", "--keep").code == 0
     assert (tmp_path / "splits/x.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [["--fold", "9"], ["--statistics", "--fold", "9"]])
+def test_a_fold_that_is_not_there_is_refused_before_the_file_is_written(monkeypatch, tmp_path, flags):
+    end = run_split(monkeypatch, tmp_path, *flags)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert "--fold 9 is not there; use 0 to 4." in end.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_where_no_file_can_be_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "splits").write_text("a file")
+    with pytest.raises(BadInput, match=r"splits/x\.csv cannot be written \(File exists\); use another --split-file\."):
+        open_splits(tmp_path).write()
 
 
 def test_statistics_are_those_of_the_train_split_of_the_fold_alone(monkeypatch, tmp_path):
@@ -276,6 +323,16 @@ def test_equal_and_nearly_equal_images_in_two_parts_are_found_and_no_others():
     assert pairs == [(2, 100, True), (3, 101, False), (4, 102, False), (5, 103, False)]
 
 
+def test_hard_compression_hides_few_duplicates_and_makes_none():
+    from torchvision.io import decode_jpeg, encode_jpeg
+
+    photos = [photo(seed) for seed in range(60)]
+    images = photos + [decode_jpeg(encode_jpeg(image, quality=15)) for image in photos]
+    pairs = find_duplicates([look(image) for image in images], np.repeat([0, 1], 60))
+    assert all(pair.second == pair.first + 60 for pair in pairs)
+    assert len(pairs) > 45
+
+
 def test_duplicates_are_counted_and_named_and_do_not_stop_the_split(monkeypatch, tmp_path):
     dataset = Samples(folds=np.arange(80) // 4 % 5)
     dataset.images[4] = dataset.images[0]
@@ -283,6 +340,28 @@ def test_duplicates_are_counted_and_named_and_do_not_stop_the_split(monkeypatch,
     assert end.code == 0
     assert "picture 0, a (fold 0) and picture 4, a (fold 1) are equal\n" in end.out
     assert "duplicates across folds: 1 equal, 0 nearly equal" in end.out
+
+
+def test_equal_images_with_other_targets_are_named_in_whatever_fold(monkeypatch, tmp_path):
+    dataset = Samples(folds=np.arange(80) // 4 % 5, targets=torch.arange(80) % 4)
+    dataset.images[1] = dataset.images[0]
+    end = run_split(monkeypatch, tmp_path, dataset=dataset)
+    assert end.code == 0
+    assert "duplicates across folds: 0 equal, 0 nearly equal\n" in end.out
+    assert "picture 0, a (north) and picture 1, a (east) are equal, and their targets are not\n" in end.out
+    assert "contradictions: 1 pairs of equal images with different targets; mend or leave them out\n" in end.out
+    dataset.images[1] = Samples().images[1]
+    assert "contradictions" not in run_split(monkeypatch, tmp_path, "--keep", dataset=dataset).out
+
+
+def test_what_is_not_known_contradicts_nothing(monkeypatch, tmp_path):
+    targets = torch.arange(80) % 4
+    targets[:20] = -1
+    dataset = Samples(targets=targets, official_test=np.arange(80) < 20)
+    dataset.images[0] = dataset.images[30]
+    end = run_split(monkeypatch, tmp_path, dataset=dataset)
+    assert "duplicates across folds: 1 equal" in end.out
+    assert "contradictions" not in end.out
 
 
 def test_a_broken_image_is_named_and_nothing_is_written(monkeypatch, tmp_path):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from models import tiny_network
 from processes import run_ranks, run_train
-from small_data import change_one_sample, make_data
+from small_data import TEST_FILES, change_one_sample, make_data
 
 import train
 from batteries import EvalLoader, SplitFile
 from batteries.splits import TEST
+from batteries.trackers import default_trackers
 from experiment.augmentations import MEAN, STD, normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import make_folds
@@ -99,6 +100,18 @@ def test_two_epochs_score_far_over_chance(monkeypatch, dataset, data_dir, tmp_pa
     )
     [score] = run_ranks(1, lambda: train.main(dataclasses.replace(config, **mixing)), join=False)
     assert score > 3 / len(dataset.classes)
+
+
+@pytest.mark.skipif(not TEST_FILES, reason="no file holds the test split alone")
+def test_training_opens_no_test_file_and_trains_where_they_are_rubbish(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "build_model", tiny_network)
+    data_dir = make_data(tmp_path / "data")
+    for name in TEST_FILES:
+        (data_dir / name).write_bytes(b"rubbish")
+    flags = ["--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run")]
+    flags += ["--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu", "--tracker", *default_trackers()]
+    end = run_train(train.main, Config, *flags)
+    assert end.code == 0, end.err
 
 
 @pytest.mark.slow

@@ -1,10 +1,15 @@
 """The house is as README says, and its parts know only what they should."""
 
 import ast
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import batteries
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,6 +62,44 @@ def test_inside_batteries_no_import_goes_in_a_circle():
     assert not inner, f"a circle among {sorted(inner)}"
 
 
+def test_each_public_name_is_that_of_its_module_for_type_checkers_and_when_asked_for():
+    tree = ast.parse((ROOT / "batteries/__init__.py").read_text())
+    homes = {
+        name.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("batteries.")
+        for name in node.names
+    }
+    assert sorted(homes) == sorted(batteries.__all__)
+    for name, module in homes.items():
+        assert getattr(batteries, name) is getattr(importlib.import_module(str(module)), name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = batteries.nothing
+
+
+def test_verbs_that_read_tables_wait_for_no_heavy_library(tmp_path):
+    """They are started, and say what is wrong, without torch; each takes half a second so, and five with it."""
+    (tmp_path / "a.csv").write_text("id,cat,dog\na,0.5,0.5\n")
+    table = str(tmp_path / "a.csv")
+    commands = [
+        ["blend.py", table, "nowhere.csv"],
+        ["blend.py", table, table, "--output", str(tmp_path / "out.csv")],
+        ["submit.py", table, "--sample", "nowhere.csv"],
+        ["scores.py", "show", "--ledger", str(tmp_path / "scores.csv")],
+        ["scores.py", "add", "nowhere"],
+    ]
+    code = (
+        "import contextlib, runpy, sys\n"
+        f"for sys.argv in {commands}:\n"
+        "    with contextlib.suppress(SystemExit): runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "print('loaded', sorted({'torch', 'sklearn', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "loaded []", done.stdout + done.stderr
+    assert done.stderr.count("error: ") == 3
+    assert (tmp_path / "out.csv").exists()
+
+
 def test_the_readme_draws_every_file_and_folder_that_is_there():
     assert TREE is not None
     drawn = set(paths_in_tree(TREE[1]))
@@ -76,7 +119,6 @@ def test_every_path_that_the_readme_names_is_real():
 
 def test_every_flag_that_the_readme_names_is_real():
     import dataclasses
-    import importlib
 
     from train import Stage
 

@@ -91,6 +91,12 @@ def test_each_kind_of_values_fills_the_sample_in_its_own_order(hand_in, sample, 
         (ONE_COLUMN, ["--values", "binary", "--column-class", "cow"], "--column-class cow must be one of cat, dog, 0"),
         (ONE_COLUMN, ["--column-class", "cat"], "--column-class is for --values probability and binary, not label."),
         (ONE_COLUMN, ["--threshold", "2"], "--threshold 2.0 must be 0 to 1."),
+        (ONE_COLUMN, ["--threshold", "0.4"], "--threshold is for --values labels and binary, not label."),
+        (
+            ["image,dog", "a,", "b,", "c,"],
+            ["--values", "probability", "--threshold", "0.5"],
+            "--threshold is for --values labels and binary, not probability.",
+        ),
     ],
 )
 def test_every_difference_from_the_sample_is_named_and_nothing_is_written(hand_in, sample, flags, sentence):

@@ -2,7 +2,7 @@
 
     path,label,group                `path` counts from --data-dir, and is the id
     images/1.jpg,cat,owner7         `label` names the class; empty where it is not known: such a row can only be tested
-    images/2.jpg,dog,owner8         `group` is optional: a group is never in two folds
+    images/2.jpg,dog,owner8         `group` is optional: a group is never in two folds; a row without one is its own
 
 A column `fold` (0, 1, …, and -1 for test) decides the split where there is one; else experiment/splits.py does.
 """
@@ -32,7 +32,7 @@ class Table:
         self.classes = tuple(sorted(set(labels) - {""}, key=by_number))
         numbers = {label: number for number, label in enumerate(self.classes)} | {"": UNKNOWN}
         self.targets = np.array([numbers[label] for label in labels])
-        self.groups = [row["group"] for row in rows] if "group" in rows[0] else None
+        self.groups = [row["group"].strip() or row["path"] for row in rows] if "group" in rows[0] else None
         self.lines = [int(row["line"]) for row in rows]
         self.folds = np.array([fold_of(row) for row in rows]) if "fold" in rows[0] else None
         self.official_test = self.targets == UNKNOWN if (self.targets == UNKNOWN).any() else None
@@ -47,9 +47,9 @@ class Table:
         return read_image(self.data_dir / self.ids[index]), int(self.targets[index])
 
     def check(self, indices: np.ndarray) -> None:
-        """Raise ValueError with the rows among `indices` whose files are no images, by their first bytes."""
+        """Raise ValueError with the rows among `indices` whose files are no images or cut short."""
         places = check_files([self.data_dir / self.ids[index] for index in indices])
-        self._refuse([int(indices[place]) for place in places], "no images")
+        self._refuse([int(indices[place]) for place in places], "no images, or cut short")
 
     def fingerprint(self) -> str:
         """Tells these data from others, by rows and sizes of the files: none is opened."""

@@ -7,39 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import tiny_network
 from pictures import patterned
-from processes import End, run_train
+from small_runs import assert_refused, train_on
 from torchvision.io import write_jpeg
 
-import train
 from batteries import SplitFile
 from batteries.splits import TEST
 from experiment.dataset import TABLE, Table
 from experiment.splits import make_folds
-from train import Config
 
 SIZE = 40
-
-
-@pytest.fixture
-def start(monkeypatch, tmp_path):
-    """Runs train.py over `data_dir` with a tiny network."""
-    monkeypatch.setattr(train, "build_model", tiny_network)
-
-    def run(data_dir: Path, *flags: str) -> End:
-        quick = ["--tracker", "none", "--device", "cpu", "--stages.0.epochs", "1", "--stages.1.epochs", "1"]
-        quick += ["--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run"), "--batch-size", "8"]
-        return run_train(train.main, Config, "--data-dir", str(data_dir), *quick, *flags)
-
-    return run
-
-
-def assert_refused(end: End, sentence: str, tmp_path: Path) -> None:
-    assert (end.code, end.err.count("\n")) == (2, 1), end.err
-    assert sentence in end.err
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "x.csv").exists()
 
 
 def row_of(index: int) -> dict[str, str]:
@@ -72,6 +49,17 @@ def test_a_group_is_in_one_fold_alone(tmp_path):
         assert len({int(fold) for fold, other in zip(folds, dataset.groups or [], strict=True) if other == group}) == 1
 
 
+def test_rows_without_a_group_are_each_their_own(tmp_path):
+    def clear(rows: list[dict[str, str]]) -> None:
+        for row in rows[8:]:
+            row["group"] = " "
+        rows[1]["group"] = " owner0 "
+
+    dataset, folds = split_of(write_data(tmp_path / "data", clear), tmp_path)
+    assert dataset.groups == ["owner0"] * 4 + ["owner1"] * 4 + dataset.ids[8:]
+    assert len(set(folds[8:].tolist())) == 6
+
+
 def test_a_column_fold_decides(tmp_path):
     def add(rows: list[dict[str, str]]) -> None:
         for index, row in enumerate(rows):
@@ -81,7 +69,7 @@ def test_a_column_fold_decides(tmp_path):
     assert folds.tolist() == [index // 4 % 4 - 1 for index in range(SIZE)]
 
 
-def test_rows_without_a_label_are_the_test_split_and_their_files_are_never_opened(start, tmp_path):
+def test_rows_without_a_label_are_the_test_split_and_their_files_are_never_opened(tmp_path):
     def hide(rows: list[dict[str, str]]) -> None:
         for row in rows[:8]:
             row["label"] = ""
@@ -91,7 +79,7 @@ def test_rows_without_a_label_are_the_test_split_and_their_files_are_never_opene
         (root / f"{index:02d}.jpg").write_bytes(b"rubbish")
     _, folds = split_of(root, tmp_path)
     assert np.flatnonzero(folds == TEST).tolist() == list(range(8))
-    end = start(root)
+    end = train_on(root, tmp_path)
     assert end.code == 0, end.err
 
 
@@ -113,7 +101,14 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
             "are missing or empty: nowhere.jpg (line 5); mend these rows",
         ),
         (lambda rows: rows[3].update(path="empty.jpg"), "are missing or empty: empty.jpg (line 5)"),
-        (lambda rows: rows[3].update(path="text.jpg"), "are no images: text.jpg (line 5)"),
+        (
+            lambda rows: rows[3].update(path="text.jpg"),
+            "are no images, or cut short: text.jpg (line 5); mend these rows.",
+        ),
+        (
+            lambda rows: rows[3].update(path="cut.jpg"),
+            "are no images, or cut short: cut.jpg (line 5); mend these rows.",
+        ),
         (lambda rows: rows[3].update(path="00.jpg"), "the data set's ids repeat: 00.jpg"),
         (
             lambda rows: [row.update(fold="one") for row in rows],
@@ -131,21 +126,24 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
         ),
     ],
 )
-def test_a_table_that_is_wrong_is_refused_with_the_row(start, tmp_path, change, sentence):
+def test_a_table_that_is_wrong_is_refused_with_the_row(tmp_path, change, sentence):
     root = write_data(tmp_path / "data", change)
     (root / "empty.jpg").touch()
     (root / "text.jpg").write_text("hello")
+    (root / "cut.jpg").write_bytes((root / "00.jpg").read_bytes()[:300])
     for row in range(SIZE):  # the files that the rows above name are missing, not those that train
         assert (root / f"{row:02d}.jpg").exists()
-    assert_refused(start(root), sentence, tmp_path)
+    assert_refused(train_on(root, tmp_path), sentence, tmp_path)
 
 
-def test_a_row_that_is_too_short_is_refused_by_its_line(start, tmp_path):
+def test_a_row_that_is_too_short_is_refused_by_its_line(tmp_path):
     root = write_data(tmp_path / "data")
     with (root / TABLE).open("a") as file:
         file.write("00.jpg\n")
-    assert_refused(start(root), "line 42 does not have a value for each of path, label, group", tmp_path)
+    assert_refused(train_on(root, tmp_path), "line 42 does not have a value for each of path, label, group", tmp_path)
 
 
-def test_without_a_table_the_file_that_is_wanted_is_named(start, tmp_path):
-    assert_refused(start(tmp_path / "nowhere"), f"{tmp_path / 'nowhere/samples.csv'} cannot be read", tmp_path)
+def test_without_a_table_the_file_that_is_wanted_is_named(tmp_path):
+    assert_refused(
+        train_on(tmp_path / "nowhere", tmp_path), f"{tmp_path / 'nowhere/samples.csv'} cannot be read", tmp_path
+    )

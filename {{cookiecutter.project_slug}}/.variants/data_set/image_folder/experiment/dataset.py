@@ -21,7 +21,7 @@ PARTS = {"train": 1, "valid": 0, "val": 0, "test": -1}  # folders with a split o
 class ImageFolder:
     """Images as uint8 tensors (3, H, W), 0 to 255, of any sizes; targets as whole numbers, indices into `classes`.
 
-    An id is the path in `data_dir`. Names that begin with a dot are left out.
+    An id is the path in `data_dir`. Files and folders whose names begin with a dot are left out.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -54,10 +54,12 @@ class ImageFolder:
         return read_image(self.data_dir / self.ids[index]), int(self.targets[index])
 
     def check(self, indices: np.ndarray) -> None:
-        """Raise ValueError with the names of files among `indices` that are no images, by their first bytes."""
+        """Raise ValueError with the names of files among `indices` that are no images or cut short."""
         if broken := check_files([self.data_dir / self.ids[index] for index in indices]):
             names = ", ".join(self.ids[indices[place]] for place in broken[:5])
-            raise ValueError(f"{len(broken)} files in {self.data_dir} are no images: {names}; mend or remove them.")
+            raise ValueError(
+                f"{len(broken)} files in {self.data_dir} are no images, or cut short: {names}; mend or remove them."
+            )
 
     def fingerprint(self) -> str:
         """Tells these data from others, by names, classes and sizes of the files: none is opened."""
@@ -75,9 +77,9 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The image files in `folder` and below, in the order of their names, without hidden ones."""
-    there = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(there)
+    """The image files in `folder` and below, in the order of their names, without hidden ones and hidden folders."""
+    there = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def load_dataset(data_dir: Path) -> ImageFolder:

@@ -10,7 +10,9 @@ import torch
 from torchvision.io import ImageReadMode, decode_image, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
-BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF87a", b"GIF89a")
+# How files begin and end; of WebP, which begins with RIFF, the length stands in its first bytes.
+ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82", b"GIF87a": b";", b"GIF89a": b";"}
+BEGINNINGS = (*ENDINGS, b"RIFF")
 
 
 def read_image(path: str | Path) -> torch.Tensor:
@@ -41,9 +43,32 @@ def reason(path: str | Path, error: RuntimeError) -> str:
 
 
 def check_files(paths: Sequence[str | Path]) -> list[int]:
-    """The places in `paths` of files that are missing, empty, or do not begin like an image; the rest is not read."""
+    """The places in `paths` of files that are missing, empty, cut short or no images.
+
+    Of most only the first and last bytes are read; what has something after its end is decoded.
+    """
     with ThreadPoolExecutor(8) as pool:
-        return [place for place, sound in enumerate(pool.map(begins_like_an_image, paths)) if not sound]
+        return [place for place, whole in enumerate(pool.map(is_whole, paths)) if not whole]
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a file begins like an image and ends like one, or can be decoded all the same."""
+    if not begins_like_an_image(path):
+        return False
+    with open(path, "rb") as file:
+        first = file.read(8)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        last = file.read()
+    if first.startswith(b"RIFF"):
+        return size >= int.from_bytes(first[4:], "little") + 8
+    if last.endswith(next(end for beginning, end in ENDINGS.items() if first.startswith(beginning))):
+        return True
+    try:
+        read_image(path)
+    except ValueError:
+        return False
+    return True
 
 
 def begins_like_an_image(path: str | Path) -> bool:

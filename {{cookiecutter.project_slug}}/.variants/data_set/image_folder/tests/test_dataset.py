@@ -5,39 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import tiny_network
 from pictures import patterned
-from processes import End, run_train
+from small_runs import assert_refused, train_on
 from torchvision.io import write_jpeg
 
-import train
 from batteries import SplitFile
 from batteries.splits import TEST
 from experiment.dataset import ImageFolder
 from experiment.splits import make_folds
-from train import Config
 
 LABELS = [0, 1] * 20
-
-
-@pytest.fixture
-def start(monkeypatch, tmp_path):
-    """Runs train.py over `data_dir` with a tiny network."""
-    monkeypatch.setattr(train, "build_model", tiny_network)
-
-    def run(data_dir: Path, *flags: str) -> End:
-        quick = ["--tracker", "none", "--device", "cpu", "--stages.0.epochs", "1", "--stages.1.epochs", "1"]
-        quick += ["--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run"), "--batch-size", "8"]
-        return run_train(train.main, Config, "--data-dir", str(data_dir), *quick, *flags)
-
-    return run
-
-
-def assert_refused(end: End, sentence: str, tmp_path: Path) -> None:
-    assert (end.code, end.err.count("\n")) == (2, 1), end.err
-    assert sentence in end.err
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "x.csv").exists()
 
 
 def write_classes(root: Path, labels: list[int] = LABELS) -> Path:
@@ -52,6 +29,9 @@ def write_classes(root: Path, labels: list[int] = LABELS) -> Path:
 def test_a_folder_for_each_class_is_a_data_set_and_hidden_files_and_others_are_left_out(tmp_path):
     write_classes(tmp_path / "data")
     for name in ("data/.gitkeep", "data/cats/.thumb.jpg", "data/cats/notes.txt", "data/readme.md"):
+        (tmp_path / name).touch()
+    for name in ("data/.Trash/1.jpg", "data/cats/.ipynb_checkpoints/00.jpg", "data/cats/.a/b/00.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     dataset = ImageFolder(tmp_path / "data")
     assert dataset.classes == ("cats", "dogs")
@@ -78,47 +58,49 @@ def test_an_official_validation_split_is_fold_0(tmp_path, valid):
         assert {dataset.ids[index].split("/")[0] for index in part} == {name}
 
 
-def test_training_opens_no_test_file_and_trains_where_they_are_rubbish(start, tmp_path):
+def test_training_opens_no_test_file_and_trains_where_they_are_rubbish(tmp_path):
     for part in ("train", "test"):
         write_classes(tmp_path / "data" / part)
     for path in (tmp_path / "data/test").rglob("*.jpg"):
         path.write_bytes(b"rubbish")
-    end = start(tmp_path / "data")
+    end = train_on(tmp_path / "data", tmp_path)
     assert end.code == 0, end.err
     assert "data     train 32, valid 8, test 40" in end.out
 
 
-def test_held_out_files_are_not_opened_either(start, tmp_path):
+def test_held_out_files_are_not_opened_either(tmp_path):
     dataset = ImageFolder(write_classes(tmp_path / "data"))
     splits = SplitFile(tmp_path / "x.csv", dataset, make_folds)
     splits.write()
     for index in np.flatnonzero(splits.folds == TEST):
         (tmp_path / "data" / dataset.ids[index]).write_bytes(b"rubbish")
-    end = start(tmp_path / "data")
+    end = train_on(tmp_path / "data", tmp_path)
     assert end.code == 0, end.err
 
 
 @pytest.mark.parametrize("folders", [[], ["cats"], ["train"]])
-def test_an_empty_folder_is_refused(start, tmp_path, folders):
+def test_an_empty_folder_is_refused(tmp_path, folders):
     (tmp_path / "data").mkdir()
     for name in folders:
         (tmp_path / "data" / name).mkdir()
-    assert_refused(start(tmp_path / "data"), f"--data-dir {tmp_path / 'data'} has no images; put a folder", tmp_path)
+    assert_refused(
+        train_on(tmp_path / "data", tmp_path), f"--data-dir {tmp_path / 'data'} has no images; put a folder", tmp_path
+    )
 
 
-def test_a_folder_that_is_not_there_is_refused(start, tmp_path):
-    assert_refused(start(tmp_path / "nowhere"), "nowhere has no images", tmp_path)
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    assert_refused(train_on(tmp_path / "nowhere", tmp_path), "nowhere has no images", tmp_path)
 
 
-def test_a_class_with_one_image_is_refused(start, tmp_path):
+def test_a_class_with_one_image_is_refused(tmp_path):
     write_classes(tmp_path / "data", [0] * 39 + [1])
-    assert_refused(start(tmp_path / "data"), "class dogs has 1 sample, too few for 6 parts", tmp_path)
+    assert_refused(train_on(tmp_path / "data", tmp_path), "class dogs has 1 sample, too few for 6 parts", tmp_path)
 
 
-def test_a_class_in_the_test_folder_alone_is_refused(start, tmp_path):
+def test_a_class_in_the_test_folder_alone_is_refused(tmp_path):
     write_classes(tmp_path / "data/train", [0] * 40)
     write_classes(tmp_path / "data/test")
-    assert_refused(start(tmp_path / "data"), "class dogs has 0 samples", tmp_path)
+    assert_refused(train_on(tmp_path / "data", tmp_path), "class dogs has 0 samples", tmp_path)
 
 
 def a_valid_file(root: Path, tmp_path: Path) -> str:
@@ -127,17 +109,21 @@ def a_valid_file(root: Path, tmp_path: Path) -> str:
     return dataset.ids[int(SplitFile(tmp_path / "other.csv", dataset, make_folds).select(0).valid[0])]
 
 
-def test_a_file_that_is_no_image_is_named_before_training(start, tmp_path):
+@pytest.mark.parametrize("damage", [lambda data: b"hello", lambda data: data[:400]])
+def test_a_file_that_is_no_image_or_cut_short_is_named_before_training(tmp_path, damage):
     name = a_valid_file(write_classes(tmp_path / "data"), tmp_path)
-    (tmp_path / "data" / name).write_text("hello")
-    assert_refused(start(tmp_path / "data"), f"data are no images: {name}; mend or remove them", tmp_path)
+    path = tmp_path / "data" / name
+    path.write_bytes(damage(path.read_bytes()))
+    sentence = f"data are no images, or cut short: {name}; mend or remove them"
+    assert_refused(train_on(tmp_path / "data", tmp_path), sentence, tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_image_that_is_cut_short_ends_the_run_with_its_name(start, tmp_path, num_workers):
+def test_an_image_that_is_broken_within_ends_the_run_with_its_name(tmp_path, num_workers):
     name = a_valid_file(write_classes(tmp_path / "data"), tmp_path)
     path = tmp_path / "data" / name
-    path.write_bytes(path.read_bytes()[:400])
-    end = start(tmp_path / "data", "--num-workers", str(num_workers))
+    data = path.read_bytes()
+    path.write_bytes(data[:20] + bytes(len(data) - 40) + data[-20:])
+    end = train_on(tmp_path / "data", tmp_path, "--num-workers", str(num_workers))
     assert (end.code, end.err.count("\n")) == (2, 1), end.err
     assert f"data/{name} cannot be read as an image (" in end.err

@@ -113,12 +113,16 @@ def test_what_is_no_image_is_named_with_the_reason(tmp_path, content, sentence):
     assert "/__w/" not in str(error.value)
 
 
-def test_files_are_checked_by_their_first_bytes(tmp_path):
+def test_files_are_checked_before_they_are_needed(tmp_path):
     names = ["a.jpg", "b.png", "c.webp", "d.gif"]
     for name in names:
         save(tmp_path / name)
+        (tmp_path / f"cut_{name}").write_bytes((tmp_path / name).read_bytes()[:-20])
+        (tmp_path / f"more_{name}").write_bytes((tmp_path / name).read_bytes() + b"a camera's own notes")
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
-    paths = [tmp_path / name for name in [*names, "text.jpg", "empty.jpg", "folder.jpg", "missing.jpg"]]
-    assert check_files(paths) == [4, 5, 6, 7]
+    sound = [tmp_path / f"{kind}{name}" for kind in ("", "more_") for name in names]
+    broken = [tmp_path / f"cut_{name}" for name in names]
+    broken += [tmp_path / name for name in ("text.jpg", "empty.jpg", "folder.jpg", "missing.jpg")]
+    assert check_files([*sound, *broken]) == list(range(8, 16))

@@ -16,9 +16,10 @@ TEST_SIZE = 10_000  # images of the official test split
 
 
 class Mnist:
-    """Images as uint8 tensors (1, 28, 28), 0 to 255; targets as whole numbers 0 to 9, -1 for the official test split.
+    """Images as uint8 tensors (1, 28, 28), 0 to 255; targets as whole numbers 0 to 9.
 
-    The test images and their targets are read when one is asked for, which training never does.
+    The files of the official test split are opened when one of its samples is asked for, which training never does.
+    So `targets` has -1 (not known) for them; what an index gives has the target.
     """
 
     classes = tuple("0123456789")
@@ -61,7 +62,7 @@ class Mnist:
     def _read(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             files = MNIST(str(self.data_dir), train=train, download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two of files that are cut short
             raise ValueError(
                 f"--data-dir {self.data_dir} has no sound MNIST and it cannot be downloaded ({error}); put the folder "
                 f"MNIST/raw there."

@@ -9,6 +9,10 @@ from pictures import patterned
 from experiment.dataset import TEST_SIZE, Mnist
 
 NEEDS_PATCH = False  # scripts, which start processes of their own, can read it
+TEST_FILES = (
+    "MNIST/raw/t10k-images-idx3-ubyte",
+    "MNIST/raw/t10k-labels-idx1-ubyte",
+)  # with nothing but the official test split in them
 
 
 def make_data(folder: Path) -> Path:
