@@ -24,10 +24,33 @@ FILES = {
         f"batteries/{name}.py"
         for name in (
             *("averaging", "blends", "images", "ledger", "past_runs", "predictions", "scoring", "submissions", "views"),
-            *("__init__", "background", "batchnorm", "checkpoints", "cli", "console", "data", "devices", "distributed"),
-            *("errors", "files", "folds", "interrupts", "knobs", "launch", "logdirs", "metrics", "parallel", "pixels"),
+            *(
+                "__init__",
+                "background",
+                "backends",
+                "batchnorm",
+                "checkpoints",
+                "cli",
+                "console",
+                "data",
+                "devices",
+                "distributed",
+            ),
+            *(
+                "errors",
+                "files",
+                "folds",
+                "interrupts",
+                "knobs",
+                "launch",
+                "lines",
+                "logdirs",
+                "metrics",
+                "parallel",
+                "pixels",
+            ),
             *("randomness", "ranks", "records", "resume", "runs", "schedules", "sheets", "splits", "state", "steps"),
-            *("stopping", "timing", "trackers", "weights"),
+            *("stopping", "summaries", "timing", "trackers", "weights"),
         )
     ),
     *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp", "train_folds")),
@@ -37,7 +60,16 @@ FILES = {
             *("tables", "test_averaging", "test_blend", "test_predict", "test_road", "test_scores", "test_submit"),
             *("conftest", "loops", "models", "pictures", "processes", "small_data", "test_background"),
             *("test_checkpoints", "test_data", "test_folds", "test_parallel", "test_preview", "test_recipe"),
-            *("test_resume", "test_scripts", "test_splits", "test_starter", "test_structure", "test_train"),
+            *(
+                "test_resume",
+                "test_scripts",
+                "test_splits",
+                "test_starter",
+                "test_structure",
+                "test_train",
+                "test_trackers",
+                "test_record",
+            ),
         )
     ),
 }
@@ -49,16 +81,20 @@ OWN_FILES = {
     "image_folder": {"experiment/images.py", *(f"tests/{name}.py" for name in OF_IMAGE_FILES)},
     "csv": {"experiment/images.py", *(f"tests/{name}.py" for name in OF_IMAGE_FILES)},
     "tensorboard": {"scripts/tensorboard.sh"},
+    "tensorboardx": {"scripts/tensorboard.sh"},
     "github": {".github/workflows/ci.yml"},
     "gitlab": {".gitlab-ci.yml"},
 }
-# Words that nothing of a repository may have where another answer was given.
+# Words that only repositories of these answers may have.
 WORDS = {
-    "tensorboard": r"scripts/tensorboard|\"tensorboard",
-    "github": r"\.github",
-    "gitlab": r"gitlab",
-    "csv": r"samples\.csv",
-    "image_folder": r"cats/1\.jpg",
+    r"scripts/tensorboard|\"tensorboard": {"tensorboard", "tensorboardx"},
+    r"\"tensorboardX": {"tensorboardx"},
+    r"\"wandb": {"wandb"},
+    r"\"mlflow": {"mlflow"},
+    r"\.github": {"github"},
+    r"gitlab": {"gitlab"},
+    r"samples\.csv": {"csv"},
+    r"cats/1\.jpg": {"image_folder"},
 }
 TORCH_SOURCES = r"tool\.uv|download\.pytorch|pytorch\.org"
 
@@ -80,7 +116,8 @@ def test_each_choice_leaves_exactly_its_own_files(render, combination):
 def test_python_and_shell_equal_the_templates_byte_for_byte(render, template, combination):
     source = template / SLUG
     chosen = [source / ".variants" / question / answer for question, answer in combination.items()]
-    chosen += [source / ".variants/data_set/image_folder"] * (combination["data_set"] == "csv") + [source]
+    chosen += [source / ".variants/data_set/image_folder"] * (combination["data_set"] == "csv")
+    chosen += [source / ".variants/tracker/tensorboard"] * (combination["tracker"] == "tensorboardx") + [source]
     for name, content in files_in(render(**combination)).items():
         if name.endswith((".py", ".sh")):
             original = next(folder / name for folder in chosen if (folder / name).is_file())
@@ -96,8 +133,7 @@ def test_no_jinja_and_no_word_of_the_template_is_left(render, combination):
 
 
 def test_an_answer_that_was_not_given_leaves_no_word(render, combination):
-    absent = {answer for answers in CHOICES.values() for answer in answers} - set(combination.values())
-    words = [WORDS[answer] for answer in sorted(absent & WORDS.keys())]
+    words = [word for word, answers in WORDS.items() if not answers & set(combination.values())]
     if combination["torch"] == "default":
         words.append(TORCH_SOURCES)
     folder = render(**combination)
