@@ -27,9 +27,10 @@ from batteries import (
 )
 from batteries.checkpoints import apply_checkpoint, read_checkpoint, scored_weights
 from batteries.distributed import interleave_over_ranks, on_main
+from batteries.errors import shorten
 from batteries.images import ImageFiles
 from batteries.past_runs import find_checkpoint, read_config
-from batteries.predictions import Predictions, average_by_id, compare, write_all
+from batteries.predictions import Predictions, average_by_id, compare, doubles, write_all
 from batteries.scoring import bootstrap_gap, sample_scores, score
 from batteries.splits import Split, SplitFile
 from batteries.steps import autocast
@@ -66,6 +67,8 @@ def main(options: Options) -> dict[str, Predictions]:
         raise BadInput(f"--batch-size {options.batch_size} must be at least 1.")
     if not options.run:
         raise BadInput("--run needs the folder of a run, such as logs/baseline.")
+    if doubled := doubles(str(run.resolve()) for run in options.run):
+        raise BadInput(f"--run {shorten(doubled)} is given twice; it would count twice in the mean.")
     configs = [configure(folder, options) for folder in options.run]
     output = find_output(options)
     first = configs[0]

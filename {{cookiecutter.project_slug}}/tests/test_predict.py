@@ -20,6 +20,7 @@ from torchvision.io import write_png
 import average
 import predict
 import train
+from batteries import BadInput
 from batteries.past_runs import find_checkpoint
 from batteries.predictions import read_predictions
 from batteries.splits import Split
@@ -245,6 +246,7 @@ def call_predict(*flags: object):
         (["--run", "{0}", "--batch-size", "0"], "--batch-size 0 must be at least 1."),
         (["--run", "{0}", "--images", "nowhere"], "--images nowhere has no images (.jpg, .jpeg, .png, .webp, .gif)"),
         (["--run"], "--run needs the folder of a run"),
+        (["--run", "{0}", "{0}/", "--output", "x"], "--run {0} is given twice; it would count twice in the mean."),
     ],
 )
 def test_what_cannot_be_predicted_gets_a_sentence_and_nothing_is_written(runs, flags, sentence, tmp_path):
@@ -310,6 +312,13 @@ def test_another_split_than_the_run_learned_from_is_refused(runs, monkeypatch, t
     assert end.code == 2
     assert f"--run {runs[0]} learned from other data, or another split of them, than" in end.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_note_of_an_average_that_was_cut_is_named(tmp_path):
+    write_ledger(tmp_path / "a", 0.5, ("best.pth", "swa.pth"))
+    (tmp_path / "a/swa.json").write_text('{"score')
+    with pytest.raises(BadInput, match=r"swa\.json is damaged \("):
+        find_checkpoint(tmp_path, ["a"], None, "swa", minimize=False)
 
 
 def write_ledger(folder, score, files=("best.pth", "last.pth")) -> None:
