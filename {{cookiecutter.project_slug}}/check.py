@@ -7,7 +7,7 @@ It takes the flags of train.py, and goes through the same functions. It leaves n
 Exit code 0 where nothing fails, warnings or not, 1 where something does, 2 for bad input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from statistics import mean, median
@@ -73,23 +73,7 @@ def main(options: Options) -> None:
     refuse_launcher("check.py")
     with preserved_settings(), start_process(options) as device:
         seed_all(options.seed)
-        bench = Bench(options, device)
-        rows = try_all(
-            {
-                "data opens": bench.data_opens,
-                "classes": bench.classes,
-                "duplicates": bench.duplicates,
-                "normalisation": bench.normalisation,
-                "one batch": bench.one_batch,
-                "gradients": bench.gradients,
-                "checkpoint": bench.checkpoint,
-                "logdir": bench.logdir,
-                "disk": bench.disk,
-                "processes": bench.processes,
-                "loader": bench.loader,
-                "whole run": bench.whole_run,
-            }
-        )
+        rows = try_all(Bench(options, device).checks())
     refuse_failed(rows)
 
 
@@ -116,6 +100,23 @@ class Bench:
         for stage in options.stages:
             check_batchnorm(model, self.loaders(stage, options)[0], synchronised=options.sync_batchnorm)
             freeze(model, stage.freeze)
+
+    def checks(self) -> dict[str, Callable[[], Row]]:
+        """In the order in which they are tried."""
+        return {
+            "data opens": self.data_opens,
+            "classes": self.classes,
+            "duplicates": self.duplicates,
+            "normalisation": self.normalisation,
+            "one batch": self.one_batch,
+            "gradients": self.gradients,
+            "checkpoint": self.checkpoint,
+            "logdir": self.logdir,
+            "disk": self.disk,
+            "processes": self.processes,
+            "loader": self.loader,
+            "whole run": self.whole_run,
+        }
 
     def loaders(self, stage: Stage, options: Config) -> tuple[TrainLoader, EvalLoader]:
         """As train.py makes them."""
@@ -211,7 +212,7 @@ class Bench:
 
         def go_on(state: TrainState, epoch: int) -> Any:
             learned = train_fn(state, train_loader.epoch(0, epoch), self.run, self.few)
-            return learned, valid_fn(state.model, valid_loader, self.run, self.few)
+            return {"train": learned, "valid": valid_fn(state.model, valid_loader, self.run, self.few)}
 
         repeats = self.options.deterministic or self.device.type == "cpu"
         return model_checks.checkpoint_comes_back(

@@ -15,7 +15,7 @@ from batteries.splits import Split, SplitFile, check_files, has_classes
 MOST_NAMED = 3  # samples in a row of the table
 RARE = 10  # times fewer samples than the largest class has
 MANY_DOUBLES = 0.01  # of the samples that validate or test: a score is off by up to as much
-# Of normalised values. MNIST under ImageNet's constants has mean -1.5 and deviation 1.3: it trains, and may do so better
+# Of normalised values: MNIST under ImageNet's constants has mean -1.5 and deviation 1.3: it trains, and might do better
 # under its own. Images whose values were never brought from 0..255 to 0..1 have a deviation of about 255.
 FAR_MEAN, WRONG_MEAN = 0.5, 2.0
 FAR_DEVIATION, WRONG_DEVIATION = 1.5, 4.0
@@ -76,7 +76,7 @@ def classes_are_there(splits: SplitFile, fold: int) -> Row:
     targets, classes = np.asarray(getattr(dataset, "targets", ())), list(getattr(dataset, "classes", ()))
     counts = {name: _count_classes(targets[part], len(classes)) for name, part in parts.items()}
     known = ", ".join(f"{name} {len(parts[name]):,} ({_range(count)})" for name, count in counts.items())
-    seen, train = f"{len(classes)} classes, samples (of each class): {known}", counts["train"]
+    seen, train = f"{len(classes)} classes, samples (of a class): {known}", counts["train"]
     if train.max() < RARE * train.min():
         return Row("pass", seen)
     rare, large = int(train.argmin()), int(train.argmax())
@@ -96,9 +96,9 @@ def no_duplicates(dataset: Any, split: Split, indices: np.ndarray, found: Sequen
     indices = indices[sound]
     pairs = find_duplicates(looks, parts[indices])
     equal = sum(pair.equal for pair in pairs)
-    seen = f"{equal:,} equal and {len(pairs) - equal:,} nearly equal images in two parts, among {len(looks):,}"
     if not pairs:
-        return Row("pass", seen)
+        return Row("pass", f"none in two parts, among {len(looks):,} images")
+    seen = f"in two parts are {equal:,} equal and {len(pairs) - equal:,} nearly equal images, of {len(looks):,}"
     named = [_name_pair(dataset, indices[pair.first], indices[pair.second], parts, Split._fields) for pair in pairs]
     held_out = int((parts[indices] > 0).sum())
     outcome = "fail" if equal >= MANY_DOUBLES * held_out and equal else "warning"

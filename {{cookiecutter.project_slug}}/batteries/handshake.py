@@ -71,7 +71,7 @@ def _wait(ranks: Sequence[subprocess.Popen], said: Sequence[IO[bytes]], seconds:
             return None
         if time.monotonic() > end:
             waiting = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
-            return f"no answer from process {waiting} of {len(ranks)} in {seconds:.0f} s"
+            return f"no answer from process {waiting} of {len(ranks)} in {seconds:g} s"
         time.sleep(0.05)
 
 

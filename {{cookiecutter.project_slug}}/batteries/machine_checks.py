@@ -91,7 +91,7 @@ def run_takes(stages: Sequence[Length], peak_memory: int, *, patient: bool = Tru
     memory = f"; peak memory so far {decimal(peak_memory)}" if peak_memory else ""
     return Row(
         "pass",
-        f"{'about' if patient else 'at most about'} {duration(seconds)} for {epochs} epochs, {steps:,} steps: "
+        f"{'about' if patient else 'at most about'} {duration(seconds)} for {epochs} epochs, {steps:,} steps; "
         f"{slowest.whole_step:.3g} s a step, {slowest.validation:.3g} s a validation{memory}",
     )
 
@@ -119,9 +119,8 @@ def disk_has_room(logdir: Path, sizes: Sequence[int], kept: Sequence[int]) -> Ro
     folder = nearest_folder(logdir)
     needed = sum(size * count for size, count in zip(sizes, kept, strict=True)) + max(sizes)
     free = shutil.disk_usage(folder).free
-    counts = " + ".join(map(str, kept))
-    seen = f"up to {decimal(needed)} of the {decimal(free)} that are free for {logdir}: "
-    seen += f"{counts} checkpoints kept, one in the making, {decimal(max(sizes))} each"
+    counts = " + ".join(map(str, [*kept, 1]))
+    seen = f"up to {decimal(needed)} of {decimal(free)} free: {counts} checkpoints of {decimal(max(sizes))}"
     mend = "less --save-n-best, or a --logdir on another disk"
     if needed > free:
         return Row("fail", seen, mend)

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -59,32 +59,42 @@ def learns_by_heart(losses: Iterable[float], samples: int, lr: float, *, knows: 
     return Row("fail", f"{words}: it does not learn them", mend)
 
 
+class Seen(NamedTuple):
+    """What the gradients of one parameter were in the steps so far."""
+
+    moved: bool = False  # not zero in one of them
+    finite: bool = True  # in all of them
+
+
 def gradients_arrive(model: nn.Module, learning: Collection[str], train: Callable[[], object], *, scaled: bool) -> Row:
     """Whether every parameter of `learning`, by name, gets a gradient while `train` runs some steps.
 
     It must not be zero in all of them, and finite; where losses are `scaled` (fp16) the first ones may overflow.
     """
-    seen: dict[str, tuple[bool, bool]] = {}  # whether it was ever not zero, and always finite
+    seen: dict[str, Seen] = {}
 
     def watch(name: str) -> Callable[[torch.Tensor], None]:
         def look(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             if gradient is not None:
-                moved, finite = seen.get(name, (False, True))
-                seen[name] = moved or bool(gradient.any()), finite and bool(gradient.isfinite().all())
+                before = seen.get(name, Seen())
+                moved, finite = bool(gradient.any()), bool(gradient.isfinite().all())
+                seen[name] = Seen(before.moved or moved, before.finite and finite)
 
         return look
 
     parameters = dict(bare(model).named_parameters())
-    handles = [parameters[name].register_post_accumulate_grad_hook(watch(name)) for name in learning]
+    handles = [
+        parameters[name].register_post_accumulate_grad_hook(watch(name)) for name in parameters if name in learning
+    ]
     try:
         train()
     finally:
         for handle in handles:
             handle.remove()
-    unreached = [name for name in learning if name not in seen]
-    still = [name for name, (moved, _) in seen.items() if not moved]
-    endless = [name for name, (_, finite) in seen.items() if not finite and not scaled]
+    unreached = [name for name in parameters if name in learning and name not in seen]
+    still = [name for name in parameters if name in seen and not seen[name].moved]
+    endless = [name for name in parameters if name in seen and not seen[name].finite and not scaled]
     frozen = len(parameters) - len(learning)
     return _judge_gradients(len(learning), frozen, unreached, still, endless)
 
@@ -135,16 +145,16 @@ def checkpoint_comes_back(
         size, _ = save_checkpoint(path, pack(state))
         saved = HostBuffers().copy(pack(state))
         if go_on is not None:
-            then = HostBuffers().copy({"metrics": go_on(state, 2), **pack(state)})
+            then = HostBuffers().copy({"result": go_on(state, 2), **pack(state)})
         del state  # before the next is made: a GPU may not have room for both
         twin = make_state(1)
         twin.restore(read_checkpoint(path), path.name)
     mend = "what it computes with has to be in state_dict: register_buffer or get_extra_state in experiment/model.py"
     if lost := differences(saved, pack(twin)):
         return Row("fail", f"loaded otherwise than saved: {shorten(lost, MOST_NAMED)}", mend)
-    if go_on is not None and (lost := differences(then, {"metrics": go_on(twin, 2), **pack(twin)})):
+    if go_on is not None and (lost := differences(then, {"result": go_on(twin, 2), **pack(twin)})):
         return Row("fail", f"it loads, and a step later these differ: {shorten(lost, MOST_NAMED)}", mend)
-    after = ", and a step and a validation later too" if go_on is not None else "; no step compared: --no-deterministic"
+    after = ", a step later too" if go_on is not None else "; no step compared: --no-deterministic"
     return Row("pass", f"{decimal(size)} out and back, equal bit for bit{after}")
 
 
@@ -164,7 +174,8 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
 def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and one.shape == other.shape and _bytes(one).equal(_bytes(other))
-    return type(one) is type(other) and bool(one == other or one != one)  # NaN is the same as NaN
+    both_nan = one != one and other != other
+    return type(one) is type(other) and bool(one == other or both_nan)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
