@@ -18,7 +18,7 @@ PAIRS = [(data_set, tracker) for data_set in DATA_SETS for tracker in TRACKERS]
 FILES = {
     *(".github/workflows/ci.yml", ".gitignore", ".pre-commit-config.yaml", "LICENSE", "Makefile", "README.md"),
     *("pyproject.toml", "data/.gitkeep", "logs/.gitkeep", "splits/.gitkeep", ".gitattributes"),
-    *(f"{name}.py" for name in ("average", "blend", "predict", "preview", "scores", "split", "submit", "train")),
+    *(f"{name}.py" for name in ("average", "blend", "check", "predict", "preview", "scores", "split", "submit", "train")),
     *(f"experiment/{name}.py" for name in ("__init__", "augmentations", "dataset", "model", "splits")),
     *(
         f"batteries/{name}.py"
@@ -28,6 +28,7 @@ FILES = {
             *("errors", "files", "folds", "interrupts", "knobs", "launch", "logdirs", "metrics", "parallel", "pixels"),
             *("randomness", "records", "resume", "runs", "schedules", "sheets", "splits", "state", "steps", "stopping"),
             *("timing", "trackers", "weights"),
+            *("checks", "data_checks", "handshake", "machine_checks", "model_checks"),
         )
     ),
     *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp", "train_folds")),
@@ -35,7 +36,7 @@ FILES = {
         f"tests/{name}.py"
         for name in (
             *("tables", "test_averaging", "test_blend", "test_predict", "test_road", "test_scores", "test_submit"),
-            *("conftest", "loops", "models", "pictures", "processes", "small_data", "test_background"),
+            *("conftest", "loops", "models", "pictures", "processes", "small_data", "test_background", "test_check"),
             *("test_checkpoints", "test_data", "test_folds", "test_parallel", "test_preview", "test_recipe"),
             *("test_resume", "test_scripts", "test_splits", "test_starter", "test_structure", "test_train"),
         )

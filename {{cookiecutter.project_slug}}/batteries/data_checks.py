@@ -57,12 +57,13 @@ def read_sample(dataset: Any, targets: np.ndarray | None, index: int) -> Look | 
 def data_opens(dataset: Any, split: Split, indices: np.ndarray, found: Sequence[Look | str | None]) -> Row:
     """Whether the samples that were opened are images, and each has the target that the data set says."""
     check_files(dataset, split)
-    total = sum(map(len, split))
-    of = f"all {total:,} samples" if len(indices) == total else f"{len(indices):,} of {total:,} samples, by chance"
+    count, total = len(indices), sum(map(len, split))
+    some = f"{count:,} of {total:,} samples, by chance," if count < total else f"all {total:,} samples"
     if broken := [text for text in found if isinstance(text, str)]:
-        mend = "mend or remove them; more of them are named by a larger --samples"
-        return Row("fail", f"{len(broken):,} of {of} do not open: {shorten(broken, MOST_NAMED)}", mend)
-    return Row("pass", f"{of} open")
+        others = "; a larger --samples may find more" if count < total else ""
+        seen = f"tried {some.rstrip(',')}; of {len(broken):,} this is wrong: {shorten(broken, MOST_NAMED)}"
+        return Row("fail", seen, f"mend these files or leave them out{others}")
+    return Row("pass", f"{some} open")
 
 
 def classes_are_there(splits: SplitFile, fold: int) -> Row:

@@ -114,12 +114,12 @@ def test_a_truncated_file_is_named_whatever_its_reader_raises(make_bench, tmp_pa
     path.write_bytes(path.read_bytes()[:300])
     row = attempt(make_bench(dataset).data_opens)
     assert row.outcome == "fail"
-    assert row.seen.startswith(f"1 of all {SIZE} samples do not open: picture77: RuntimeError: ")
+    assert row.seen.startswith(f"tried all {SIZE} samples; of 1 this is wrong: picture77: RuntimeError: ")
 
 
 def test_of_many_samples_as_many_as_were_asked_for_are_opened(make_bench):
     bench = make_bench(samples=40)
-    assert bench.data_opens() == Row("pass", f"40 of {SIZE} samples, by chance open")
+    assert bench.data_opens() == Row("pass", f"40 of {SIZE} samples, by chance, open")
     assert len(set(bench.opened[0].tolist())) == 40
     assert len(bench.opened[1]) == 40
 
@@ -353,6 +353,7 @@ class Branches(nn.Module):
         (lambda net, trunk, images: trunk + net.branch(images) + net.gate.sqrt(), "fail", "finite, for 1 of 13: gate"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # where a step is skipped
 def test_parameters_that_no_gradient_reaches_are_named(make_bench, join, outcome, words):
     row = make_bench(model=lambda num_classes: Branches(num_classes, join)).gradients()
     assert row.outcome == outcome
@@ -421,7 +422,7 @@ def test_an_optimizer_whose_state_does_not_survive_its_checkpoint_fails(make_ben
     monkeypatch.setattr(check, "build_optimizer", lambda model, stage, config: Momentum(model.parameters(), stage.lr))
     row = bench.checkpoint()
     assert row.outcome == "fail"
-    assert "a step later these differ: result.train.loss, result.valid.accuracy, result.valid.loss, model_s" in row.seen
+    assert row.seen.startswith("it loads, and a step later these differ: result.train.")
 
 
 def test_the_checkpoint_is_tried_beside_where_the_logdir_will_be(make_bench, monkeypatch, tmp_path):
