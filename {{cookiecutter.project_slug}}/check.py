@@ -255,7 +255,8 @@ class Bench:
             )
             for stage in self.options.stages
         ]
-        return machine_checks.run_takes(lengths, peak_memory(self.device), patient=self.options.patience is None)
+        row = machine_checks.run_takes(lengths, peak_memory(self.device), patient=self.options.patience is None)
+        return row._replace(seen=f"{row.seen}; --compile was left out here") if self.options.compile else row
 
     def speed_of(self, stage: Stage) -> Speed:
         """Measured once for stages that differ in nothing that matters for it."""

@@ -127,5 +127,5 @@ class Table:
         return grid
 
     def _print(self, what: Any) -> None:
-        self.screen.print(what, markup=False, soft_wrap=not self.screen.is_terminal)
+        self.screen.print(what, markup=False, soft_wrap=True)
         self.screen.file.flush()

@@ -173,7 +173,7 @@ def test_a_class_that_is_missing_in_train_fails_and_the_other_checks_go_on(make_
     assert attempt(bench.data_opens).outcome == attempt(bench.normalisation).outcome == "pass"
 
 
-@pytest.mark.parametrize(("of_rare", "outcome"), [(14, "warning"), (16, "pass")])
+@pytest.mark.parametrize(("of_rare", "outcome"), [(20, "warning"), (24, "pass")])
 def test_a_rare_class_is_a_warning_and_all_counts_are_right(tmp_path, of_rare, outcome):
     class Skewed(Samples):
         targets = np.array([0] * (SIZE - of_rare) + [1] * of_rare)
@@ -182,12 +182,16 @@ def test_a_rare_class_is_a_warning_and_all_counts_are_right(tmp_path, of_rare, o
         def __init__(self) -> None:
             pass
 
-    folds = np.arange(SIZE) % 2
+    folds = np.where(Skewed.targets == 1, np.arange(SIZE) % 4 > 1, np.arange(SIZE) % 4 > 2).astype(int)  # 1 validates
     splits = SplitFile(tmp_path / "x.csv", Skewed(), lambda dataset: folds)
     row = classes_are_there(splits, 1)
     train, valid = (sorted(Counter(Skewed.targets[folds == fold]).values()) for fold in (0, 1))
     assert row.outcome == outcome
-    assert f"train 80 ({train[0]} to {train[1]}), valid 80 ({valid[0]} to {valid[1]}), test 0" in row.seen
+    assert (
+        f"train {sum(train)} ({train[0]} to {train[1]}), valid {sum(valid)} ({valid[0]} to {valid[1]}), test 0"
+        in row.seen
+    )
+    assert max(valid) < 10 * min(valid)
     assert ("times as many common as rare" in row.seen) == (max(train) >= 10 * min(train)) == (outcome == "warning")
 
 
@@ -211,6 +215,20 @@ def test_an_image_on_both_sides_of_the_split_is_named(make_bench, copies, outcom
         assert f"{copies} equal and 0 nearly equal images, of {SIZE}" in row.seen
         pair = sorted([(train[0], "train"), (test[0], "test")])
         assert " and ".join(f"picture{index} ({part})" for index, part in pair) in row.seen
+
+
+def test_duplicates_are_named_right_though_another_sample_does_not_open(make_bench):
+    class Broken(Samples):
+        def __getitem__(self, index):
+            return 1 / 0 if index == 0 else super().__getitem__(index)
+
+    dataset = Broken()
+    bench = make_bench(dataset)
+    train, test = bench.split.train[-1], bench.split.test[-1]
+    dataset.images[test] = dataset.images[train]
+    row = bench.duplicates()
+    assert f"of {SIZE - 1}: " in row.seen
+    assert {f"picture{train}", f"picture{test}"} == set(re.findall(r"picture\d+", row.seen))
 
 
 def test_few_duplicates_are_a_warning_and_those_within_one_part_none():
