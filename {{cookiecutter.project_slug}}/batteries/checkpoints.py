@@ -92,7 +92,7 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[in
         write_atomically(Path(path), lambda file: torch.save(dict(checkpoint), cast(IO[bytes], digest.over(file))))
     except Exception as error:
         if is_disk_full(digest.error or error):
-            raise DiskFull(Path(path), _count_bytes(checkpoint)) from None
+            raise DiskFull(Path(path), count_bytes(checkpoint)) from None
         raise
     return digest.bytes, digest.sha256
 
@@ -394,13 +394,13 @@ class _Digest:
         return self._hash.hexdigest()
 
 
-def _count_bytes(value: Any) -> int:
+def count_bytes(value: Any) -> int:
     """Bytes of all tensors in a checkpoint: nearly those of its file."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, Mapping):
-        return sum(map(_count_bytes, value.values()))
-    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 0
+        return sum(map(count_bytes, value.values()))
+    return sum(map(count_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _check_bytes(path: Path) -> None:
