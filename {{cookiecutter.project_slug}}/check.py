@@ -97,9 +97,9 @@ class Bench:
         self.few = replace(self.plain, **few, batch_size=size, valid_batch_size=size)
         self.measure = cache(self._measure)
         model = self.make_model()
-        for stage in options.stages:
+        for number, stage in enumerate(options.stages):
             check_batchnorm(model, self.loaders(stage, options)[0], synchronised=options.sync_batchnorm)
-            freeze(model, stage.freeze)
+            freeze(model, stage.freeze, f"--stages.{number}.freeze")
 
     def checks(self) -> dict[str, Callable[[], Row]]:
         """In the order in which they are tried."""

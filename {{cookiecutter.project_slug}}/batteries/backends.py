@@ -118,10 +118,11 @@ class MLflow:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # it tells of each table that it makes
         folder = run.logdir.absolute().parent
-        store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
-        self.look = f"mlflow ui --backend-store-uri {store}" if store.startswith("sqlite") else store
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        store = server or f"sqlite:///{folder / 'mlflow.db'}"
+        self.look = server or f"mlflow ui --backend-store-uri sqlite:///{run.logdir.parent / 'mlflow.db'}"
         self._client = library.MlflowClient(store)
-        experiment = self._experiment(folder if store.startswith("sqlite") else None)
+        experiment = self._experiment(None if server else folder)
         found = self._client.search_runs([experiment], f"tags.`batteries.id` = '{run.id}'")
         self._metric = f"best/{run.metric}"
         self._last, self._is_whole = -1, False
