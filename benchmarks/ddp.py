@@ -45,7 +45,7 @@ def ours() -> float:
     with tempfile.TemporaryDirectory() as folder:
         stages = (rendered.Stage("stage0", 2, 1e-3, "constant"),)
         logdir = Path(folder) / "run"
-        config = replace(rendered.Config(tracker="none"), stages=stages, logdir=logdir)
+        config = replace(rendered.Config(tracker=("none",)), stages=stages, logdir=logdir)
         batches = TrainLoader(dataset, range(STEPS * BATCH_SIZE), None, CPU, seed=0, batch_size=BATCH_SIZE)
         model = place_model(build_model(num_classes=10), CPU, sync_batchnorm=False)
         shared = share_model(model, CPU)

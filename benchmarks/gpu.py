@@ -79,7 +79,7 @@ def ours(epoch: OnDevice, folder: Path) -> Callable[[], None]:
     model, optimizer = build(device)
     stages = (rendered.Stage("stage0", 1, 1e-3, "constant"),)
     config = replace(
-        rendered.Config(tracker="none"), stages=stages, logdir=folder / "run", precision="bf16", deterministic=False
+        rendered.Config(tracker=("none",)), stages=stages, logdir=folder / "run", precision="bf16", deterministic=False
     )
     rendered.normalize = normalize
     schedule = rendered.make_schedule(optimizer, stages[0], epoch.steps)

@@ -84,7 +84,7 @@ def ours() -> Iterator[None]:
     model, optimizer = build()
     with tempfile.TemporaryDirectory() as folder:
         stages = (rendered.Stage("stage0", EPOCHS, 1e-3, "constant"),)
-        config = replace(rendered.Config(tracker="none"), stages=stages, logdir=Path(folder) / "run", batch_size=64)
+        config = replace(rendered.Config(tracker=("none",)), stages=stages, logdir=Path(folder) / "run", batch_size=64)
         batches = TrainLoader(Pictures(), range(STEPS * BATCH_SIZE), None, CPU, seed=0, batch_size=BATCH_SIZE)
         schedule = rendered.make_schedule(optimizer, stages[0], STEPS)
         state = TrainState(model, optimizer, schedule)

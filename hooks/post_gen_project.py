@@ -9,8 +9,8 @@ from pathlib import Path
 
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
 VARIANTS = Path(".variants")
-QUESTIONS = ("license", "data_set", "tracker")
-FOUNDATIONS = {"csv": "image_folder"}  # an answer whose files lie over those of another
+QUESTIONS = ("license", "data_set", "tracker", "ci")
+FOUNDATIONS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an answer whose files lie over those of another
 
 NEXT_STEPS = """
 {name} is ready.

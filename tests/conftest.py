@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cookiecutter.main import cookiecutter
+from options import CHOICES, pairwise
 
 ROOT = Path(__file__).parent.parent
 SLUG = "{{cookiecutter.project_slug}}"
@@ -42,20 +44,28 @@ def run_cookiecutter(tmp_path_factory) -> Callable[..., subprocess.CompletedProc
 
 
 @pytest.fixture(scope="session")
-def render(template, run_cookiecutter, tmp_path_factory) -> Callable[..., Path]:
+def render(template, tmp_path_factory) -> Callable[..., Path]:
     """The folder of a repository rendered with these answers; the same answers give the same folder."""
     rendered: dict[str, Path] = {}
+    home = tmp_path_factory.mktemp("render-home")
+    config = home / "config.json"
+    config.write_text(json.dumps({"replay_dir": str(home), "cookiecutters_dir": str(home)}))
 
     def run(**answers: str) -> Path:
         key = json.dumps(answers, sort_keys=True)
         if key not in rendered:
-            output = tmp_path_factory.mktemp("rendered")
-            done = run_cookiecutter(template, output, **answers)
-            assert done.returncode == 0, done.stderr
-            [rendered[key]] = output.iterdir()
+            output = str(tmp_path_factory.mktemp("rendered"))
+            options = {"no_input": True, "extra_context": answers, "output_dir": output, "config_file": str(config)}
+            rendered[key] = Path(cookiecutter(str(template), **options))
         return rendered[key]
 
     return run
+
+
+@pytest.fixture(scope="session", params=pairwise(CHOICES), ids=lambda answers: "-".join(answers.values()))
+def combination(request) -> dict[str, str]:
+    """Sets of answers in which every pair of them is found."""
+    return request.param
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

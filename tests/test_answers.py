@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from options import CHOICES
 
 LONG = "x" * 61
 
@@ -115,7 +116,7 @@ def test_jinja_on_the_command_line_is_evaluated_by_cookiecutter_and_does_not_rea
 
 
 def test_the_questions_are_asked_in_words_and_enter_takes_the_defaults(template, tmp_path):
-    done = ask(template, tmp_path, "Leaf spots", *[""] * 6)
+    done = ask(template, tmp_path, "Leaf spots", *[""] * (3 + len(CHOICES)))
     assert done.returncode == 0, done.stderr
     for text in ("What is the experiment called?", "Its folder and package name", "Which data does it start from?"):
         assert text in done.stdout

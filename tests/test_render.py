@@ -1,47 +1,115 @@
 """What comes out: the right files, nothing left of the template, the same from wherever it is rendered."""
 
+import json
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import SLUG, files_in
+from options import CHOICES, all_pairs, pairs_in, pairwise
 
-DATA_SETS = ["digits", "image_folder", "csv", "cifar10", "mnist"]
-TRACKERS = ["tensorboard", "none"]
-LICENSES = ["MIT", "BSD-3-Clause", "Apache-2.0", "Proprietary"]
-PAIRS = [(data_set, tracker) for data_set in DATA_SETS for tracker in TRACKERS]
+from batteries_answers import DEPENDENCIES, WINDOWS_DEVICES
 
+VERBS = ["split", "preview", "check", "train", "predict", "average", "blend", "submit", "scores"]
+EXPERIMENT = ["__init__", "augmentations", "dataset", "model", "splits"]
+BATTERIES = [
+    "__init__",
+    "averaging",
+    "backends",
+    "background",
+    "batchnorm",
+    "blends",
+    "checkpoints",
+    "checks",
+    "cli",
+    "console",
+    "data",
+    "data_checks",
+    "devices",
+    "distributed",
+    "errors",
+    "files",
+    "folds",
+    "handshake",
+    "images",
+    "interrupts",
+    "knobs",
+    "launch",
+    "ledger",
+    "lines",
+    "logdirs",
+    "machine_checks",
+    "metrics",
+    "model_checks",
+    "parallel",
+    "past_runs",
+    "pixels",
+    "predictions",
+    "randomness",
+    "ranks",
+    "records",
+    "resume",
+    "runs",
+    "schedules",
+    "scoring",
+    "sheets",
+    "splits",
+    "state",
+    "steps",
+    "stopping",
+    "submissions",
+    "summaries",
+    "timing",
+    "trackers",
+    "views",
+    "weights",
+]
+SCRIPTS = ["common", "train_ddp", "train_device", "train_dp", "train_folds"]
+TESTS = [
+    "conftest",
+    "loops",
+    "models",
+    "pictures",
+    "processes",
+    "small_data",
+    "tables",
+    "test_averaging",
+    "test_background",
+    "test_blend",
+    "test_check",
+    "test_checkpoints",
+    "test_data",
+    "test_folds",
+    "test_parallel",
+    "test_predict",
+    "test_preview",
+    "test_recipe",
+    "test_record",
+    "test_resume",
+    "test_road",
+    "test_scores",
+    "test_scripts",
+    "test_splits",
+    "test_starter",
+    "test_structure",
+    "test_submit",
+    "test_trackers",
+    "test_train",
+]
 FILES = {
-    *(".github/workflows/ci.yml", ".gitignore", ".pre-commit-config.yaml", "LICENSE", "Makefile", "README.md"),
-    *("pyproject.toml", "data/.gitkeep", "logs/.gitkeep", "splits/.gitkeep", ".gitattributes"),
-    *(f"{name}.py" for name in ("average", "blend", "predict", "preview", "scores", "split", "submit", "train")),
-    *(f"experiment/{name}.py" for name in ("__init__", "augmentations", "dataset", "model", "splits")),
-    *(
-        f"batteries/{name}.py"
-        for name in (
-            *("averaging", "blends", "images", "ledger", "past_runs", "predictions", "scoring", "submissions", "views"),
-            *("__init__", "background", "batchnorm", "checkpoints", "cli", "console", "data", "devices", "distributed"),
-            *("errors", "files", "folds", "interrupts", "knobs", "launch", "logdirs", "metrics", "parallel", "pixels"),
-            *("randomness", "ranks", "records", "resume", "runs", "schedules", "sheets", "splits", "state", "steps"),
-            *("stopping", "timing", "trackers", "weights"),
-        )
-    ),
-    *(f"scripts/{name}.sh" for name in ("common", "train_ddp", "train_device", "train_dp", "train_folds")),
-    *(
-        f"tests/{name}.py"
-        for name in (
-            *("tables", "test_averaging", "test_blend", "test_predict", "test_road", "test_scores", "test_submit"),
-            *("conftest", "loops", "models", "pictures", "processes", "small_data", "test_background"),
-            *("test_checkpoints", "test_data", "test_folds", "test_parallel", "test_preview", "test_recipe"),
-            *("test_resume", "test_scripts", "test_splits", "test_starter", "test_structure", "test_train"),
-        )
-    ),
+    *(".gitattributes", ".gitignore", ".pre-commit-config.yaml", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
+    *("data/.gitkeep", "logs/.gitkeep", "splits/.gitkeep"),
+    *(f"{name}.py" for name in VERBS),
+    *(f"experiment/{name}.py" for name in EXPERIMENT),
+    *(f"batteries/{name}.py" for name in BATTERIES),
+    *(f"scripts/{name}.sh" for name in SCRIPTS),
+    *(f"tests/{name}.py" for name in TESTS),
 }
-
 
 OF_IMAGE_FILES = ("small_runs", "test_dataset", "test_images")
 # Files of one choice alone.
@@ -49,60 +117,129 @@ OWN_FILES = {
     "image_folder": {"experiment/images.py", *(f"tests/{name}.py" for name in OF_IMAGE_FILES)},
     "csv": {"experiment/images.py", *(f"tests/{name}.py" for name in OF_IMAGE_FILES)},
     "tensorboard": {"scripts/tensorboard.sh"},
+    "tensorboardx": {"scripts/tensorboard.sh"},
+    "github": {".github/workflows/ci.yml"},
+    "gitlab": {".gitlab-ci.yml"},
 }
+# Words that only repositories of these answers may have.
+WORDS = {
+    r"scripts/tensorboard|\"tensorboard": {"tensorboard", "tensorboardx"},
+    r"\"tensorboardX": {"tensorboardx"},
+    r"\"wandb": {"wandb"},
+    r"\"mlflow": {"mlflow"},
+    r"\.github": {"github"},
+    r"gitlab": {"gitlab"},
+    r"samples\.csv": {"csv"},
+    r"cats/1\.jpg": {"image_folder"},
+}
+TORCH_SOURCES = r"tool\.uv|download\.pytorch|pytorch\.org"
 
 
-@pytest.mark.parametrize(("data_set", "tracker"), PAIRS)
-def test_each_choice_leaves_exactly_its_own_files(render, data_set, tracker):
-    expected = FILES | OWN_FILES.get(data_set, set()) | OWN_FILES.get(tracker, set())
-    assert set(files_in(render(data_set=data_set, tracker=tracker))) == expected
+def test_the_combinations_hold_every_pair_of_answers():
+    left = all_pairs(CHOICES)
+    for answers in pairwise(CHOICES):
+        assert answers.keys() == CHOICES.keys()
+        left -= pairs_in(answers)
+    assert not left
+    assert len(all_pairs({"a": ["1", "2", "3"], "b": ["4", "5"], "c": ["6"]})) == 3 * 2 + 3 + 2
 
 
-@pytest.mark.parametrize(("data_set", "tracker"), PAIRS)
-def test_python_and_shell_equal_the_templates_byte_for_byte(render, template, data_set, tracker):
+def test_each_choice_leaves_exactly_its_own_files(render, combination):
+    expected = FILES.union(*(OWN_FILES.get(answer, set()) for answer in combination.values()))
+    assert set(files_in(render(**combination))) == expected
+
+
+def test_python_and_shell_equal_the_templates_byte_for_byte(render, template, combination):
     source = template / SLUG
-    chosen = [source / ".variants/data_set" / data_set, source / ".variants/tracker" / tracker]
-    chosen += [source / ".variants/data_set/image_folder"] * (data_set == "csv") + [source]
-    for name, content in files_in(render(data_set=data_set, tracker=tracker)).items():
+    chosen = [source / ".variants" / question / answer for question, answer in combination.items()]
+    chosen += [source / ".variants/data_set/image_folder"] * (combination["data_set"] == "csv")
+    chosen += [source / ".variants/tracker/tensorboard"] * (combination["tracker"] == "tensorboardx") + [source]
+    for name, content in files_in(render(**combination)).items():
         if name.endswith((".py", ".sh")):
             original = next(folder / name for folder in chosen if (folder / name).is_file())
             assert content == original.read_bytes(), name
 
 
-@pytest.mark.parametrize("license_name", LICENSES)
-@pytest.mark.parametrize(("data_set", "tracker"), PAIRS)
-def test_no_jinja_and_no_word_of_the_template_is_left(render, data_set, tracker, license_name):
-    for name, content in files_in(render(data_set=data_set, tracker=tracker, license=license_name)).items():
+def test_no_jinja_and_no_word_of_the_template_is_left(render, combination):
+    for name, content in files_in(render(**combination)).items():
         text = content.decode()
-        assert not re.search(r"cookiecutter|\{%|\{\{ ", text), name
+        assert not re.search(r"cookiecutter\.|\{%|(?<!\$)\{\{ ", text), name
         assert not re.search(r"\n\n\n\n", text), f"{name} has a hole"
         assert text.endswith("\n") or not text, f"{name} ends without a new line"
 
 
-@pytest.mark.parametrize("license_name", LICENSES)
-def test_the_license_is_the_chosen_one_and_names_its_owner(render, license_name):
-    folder = render(license=license_name, author="Ada Lovelace")
-    assert "Copyright (c) Ada Lovelace" in (folder / "LICENSE").read_text() or license_name == "Apache-2.0"
-    assert "Ada Lovelace" in (folder / "LICENSE").read_text()
-    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    assert project["license"] == ("LicenseRef-Proprietary" if license_name == "Proprietary" else license_name)
+def test_an_answer_that_was_not_given_leaves_no_word(render, combination):
+    words = [word for word, answers in WORDS.items() if not answers & set(combination.values())]
+    if combination["torch"] == "default":
+        words.append(TORCH_SOURCES)
+    folder = render(**combination)
+    documents = [path for path in folder.rglob("*") if path.suffix in (".md", ".toml", ".yaml", ".yml")]
+    for path in [*documents, folder / "Makefile", folder / ".gitignore"]:
+        for word in words:
+            found = re.search(word, path.read_text(encoding="utf-8"))
+            assert not found, f"{path.name} says {found and found[0]}"
 
 
-@pytest.mark.parametrize(("data_set", "tracker"), PAIRS)
-def test_configuration_files_parse_and_hold_the_answers(render, data_set, tracker):
-    folder = render(data_set=data_set, tracker=tracker)
-    project = tomllib.loads((folder / "pyproject.toml").read_text())
+def test_configuration_files_parse_and_hold_the_answers(render, combination):
+    folder = render(**combination)
+    for path in [*folder.rglob("*.toml"), *folder.rglob("*.y*ml"), *folder.rglob("*.json")]:
+        text = path.read_text(encoding="utf-8")
+        parse = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix, yaml.safe_load)
+        assert parse(text), path
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["name"] == "my-experiment"
-    assert project["tool"]["batteries"]["trackers"] == (["tensorboard"] if tracker == "tensorboard" else [])
-    names = {re.split(r"[<>=]", dependency)[0] for dependency in project["project"]["dependencies"]}
-    assert ("tensorboard" in names) == (tracker == "tensorboard")
-    for name in (".pre-commit-config.yaml", ".github/workflows/ci.yml"):
-        assert yaml.safe_load((folder / name).read_text())
-    if tracker == "none":
-        readme = (folder / "README.md").read_text()
-        assert "tensorboard" not in readme.lower()
+    tracker, license_name = combination["tracker"], combination["license"]
+    assert project["tool"]["batteries"]["trackers"] == ([] if tracker == "none" else [tracker])
+    assert project["project"]["license"] == (
+        "LicenseRef-Proprietary" if license_name == "Proprietary" else license_name
+    )
 
 
+def test_the_name_of_no_dependency_can_be_the_projects(render, combination):
+    project = tomllib.loads((render(**combination) / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    names = {re.split(r"[<>=; ]", dependency)[0].lower() for dependency in wanted}
+    assert names <= DEPENDENCIES
+    assert (combination["tracker"] in names) == (combination["tracker"] != "none")
+
+
+def test_every_name_is_legal_on_windows_and_on_systems_that_do_not_tell_case(render, combination):
+    names = list(files_in(render(**combination)))
+    assert len({name.lower() for name in names}) == len(names)
+    for part in {part for name in names for part in Path(name).parts}:
+        assert not re.search(r'[<>:"|?*\\\x00-\x1f]|[. ]$', part), part
+        assert part.lower().split(".")[0] not in WINDOWS_DEVICES, part
+
+
+def test_what_the_readme_links_and_calls_is_there(render, combination):
+    folder = render(**combination)
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:scripts|tests)/\w+\.(?:sh|py)|(?<=python )\w+\.py", readme))
+    assert {"scripts/train_device.sh", "split.py", "tests/test_data.py"} <= named
+    for name in named | set(re.findall(r"\]\((?!http)([^)#]+)\)", readme)):
+        assert (folder / name).exists(), name
+    targets = set(re.findall(r"^([a-z-]+):", (folder / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)\b(?=`| *#)", readme)) <= targets
+
+
+def test_the_formatter_changes_nothing_and_the_linter_finds_nothing(render):
+    folders = [str(render(**answers)) for answers in pairwise(CHOICES)]
+    for command in (["format", "--check"], ["check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--no-cache", *folders], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("license_name", CHOICES["license"])
+def test_the_license_is_the_chosen_one_and_names_its_owner(render, license_name):
+    text = (render(license=license_name, author="Ada Lovelace") / "LICENSE").read_text(encoding="utf-8")
+    assert "Ada Lovelace" in text
+    beginning = {"MIT": "MIT License", "BSD-3-Clause": "BSD 3-Clause License", "Apache-2.0": "Apache License"}
+    assert beginning.get(license_name, "All rights reserved") in text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no run bits")
 def test_scripts_can_be_run_and_what_they_share_cannot(render):
     for script in (render() / "scripts").iterdir():
         assert os.access(script, os.X_OK) == (script.name != "common.sh"), script

@@ -38,7 +38,7 @@ from batteries.splits import Split, SplitFile, check_files
 from batteries.state import TrainState
 from batteries.steps import Precision, autocast, make_scaler, take_step
 from batteries.stopping import EarlyStopping
-from batteries.trackers import Tracker, default_tracker
+from batteries.trackers import Tracker, default_trackers
 from batteries.weights import EMA, decay_groups, freeze, train_mode
 from experiment.augmentations import batch_transform, normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
@@ -121,7 +121,8 @@ class Config:
     show_warnings: bool = False  # python warnings of libraries, quiet by default
     show_schedule: bool = False  # print the learning rate of each epoch, and end
     profile: bool = False  # write a trace of a few steps to logdir/profile
-    tracker: Tracker = field(default_factory=default_tracker)  # where curves go beside metrics.jsonl
+    tracker: tuple[Tracker, ...] = field(default_factory=default_trackers)  # where curves go beside metrics.jsonl
+    quiet: bool = False  # nothing on the terminal but warnings; train.log has it all
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant. What needs the data or the machine is checked where they are known."""
@@ -136,7 +137,7 @@ class Config:
 MAY_CHANGE = (
     *("data_dir", "split_file", "num_workers", "save_n_best", "logdir", "init_from", "pretrained", "device"),
     *("checkpoint_every_minutes", "checkpoint_every_steps", "sharing_strategy", "show_warnings", "show_schedule"),
-    *("profile", "tracker"),
+    *("profile", "tracker", "quiet"),
 )
 
 
@@ -155,8 +156,8 @@ def main(config: Config) -> float:
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(**model_args)
         check_batchnorm(model, train_loader, synchronised=config.sync_batchnorm)
-        for stage in config.stages:
-            freeze(model, stage.freeze)  # here to refuse names that the model does not have
+        for number, stage in enumerate(config.stages):  # here to refuse names that the model does not have
+            freeze(model, stage.freeze, f"--stages.{number}.freeze")
         model = place_model(model, device, sync_batchnorm=config.sync_batchnorm, channels_last=config.channels_last)
         data = fingerprint(dataset.fingerprint(), *split)
         run = Run(
@@ -230,7 +231,7 @@ def train_stage(
         step = epoch * len(train_loader)
         state.scheduler.end_epoch(score)
         is_over = state.stopping.update(score) and epoch < stage.epochs
-        run.log_epoch(stage.name, epoch, step, run.lr, metrics, checkpoints.is_better(score), is_over)
+        run.log_epoch(epoch, step, metrics, score, is_over)
         checkpoint = run.make_checkpoint(epoch, step, metrics, ends_stage=is_over)
         checkpoints.process(score=score, epoch=epoch, checkpoint=checkpoint)
         if is_over:

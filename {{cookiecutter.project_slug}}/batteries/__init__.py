@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from batteries.runs import Run
     from batteries.sheets import sample_sheet
     from batteries.splits import SplitFile, check_files
-    from batteries.trackers import Tracker, default_tracker
+    from batteries.trackers import Tracker, default_trackers
 
 _HOMES = {
     "averaging": ("average_checkpoints",),
@@ -35,7 +35,7 @@ _HOMES = {
     "runs": ("Run",),
     "sheets": ("sample_sheet",),
     "splits": ("SplitFile", "check_files"),
-    "trackers": ("Tracker", "default_tracker"),
+    "trackers": ("Tracker", "default_trackers"),
 }
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
     "average_checkpoints",
     "check_batchnorm",
     "check_files",
-    "default_tracker",
+    "default_trackers",
     "evaluation",
     "fingerprint",
     "first_on_each_machine",

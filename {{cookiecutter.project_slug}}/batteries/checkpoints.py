@@ -92,7 +92,7 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[in
         write_atomically(Path(path), lambda file: torch.save(dict(checkpoint), cast(IO[bytes], digest.over(file))))
     except Exception as error:
         if is_disk_full(digest.error or error):
-            raise DiskFull(Path(path), _count_bytes(checkpoint)) from None
+            raise DiskFull(Path(path), count_bytes(checkpoint)) from None
         raise
     return digest.bytes, digest.sha256
 
@@ -207,12 +207,10 @@ class CheckpointManager:
     def restore(self, checkpoint: Mapping[str, Any] | None = None) -> None:
         """Go on with the ledger in `logdir`: up to `checkpoint`, or to its end where the stage is finished."""
         ledger = on_main(lambda: read_ledger(self.logdir))
-        there = on_main(lambda: {row.file for row in ledger["rows"] if (self.logdir / row.file).exists()})
-        self.rows = [
-            row
-            for row in ledger["rows"]
-            if checkpoint is None or (row.step <= checkpoint["step"] and row.file in there)  # others were set aside
-        ]
+        self.rows = ledger["rows"]
+        if checkpoint is not None:  # later ones were set aside
+            there = on_main(lambda: {path.name for path in self.logdir.glob("*.pth")})
+            self.rows = [row for row in self.rows if row.step <= checkpoint["step"] and row.file in there]
         best = (checkpoint or ledger)["best"]
         self.best_epoch, self.best_score = best["epoch"], best["score"]
         if checkpoint is not None:
@@ -361,6 +359,12 @@ def read_ledger(folder: Path) -> dict[str, Any]:
     return {"rows": [Row(**row) for row in ledger["checkpoints"]], "best": ledger["best"]}
 
 
+def read_average(folder: Path) -> dict[str, Any]:
+    """What average.py noted of swa.pth: its bytes and sha256, its score and what it was made of; nothing without it."""
+    path = (folder / AVERAGE).with_suffix(".json")
+    return read_json(path) if path.is_file() else {}
+
+
 class _Digest:
     """Counts and hashes what is written through it, so that the file is not read again."""
 
@@ -390,27 +394,25 @@ class _Digest:
         return self._hash.hexdigest()
 
 
-def _count_bytes(value: Any) -> int:
+def count_bytes(value: Any) -> int:
     """Bytes of all tensors in a checkpoint: nearly those of its file."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, Mapping):
-        return sum(map(_count_bytes, value.values()))
-    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 0
+        return sum(map(count_bytes, value.values()))
+    return sum(map(count_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _check_bytes(path: Path) -> None:
     """Compare a file with the ledger beside it, by its contents: links have the contents of some row."""
-    ledger = path.with_suffix(".json") if path.name == AVERAGE else path.parent / LEDGER
+    if path.name == AVERAGE:
+        ledger, listed = path.with_suffix(".json"), [read_average(path.parent).get("sha256")]
+    else:
+        ledger, listed = path.parent / LEDGER, [row.sha256 for row in read_ledger(path.parent)["rows"]]
     if not ledger.is_file():
         return
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    listed = (
-        {read_json(ledger)["sha256"]}
-        if path.name == AVERAGE
-        else {row.sha256 for row in read_ledger(path.parent)["rows"]}
-    )
     if sha256 not in listed:
         raise BadInput(
             f"{path} is not the file that {ledger.name} beside it lists: it was torn or changed; use another."

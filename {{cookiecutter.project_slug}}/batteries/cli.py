@@ -50,7 +50,7 @@ def run_command(
             _end(1, f"error: {error}")
         from batteries.data import explain_lost_worker  # which needs torch: verbs that read tables start without it
 
-        if lost := explain_lost_worker(error):
+        if lost := explain_lost_worker(error):  # torch raises it wherever the signal finds this process
             _end(1, f"error: {lost}")
         _end(1, traceback.format_exc())
 

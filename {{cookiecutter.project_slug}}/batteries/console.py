@@ -1,53 +1,65 @@
-"""What a run says: lines and a progress bar on a terminal, plain lines elsewhere, and all lines in train.log."""
+"""What a run says: lines and a progress bar on a terminal, plain lines elsewhere, and all of it in train.log."""
 
 import logging
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from batteries.data import Batch
-from batteries.distributed import is_main
+from batteries.ranks import is_main, rank
 from batteries.timing import Stopwatch
 
 logger = logging.getLogger("batteries")
 
 SECONDS_BETWEEN_LINES = 30  # where there is no terminal, such as in a pipe or a batch job
 SECONDS_BETWEEN_DRAWINGS = 0.25  # of the bar: each takes some milliseconds
+CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b-\x1f\x7f]")  # ANSI, and the rest
 
 
 class Console:
-    """The voice of rank 0; the other ranks are silent."""
+    """The voice of rank 0, and the log of all: what is printed while it is open goes into `log_file`, too.
 
-    def __init__(self, log_file: Path) -> None:
+    Other ranks speak into the log alone, each line with their rank: what they print, warnings and errors. `quiet` keeps
+    all but warnings and what the user prints off the terminal.
+    """
+
+    def __init__(self, log_file: Path, quiet: bool = False) -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        self.close()
-        self.screen: Any = None
-        if not is_main():
-            logger.addHandler(logging.NullHandler())
-            return
-        self.screen = _screen()
-        logger.addHandler(_ScreenHandler(self.screen))
-        self.log = logging.FileHandler(log_file, encoding="utf-8")
-        self.log.handleError = lambda record: None  # a full disk; the screen has it all the same
-        self.log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        _let_go()
+        self.screen: Any = _screen() if is_main() else None
+        self.quiet = quiet
+        self.has_bar = False
+        self.log = _LogFile(log_file)
+        self.log.setLevel(logging.INFO if is_main() else logging.WARNING)
         logger.addHandler(self.log)
+        if self.screen is not None:
+            handler = _ScreenHandler(self.screen)
+            handler.setLevel(logging.WARNING if quiet else logging.INFO)
+            logger.addHandler(handler)
+        self._before = sys.stdout, sys.stderr
+        self._tees = _Tee(self, sys.stdout, "OUT"), _Tee(self, sys.stderr, "ERR")
+        sys.stdout, sys.stderr = self._tees  # type: ignore[assignment]
 
     def close(self) -> None:
-        """Let go of the log file."""
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-            handler.close()
+        """Give stdout and stderr back, and let go of the log file."""
+        for tee in self._tees:
+            tee.end_line()
+        if self._tees == (sys.stdout, sys.stderr):
+            sys.stdout, sys.stderr = self._before
+        _let_go()
 
-    def note(self, text: str) -> None:
-        """A line for train.log alone."""
-        self.log.emit(logging.makeLogRecord({"msg": text, "levelname": "INFO"}))
+    def note(self, text: str, level: int = logging.INFO) -> None:
+        """Lines for train.log alone."""
+        self.log.write(text, logging.getLevelName(level))
 
     def track(self, watch: Stopwatch, label: str, log_every: int) -> Iterator[Batch]:
         """Give batches on and show how far they are; metrics are read, and waited for, every `log_every` steps."""
-        if self.screen is None:
+        if self.screen is None or self.quiet:
             yield from watch
         elif self.screen.is_terminal:
             yield from self._with_bar(watch, label, log_every)
@@ -58,25 +70,29 @@ class Console:
         from rich import progress
 
         columns = [
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=max(4, self.screen.width - 72)),
+            progress.TextColumn(label),
+            progress.BarColumn(bar_width=max(4, self.screen.width - 76)),
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[status]}"),
             progress.TimeRemainingColumn(compact=True),
         ]
         # The bar is drawn when it is told so: a thread that redraws would compete with the step.
-        bar = progress.Progress(*columns, console=self.screen, transient=True, auto_refresh=False)
-        with bar:
+        quiet: dict[str, Any] = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
+        with progress.Progress(*columns, console=self.screen, transient=True, **quiet) as bar:
+            self.has_bar = True
             total, step, drawn = len(watch.batches), watch.batches.first_step, time.monotonic()
             task = bar.add_task(label, total=total, status="")
-            for batch in watch:
-                yield batch
-                step += batch.ends_step
-                if batch.ends_step and (step % log_every == 0 or step == total):
-                    bar.update(task, status=watch.status())
-                if (now := time.monotonic()) - drawn > SECONDS_BETWEEN_DRAWINGS:
-                    drawn = now
-                    bar.update(task, completed=step, refresh=True)
+            try:
+                for batch in watch:
+                    yield batch
+                    step += batch.ends_step
+                    if batch.ends_step and (step % log_every == 0 or step == total):
+                        bar.update(task, status=watch.status())
+                    if (now := time.monotonic()) - drawn > SECONDS_BETWEEN_DRAWINGS:
+                        drawn = now
+                        bar.update(task, completed=step, refresh=True)
+            finally:
+                self.has_bar = False
 
     def _with_lines(self, watch: Stopwatch, label: str) -> Iterator[Batch]:
         said, step = time.monotonic(), watch.batches.first_step
@@ -98,6 +114,78 @@ class _ScreenHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
         self.screen.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class _LogFile(logging.Handler):
+    """Appends to train.log, line by line, so that ranks may share it. A full or missing disk is no reason to end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._who = "" if is_main() else f"[rank {rank()}] "
+        try:
+            self._file: TextIO | None = path.open("a", encoding="utf-8", errors="replace", buffering=1)
+        except OSError:  # the logdir is on another machine
+            self._file = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(record.getMessage(), record.levelname)
+
+    def write(self, text: str, level: str) -> None:
+        """One line for each of `text`, with time, level and rank, without control characters."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        for line in text.splitlines() or [""]:
+            try:
+                if self._file is not None:
+                    self._file.write(f"{now} {level} {self._who}{CONTROL.sub('', line)}\n")
+            except (OSError, ValueError):  # a full disk; the terminal has it all the same
+                return
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError:
+                self._file = None
+        super().close()
+
+
+class _Tee:
+    """Stands for stdout or stderr: what is written goes where it went, above a progress bar, and into train.log."""
+
+    def __init__(self, console: Console, stream: TextIO, level: str) -> None:
+        self._console, self._stream, self._level = console, stream, level
+        self._owner = os.getpid()  # a loader's worker has a copy of the bar, and must not draw it
+        self._line = ""  # the end of what was written, not yet a whole line
+
+    def write(self, text: str) -> int:
+        """Pass on `text`."""
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._console.log.write(line.rpartition("\r")[2], self._level)
+        if self._console.screen is None:
+            return len(text)  # another rank
+        if not (self._console.has_bar and os.getpid() == self._owner):
+            self._stream.write(text)
+        elif lines:
+            self._console.screen.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        return len(text)
+
+    def end_line(self) -> None:
+        """Log what has no line's end."""
+        if self._line:
+            self._console.log.write(self._line.rpartition("\r")[2], self._level)
+            self._line = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _let_go() -> None:
+    """Close what the logger writes to."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _screen() -> Any:

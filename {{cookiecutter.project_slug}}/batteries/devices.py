@@ -12,6 +12,7 @@ import torch.utils.deterministic as deterministic_settings
 from batteries.distributed import process_group
 from batteries.errors import BadInput
 from batteries.parallel import check_sharing
+from batteries.randomness import preserved_random_state
 from batteries.ranks import local_rank, world_size
 from batteries.steps import check_precision
 
@@ -82,6 +83,38 @@ def start_process(config: Any) -> Iterator[torch.device]:
         torch.cuda.set_device(found)
     with process_group(found):
         yield found
+
+
+@contextmanager
+def preserved_settings() -> Iterator[None]:
+    """Give back what `start_process` sets, and the random state of CPU and GPUs, as they were found."""
+    environment, cudnn = os.environ.copy(), _cudnn_flags()
+    is_deterministic, fills = torch.are_deterministic_algorithms_enabled(), _fills_memory()
+    precision, anomaly = torch.get_float32_matmul_precision(), torch.is_anomaly_enabled()
+    strategy = torch.multiprocessing.get_sharing_strategy()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        with warnings.catch_warnings(), preserved_random_state():
+            yield
+    finally:
+        torch.cuda.set_rng_state_all(gpus)
+        torch.multiprocessing.set_sharing_strategy(strategy)
+        torch.autograd.set_detect_anomaly(anomaly)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(is_deterministic)
+        deterministic_settings.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+        for name, value in cudnn.items():
+            setattr(torch.backends.cudnn, name, value)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _cudnn_flags() -> dict[str, bool]:
+    return {name: getattr(torch.backends.cudnn, name) for name in ("deterministic", "benchmark", "allow_tf32")}
+
+
+def _fills_memory() -> bool:
+    return deterministic_settings.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 def _set_determinism(deterministic: bool) -> None:

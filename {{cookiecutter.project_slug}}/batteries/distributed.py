@@ -1,5 +1,8 @@
 """Many processes, one program: every function here does the obvious thing when there is only one."""
 
+import ctypes
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -9,7 +12,6 @@ import torch.distributed as dist
 
 from batteries.errors import BadInput, is_bad_input
 from batteries.ranks import is_launched, is_main, local_rank, world_size
-from batteries.ranks import rank as rank  # for who looks for it here
 
 Result = TypeVar("Result")
 
@@ -20,10 +22,17 @@ def process_group(device: torch.device) -> Iterator[None]:
     if not is_launched():
         yield
         return
+    _end_with_launcher()
     # gloo carries the objects of `on_main` and runs on a CPU; NCCL carries the gradients between GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that have gone
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM, which saves the run, where the process that started this one is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG, see man 2 prctl
 
 
 def refuse_launcher(verb: str) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: stop at the end of a step, with everything saved."""
+"""SIGTERM, SIGUSR1, Ctrl-C and a terminal that closes: stop at the end of a step, with everything saved."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import time
 from types import FrameType
 from typing import Any
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 SECONDS_APART = 1.0  # torchrun passes on to its processes a Ctrl-C that the terminal has sent them already
 
 
@@ -28,7 +28,8 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,27 +10,29 @@ from batteries.errors import BadInput
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` (without it, where `open`) to `most`, all finite."""
+    """Numbers from `least` (without it, where `open`) to `most` (without it, where `below`), all finite."""
 
     least: float
     most: float = math.inf
     open: bool = False
+    below: bool = False
 
     def holds(self, value: float) -> bool:
         """Whether `value` is one of them."""
         above = value > self.least if self.open else value >= self.least
-        return math.isfinite(value) and above and value <= self.most
+        under = value < self.most if self.below else value <= self.most
+        return math.isfinite(value) and above and under
 
     def __str__(self) -> str:
-        if self.open:
-            return f"over {self.least}" + ("" if self.most == math.inf else f", and at most {self.most}")
-        return f"{self.least} or more" if self.most == math.inf else f"{self.least} to {self.most}"
+        if self.most == math.inf:
+            return f"over {self.least}" if self.open else f"{self.least} or more"
+        return f"{self.least} or more, and under {self.most}" if self.below else f"{self.least} to {self.most}"
 
 
 Count = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(0, open=True)]
 NotNegative = Annotated[float, Range(0)]
-Share = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(0, 1, below=True)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 

@@ -3,14 +3,14 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 
-from batteries.distributed import gather_over_ranks, is_main, rank, sum_over_ranks, union_over_ranks, world_size
+from batteries.distributed import gather_over_ranks, interleave_over_ranks, sum_over_ranks, union_over_ranks
 from batteries.errors import BadInput, near
+from batteries.ranks import is_main, rank, world_size
 
 logger = logging.getLogger("batteries")
 
@@ -103,9 +103,7 @@ class Outputs:
 
     def gather(self) -> tuple[np.ndarray, np.ndarray]:
         """All that was said and all targets. Every rank has to call it; an EvalLoader deals its batches out in turn."""
-        rounds = zip_longest(*gather_over_ranks(self._batches))
-        batches = [batch for turn in rounds for batch in turn if batch is not None]
-        said, targets = zip(*batches, strict=True)
+        said, targets = zip(*interleave_over_ranks(self._batches), strict=True)
         return np.concatenate(said), np.concatenate(targets)
 
 

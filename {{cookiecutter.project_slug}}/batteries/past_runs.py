@@ -3,12 +3,11 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from batteries.checkpoints import AVERAGE, read_ledger
+from batteries.checkpoints import AVERAGE, read_average, read_ledger
 from batteries.cli import from_json
 from batteries.errors import BadInput, near
-from batteries.files import read_json
 
 Config = TypeVar("Config")
 
@@ -54,12 +53,6 @@ def best_score(folder: Path) -> float | None:
 def average_score(folder: Path) -> float | None:
     """The validation score of a stage's average."""
     return read_average(folder).get("score")
-
-
-def read_average(folder: Path) -> dict[str, Any]:
-    """What average.py noted of swa.pth: its bytes and sha256, its score and what it was made of."""
-    path = (folder / AVERAGE).with_suffix(".json")
-    return read_json(path) if path.is_file() else {}
 
 
 def _best(names: Sequence[str], score_of: Callable[[str], float | None], minimize: bool) -> str:

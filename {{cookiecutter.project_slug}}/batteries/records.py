@@ -1,43 +1,106 @@
 """What a run was started from: command, code, versions and machine."""
 
+import hashlib
+import json
+import logging
 import os
 import platform
+import secrets
 import shlex
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from batteries.files import read_json, write_atomically, write_text
 from batteries.ranks import world_size
+
+logger = logging.getLogger("batteries")
 
 ROOT = Path(__file__).parent.parent
 
 
-def describe_run(device: torch.device, seed: int) -> dict[str, Any]:
+class Record:
+    """What is known of a run: run.json, git.diff and packages.txt in `logdir`. Rank 0 alone has one."""
+
+    def __init__(self, logdir: Path) -> None:
+        self.logdir = logdir
+        self.values: dict[str, Any] = {}
+        self.earlier_exit: str | None = None  # of a run that goes on
+
+    def begin(self, about: Mapping[str, Any], resumed: bool) -> None:
+        """Write what the run is started from; where it goes on, its id and its first start stay."""
+        path = self.logdir / "run.json"
+        earlier = read_json(path) if resumed and path.is_file() else {}
+        difference = uncommitted()
+        self.values = {"id": secrets.token_hex(4), **describe_process(), "git_dirty": None, **about}
+        if self.values["git_commit"] is not None:
+            self.values["git_dirty"] = bool(difference)
+        if earlier:
+            self.earlier_exit = earlier.get("exit")
+            kept = {name: earlier[name] for name in ("id", "start", "best") if name in earlier}
+            self.values |= {**kept, "resumed": [*earlier.get("resumed", []), self.values["start"]]}
+        self.write()
+        if difference:
+            write_atomically(self.logdir / "git.diff", lambda file: file.write(difference))
+        if not earlier:
+            write_text(self.logdir / "packages.txt", packages())
+
+    def write(self, **values: Any) -> None:
+        """Add `values`, and put all into run.json."""
+        self.values |= values
+        try:
+            write_text(self.logdir / "run.json", json.dumps(self.values, indent=2) + "\n")
+        except OSError as error:  # why a run ended is not hidden by this
+            logger.warning(f"{self.logdir / 'run.json'} cannot be written: {error.strerror}.")
+
+
+def describe_process() -> dict[str, Any]:
     """Command, code, versions and machine, as run.json keeps them."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "command": shlex.join(sys.argv),
-        "git_commit": (_git("rev-parse", "HEAD") or b"").decode().strip() or None,
+        "git_commit": _git_line("rev-parse", "HEAD"),
+        "git_branch": _git_line("symbolic-ref", "--short", "HEAD"),
         "versions": versions(),
+        "driver": gpu_driver(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "device": str(device),
-        "gpu": gpu,
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "world_size": world_size(),
         "threads": torch.get_num_threads(),
-        "seed": seed,
         "skipped_steps": None,
         "start": now(),
         "end": None,
         "exit": None,
     }
+
+
+def gpu_driver() -> str | None:
+    """The version of NVIDIA's driver; None without one."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, check=True, text=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def packages() -> str:
+    """All installed packages, as `pip freeze` says them, for `pip install -r`."""
+    found = {f"{one.name}=={one.version}" for one in metadata.distributions() if one.name}
+    return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
+
+
+def hash_config(config: Mapping[str, Any], without: Sequence[str]) -> str:
+    """Names a recipe: 12 characters that two runs share whose knobs, but for those in `without`, are equal."""
+    recipe = {name: value for name, value in config.items() if name not in without}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def versions() -> dict[str, str | None]:
@@ -84,6 +147,10 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _git_line(*arguments: str) -> str | None:
+    return (_git(*arguments) or b"").decode().strip() or None
 
 
 def now() -> str:

@@ -7,7 +7,7 @@ enough.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -118,21 +118,41 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
+def check_lines(path: Path, stages: Sequence[str], found: Found) -> None:
+    """Raise BadInput where the metrics of the last epoch before the cursor are neither in `path` nor still to write."""
+    if found.checkpoint is None:
+        return
+    stage, epoch, step = found.cursor
+    name, last = found.checkpoint["stage"], found.checkpoint["epoch"]
+    if step > 0:
+        name, last = (name, epoch - 1) if epoch > 1 else (stages[stage - 1] if stage else "", None)
+    if not name:
+        return
+    records = [record for _, record in read_lines(path)]
+    records += [json.loads(line) for file, line in found.checkpoint["resume"]["unwritten"] if file == path.name]
+    if not any(record["stage"] == name and last in (None, record["epoch"]) for record in records):
+        raise BadInput(f"{path} lacks the epoch before that of {found.name}; put it back, or use another --logdir.")
+
+
 def cut_lines(path: Path, stages: Sequence[str], cursor: Cursor) -> None:
     """Drop from a .jsonl file what comes at or after the cursor, and a line that a kill has torn."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise BadInput(
-                f"{path} is damaged in line {len(kept) + 1}; put it back, or use another --logdir."
-            ) from None
+    for line, record in read_lines(path):
         if record["stage"] not in stages or (stages.index(record["stage"]), record["epoch"]) >= cursor[:2]:
             break
         kept.append(line)
     write_text(path, "".join(kept))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a .jsonl file and what it holds, up to one that a kill has torn. Raises BadInput for another."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            return
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            raise BadInput(f"{path} is damaged in line {number}; put it back, or use another --logdir.") from None

@@ -1,9 +1,11 @@
 """The folder of one run: what was asked for, what it ran on, and what came out."""
 
 import json
+import logging
 import math
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,21 +18,34 @@ from batteries.checkpoints import CheckpointManager, best_of, check_architecture
 from batteries.cli import to_json
 from batteries.console import Console, logger
 from batteries.data import Batch, Epoch
-from batteries.distributed import Agreement, is_main, on_main, world_size
-from batteries.errors import BadInput, RunFailed, is_out_of_memory, shorten
-from batteries.files import DiskFull, Lock, append_text, is_disk_full, read_json, write_atomically, write_text
-from batteries.interrupts import SIGNALS, Interrupts, Stopped
+from batteries.distributed import Agreement, on_main
+from batteries.errors import BadInput, RunFailed, is_bad_input, is_out_of_memory, shorten
+from batteries.files import Lock, read_json, write_text
+from batteries.interrupts import Interrupts, Stopped
+from batteries.lines import Lines
 from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
-from batteries.records import describe_run, now, peak_memory, uncommitted, versions, what_changes_rounding
-from batteries.resume import Cursor, Found, check_same_run, cut_lines, find_newest
+from batteries.ranks import is_main, world_size
+from batteries.records import Record, hash_config, now, peak_memory, versions, what_changes_rounding
+from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest, read_lines
 from batteries.state import TrainState
 from batteries.steps import HALVINGS, MOST_SKIPPED, GradientWatch
+from batteries.summaries import (
+    describe_code,
+    describe_device,
+    describe_end,
+    describe_model,
+    describe_stages,
+    describe_weights,
+    end_lines,
+    epoch_line,
+    improvement,
+)
 from batteries.timing import Stopwatch, profile_steps
-from batteries.trackers import Backend, NoTracker, check_tracker, make_tracker
+from batteries.trackers import TrackedRun, Trackers, check_trackers
 from batteries.weights import load_pretrained
 
-SAVE = 1  # a wish below any signal's number
+SAVE = 1  # the wish for a checkpoint; that for an end by a signal is SAVE and its number
 LOG_EVERY = 20  # steps between two reads of the metrics for the progress bar: each waits for the device
 
 
@@ -62,7 +77,9 @@ class Run:
         self.model_args = dict(model_args)
         self.data = data
         self.split = dict(split)
-        self.tracker: Backend = NoTracker()
+        self.trackers = Trackers()
+        self.record, self.lines = Record(self.logdir), Lines(self.logdir)
+        self.stopped_early = False
         self.timing: dict[str, float] = {}
         self.total_step = self.offset = 0  # optimizer steps of the run, and those before this stage
         self.agreement, self.interrupts = Agreement(), Interrupts()
@@ -71,19 +88,17 @@ class Run:
         self.gradients, self.profiled, self.lr = GradientWatch(), False, math.nan
         self.not_pretrained: list[str] = []
         self.skipped: dict[str, list[str]] = {}  # the steps of the present row of skipped ones, and their samples
-        self.unwritten: list[list[str]] = []  # file and line, where the disk was full
         self.lock = Lock(self.logdir / ".lock")
-        check_tracker(self.config["tracker"])
+        check_trackers(self.config["tracker"])
+        self.config_hash = hash_config(self.config, without=may_change)
         self.found = on_main(lambda: self._find(may_change))
         self.cursor = self.found.cursor
 
     def __enter__(self) -> "Run":
         on_main(self._start)
-        self.console = Console(self.logdir / "train.log")
+        self.console = Console(self.logdir / "train.log", self.config["quiet"])
         if is_main():
-            checkpoint = self.found.checkpoint
-            purge_step = None if checkpoint is None else checkpoint["resume"]["total_step"] + 1
-            self.tracker = make_tracker(self.config["tracker"], self.logdir, purge_step)
+            self._start_trackers()
         for message in self.found.messages:
             logger.warning(message)
         self.interrupts.__enter__()
@@ -91,18 +106,43 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.interrupts.__exit__()
+        outcome = describe_end(error, self.stopped_early)
         if is_main():
             self._finish_writing()
-            self.tracker.finish()
-            outcome = _describe_end(kind, error)
-            self._write_record(end=now(), exit=outcome, skipped_steps=self.gradients.skipped)
-            self.console.note(outcome)
+            self.trackers.finish(failed=error is not None and not isinstance(error, Stopped))
+            self.record.write(end=now(), exit=outcome, skipped_steps=self.gradients.skipped)
             self.lock.release()
+        self._note_end(outcome, error)
         self.console.close()
         if error is not None and is_out_of_memory(error):
             raise BadInput(self._how_to_fit()) from error
         if kind not in (None, Stopped) and self.interrupts.received:
             signal.raise_signal(self.interrupts.received)  # torchrun's: another rank failed, and will say why
+
+    def _note_end(self, outcome: str, error: BaseException | None) -> None:
+        """The end in train.log, for a bug with its traceback: the terminal shows it when the log is closed."""
+        if error is None or isinstance(error, Stopped):
+            if is_main():
+                self.console.note(outcome)
+            return
+        told = isinstance(error, RunFailed) or is_bad_input(error)
+        text = outcome if told else "".join(traceback.format_exception(error)) + outcome
+        self.console.note(text, logging.ERROR)
+
+    def _start_trackers(self) -> None:
+        """Begin, or go on in the same run of each tracker, and give it what it has not yet."""
+        checkpoint = self.found.checkpoint
+        resumed_at = None if checkpoint is None else checkpoint["resume"]["total_step"]
+        record = self.record.values
+        self.trackers = Trackers(self.config["tracker"])
+        self.trackers.start(
+            TrackedRun(record["id"], self.logdir, self.config, record, self.config["main_metric"], resumed_at)
+        )
+        offset = last = 0
+        for _, line in read_lines(self.logdir / "metrics.jsonl"):
+            offset = offset + last if line["epoch"] == 1 else offset
+            last = line["step"]
+            self._log_point(line, offset + last)
 
     def _how_to_fit(self) -> str:
         """What to do where the device has not enough memory: the same steps in smaller pieces."""
@@ -142,36 +182,21 @@ class Run:
         """What will run, before the first step; `samples` counts each split."""
         if not is_main():
             return
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         logger.info(f"logdir   {self.logdir}")
-        logger.info(f"device   {self._describe_device()}")
+        logger.info(f"device   {describe_device(self.device, self.config)}")
         logger.info(f"data     {', '.join(f'{name} {count:,}' for name, count in samples.items())}")
-        logger.info(f"model    {type(self.model).__name__}, {parameters:,} parameters")
-        logger.info(f"weights  {self._describe_weights()}")
-        logger.info(f"code     git {self.record['git_commit'] or 'without a commit'}, torch {torch.__version__}")
-
-    def _describe_device(self) -> str:
-        """What computes, how many of it, and in which precision."""
-        wrapper = " with DistributedDataParallel" if world_size() > 1 else ""
-        if self.config["data_parallel"]:
-            alone = "" if self.device.type == "cuda" else ", which has no GPU to share the work with"
-            wrapper = f" with DataParallel{alone}"
-        compiled = ", compiled" if self.config["compile"] else ""
-        threads = f"{world_size()} x {torch.get_num_threads()} threads"
-        return f"{self.device}, {threads}{wrapper}, {self.config['precision']}{compiled}"
+        logger.info(f"model    {describe_model(self.model)}")
+        logger.info(f"weights  {describe_weights(self.config, self.found, self.not_pretrained)}")
+        logger.info(f"stages   {describe_stages(self.config)}")
+        logger.info(f"code     {describe_code(self.record.values)}")
+        parts = "train/valid/valid_ema" if self.config["ema_decay"] is not None else "train/valid"
+        logger.info(f"epochs   each metric as {parts}")
 
     def log_image(self, name: str, make: Callable[[], Any]) -> None:
-        """A picture for the tracker at the start of a run, uint8 (3, H, W); made where there is a tracker for it."""
-        wanted = is_main() and self.config["tracker"] != "none" and self.found.checkpoint is None
-        if wanted and (array := make()) is not None:
-            self.tracker.image(name, array, 0)
+        """A picture for the trackers, a uint8 tensor (3, H, W) or None; made where there is a tracker for it."""
+        self.trackers.image(name, make, self.total_step)
 
-    def begin_stage(
-        self,
-        number: int,
-        state: TrainState,
-        checkpoints: CheckpointManager,
-    ) -> Cursor:
+    def begin_stage(self, number: int, state: TrainState, checkpoints: CheckpointManager) -> Cursor:
         """Where to begin in stage `number`; what the run was cut in is put back into `state`."""
         self.state, self.checkpoints = state, checkpoints
         self.stage = number
@@ -194,19 +219,6 @@ class Run:
     def has_begun(self, stage: int) -> bool:
         """Whether stage `stage` (from 0) was begun when the run was cut: then its weights are in the checkpoint."""
         return self.found.checkpoint is not None and stage <= self.cursor.stage
-
-    def _describe_weights(self) -> str:
-        """Where the first weights come from, and where a resumed run goes on."""
-        if self.found.checkpoint is None:
-            random = f"random, from seed {self.config['seed']}"
-            other = self.config["init_from"] or self.config["pretrained"]
-            return f"{other}; {random}: {shorten(self.not_pretrained)}" if self.not_pretrained else other or random
-        stages, (stage, epoch, step) = self.config["stages"], self.cursor
-        if epoch <= stages[stage]["epochs"]:
-            return f"resumed from {self.found.name}, in {stages[stage]['name']} epoch {epoch} after {step} steps"
-        if stage + 1 < len(stages):
-            return f"resumed from {self.found.name}, the end of {stages[stage]['name']}"
-        return f"resumed from {self.found.name}: finished already"
 
     def track(self, batches: Epoch, metrics: Averages) -> Iterator[Batch]:
         """Give `batches` on, show how far they are, keep the time for `log_epoch`, and save within the epoch."""
@@ -282,7 +294,7 @@ class Run:
             "world_size": world_size(),
             "versions": versions(),
             "total_step": self.offset + step,
-            "unwritten": self.unwritten,
+            "unwritten": self.lines.unwritten,
             "skipped": self.gradients.skipped,
             "row": self.skipped,
             "lr": self.lr,
@@ -305,8 +317,10 @@ class Run:
         """A checkpoint within the epoch where one is due; where a signal came, one before the end. All ranks agree."""
         if self.step % LOG_EVERY == 0:
             self._look_at_gradients()
-            self._log_curves(metrics)
-        agreed = self.agreement(self.interrupts.received or self._due_by_clock())
+            if self.step < len(self.batches):  # the end of an epoch has a point of its own
+                self._log_curves(metrics)
+        received = self.interrupts.received
+        agreed = self.agreement(SAVE + received if received else self._due_by_clock())
         every = self.config["checkpoint_every_steps"]
         due_by_count = every is not None and self.step % every == 0 and self.step < len(self.batches)
         if agreed == SAVE and self.step == len(self.batches):
@@ -318,87 +332,77 @@ class Run:
         checkpoint = self._make_checkpoint(cursor.epoch, self._step_of_stage(), {}, cursor, metrics.state())
         self.checkpoints.save(checkpoint)
         self.saved_at = time.monotonic()
-        if agreed in SIGNALS:
+        if agreed > SAVE:
             self.checkpoints.wait()
-            raise Stopped(agreed)
+            raise Stopped(agreed - SAVE)
 
     def _step_of_stage(self) -> int:
         return (self.batches.key[2] - 1) * len(self.batches) + self.step
 
     def _log_curves(self, metrics: Averages) -> None:
         """One point a curve within the epoch: means since its start, on this rank."""
-        if is_main():
-            values = {**metrics.compute_local(), "lr": self.lr, "samples_per_second": self.watch.samples_per_second()}
-            values |= {"gradient_norm": self.gradients.last}
-            name = self.config["stages"][self.stage]["name"]
-            curves = {f"{name}/steps/{key}": value for key, value in values.items()}
-            self.tracker.log(curves, self.offset + self._step_of_stage())
+        if not self.trackers:
+            return
+        values = {**metrics.compute_local(), "lr": self.lr, "samples_per_second": self.watch.samples_per_second()}
+        values |= {"gradient_norm": self.gradients.last}
+        name = self.config["stages"][self.stage]["name"]
+        curves = {f"{name}/steps/{key}": value for key, value in values.items()}
+        self.trackers.log(curves, self.offset + self._step_of_stage())
 
     def _due_by_clock(self) -> int:
         """Whether it is time for a checkpoint; rank 0 looks at its clock for all."""
         minutes = self.config["checkpoint_every_minutes"]
-        if minutes is None or not is_main() or time.monotonic() - self.saved_at < 60 * minutes:
+        if minutes is None or time.monotonic() - self.saved_at < 60 * minutes or not is_main():
             return 0
         self.saved_at = time.monotonic()
         return SAVE
 
     def log_epoch(
-        self,
-        stage: str,
-        epoch: int,
-        step: int,
-        lr: float,
-        metrics: Mapping[str, Mapping[str, float]],
-        is_best: bool,
-        is_over: bool = False,
+        self, epoch: int, step: int, metrics: Mapping[str, Mapping[str, float]], score: float, is_over: bool = False
     ) -> None:
-        """One line on the terminal, in metrics.jsonl and in timings.jsonl, one point a curve in the tracker.
+        """One line on the terminal, in metrics.jsonl and in timings.jsonl, one point a curve in the trackers.
 
         `step` counts the optimizer steps of the stage; `metrics` holds those of train and valid, and of valid_ema where
         weights are averaged; `is_over` says that the stage ends early. Numbers that are not finite become null in the
         files: JSON has none.
         """
-        self.total_step = self.offset + step
+        is_best, before = self.checkpoints.is_better(score), self.checkpoints.best_score
+        self.total_step, self.stopped_early = self.offset + step, is_over
         if not is_main():
             return
-        record = {"stage": stage, "epoch": epoch, "step": step, "lr": lr}
-        record |= {name: _finite(values) for name, values in metrics.items()}
-        timing = {"stage": stage, "epoch": epoch, **self.timing}
-        self.unwritten += [["metrics.jsonl", json.dumps(record)], ["timings.jsonl", json.dumps(timing)]]
-        self._write_lines()
-        curves = {f"{stage}/{part}/{name}": value for part in metrics for name, value in metrics[part].items()}
-        self.tracker.log({**curves, f"{stage}/lr": lr}, self.total_step)
-        parts = [f"{stage} epoch {epoch}", *(f"{part}  {_means(values)}" for part, values in metrics.items())]
-        logger.info(f"{'  '.join(parts)}  {self.timing['seconds']:.1f} s{'  best' if is_best else ''}")
+        stage = self.config["stages"][self.stage]
+        line = {"stage": stage["name"], "epoch": epoch, "step": step, "lr": self.lr}
+        line |= {name: _finite(values) for name, values in metrics.items()}
+        self.lines.add("metrics.jsonl", line)
+        self.lines.add("timings.jsonl", {"stage": stage["name"], "epoch": epoch, **self.timing})
+        self._log_point(line, self.total_step)
+        label = f"{stage['name']} {epoch}/{stage['epochs']}"
+        logger.info(epoch_line(label, metrics, self.timing["seconds"], improvement(score, before, is_best)))
         if is_over:
-            logger.info(f"{stage} ends early: no better score in {self.config['patience']} epochs.")
+            logger.info(f"{stage['name']} ends early: no better score in {self.config['patience']} epochs.")
 
-    def _write_lines(self, forgiving: bool = True) -> None:
-        """Append what is not written yet. On a full disk it waits for the next epoch, and goes into checkpoints."""
-        while self.unwritten:
-            file, line = self.unwritten[0]
-            try:
-                append_text(self.logdir / file, line + "\n")
-            except OSError as error:
-                if not is_disk_full(error):
-                    raise
-                full = DiskFull(self.logdir / file, len(line))
-                if not forgiving:
-                    raise full from None
-                logger.warning(f"{full} The line is kept until there is.")
-                return
-            self.unwritten = self.unwritten[1:]
+    def _log_point(self, line: Mapping[str, Any], total_step: int) -> None:
+        """A line of metrics.jsonl as a point on each curve of the trackers."""
+        stage = line["stage"]
+        parts = [name for name in line if isinstance(line[name], Mapping)]
+        curves = {f"{stage}/{part}/{name}": value for part in parts for name, value in line[part].items()}
+        self.trackers.log({**curves, f"{stage}/lr": line["lr"]}, total_step)
 
     def finish(self, stages: Sequence[CheckpointManager]) -> float:
         """What came out, and where it is; gives the best score over all stages."""
-        on_main(lambda: self._write_lines(forgiving=False))
-        score, best = best_of(stages)
+        on_main(lambda: self.lines.write(forgiving=False))
+        score, stage = best_of(stages)
+        path = stage.best_path()
         if is_main():
+            if self.record.earlier_exit == "stopped early" and not self.timing:
+                self.stopped_early = True  # it had ended already, and nothing was trained
             finite = _finite({"score": score})
-            self.record["best"] = {"metric": best.metric, **finite, "stage": best.logdir.name, "epoch": best.best_epoch}
-        logger.info(f"best     {best.metric} {score:.4f} in {best.best_path()}")
-        if self.config["tracker"] == "tensorboard":
-            logger.info("look     scripts/tensorboard.sh")
+            best = {"metric": stage.metric, **finite, "stage": stage.logdir.name, "epoch": stage.best_epoch}
+            self.record.values["best"] = best
+            look = self.trackers.look()
+            self.trackers.finish(finite["score"], path)
+            for line in end_lines(best, path, self.logdir, look):
+                logger.info(line)
         return score
 
     def _find(self, may_change: Sequence[str]) -> Found:
@@ -409,12 +413,14 @@ class Run:
         self.lock.acquire()
         self._check_split()
         before = _read_json(self.logdir / "config.json").get("stages", self.config["stages"])
-        found = find_newest(self.logdir, [stage["name"] for stage in before])
+        names = [stage["name"] for stage in before]
+        found = find_newest(self.logdir, names)
         if found.checkpoint is not None:
             check_same_run(found.checkpoint["experiment_args"], self.config, may_change, found.cursor)
             if found.checkpoint["resume"]["data"] != self.data:
                 raise BadInput(f"--resume would change the run: the data or their split are not those of {found.name}.")
             check_architecture(found.name, found.checkpoint["model_state_dict"], self.model)
+            check_lines(self.logdir / "metrics.jsonl", names, found)
             found.messages += what_changes_rounding(found.checkpoint["resume"])
         return found
 
@@ -438,42 +444,14 @@ class Run:
         for file in ("metrics.jsonl", "timings.jsonl"):
             cut_lines(self.logdir / file, names, self.cursor)
         if self.found.checkpoint is not None:
-            kept = self.found.checkpoint["resume"]["unwritten"]
-            self.unwritten = [[file, line] for file, line in kept if line not in _read_text(self.logdir / file)]
-            self._write_lines()
-        self.record = describe_run(self.device, self.config["seed"]) | {"split": self.split}
-        if self.resume and (earlier := _read_json(self.logdir / "run.json")):
-            resumed = [*earlier.get("resumed", []), self.record["start"]]
-            self.record |= {"start": earlier["start"], "resumed": resumed}
-        self._write_record()
-        if difference := uncommitted():
-            write_atomically(self.logdir / "git.diff", lambda file: file.write(difference))
-
-    def _write_record(self, **values: str | int) -> None:
-        self.record |= values
-        try:
-            write_text(self.logdir / "run.json", json.dumps(self.record, indent=2) + "\n")
-        except OSError as error:  # why a run ended is not hidden by this
-            logger.warning(f"{self.logdir / 'run.json'} cannot be written: {error.strerror}.")
+            self.lines.restore(self.found.checkpoint["resume"]["unwritten"])
+        about = {"config_hash": self.config_hash, "device": str(self.device), "split": self.split}
+        self.record.begin({**about, "seed": self.config["seed"]}, resumed=self.resume)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _read_text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
-
-
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _describe_end(kind: type[BaseException] | None, error: BaseException | None) -> str:
-    if kind is None:
-        return "finished"
-    return str(error) if issubclass(kind, Stopped) else f"failed: {kind.__name__}: {error}"
-
-
-def _means(values: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.4f}" for name, value in sorted(values.items()))

@@ -65,13 +65,20 @@ class SplitFile:
         self.num_folds = int(self.folds.max()) + 1
 
     def select(self, fold: int) -> Split:
-        """The split in which `fold` validates and the others train. Raises BadInput where it is not there."""
+        """The split in which `fold` validates and the others train.
+
+        Raises BadInput where it is not there, or a part has no sample of a class.
+        """
+        split = self.cut(fold)
+        _check_classes(split, fold, self.dataset, str(self.path))
+        return split
+
+    def cut(self, fold: int) -> Split:
+        """The same, whatever classes are in its parts."""
         if not 0 <= fold < self.num_folds:
             raise BadInput(f"--fold {fold} is not there; use 0 to {self.num_folds - 1}. ({self.path} has these.)")
         valid, test = self.folds == fold, self.folds == TEST
-        split = Split(*(np.flatnonzero(part) for part in (~valid & ~test, valid, test)))
-        _check_classes(split, fold, self.dataset, str(self.path))
-        return split
+        return Split(*(np.flatnonzero(part) for part in (~valid & ~test, valid, test)))
 
     def write(self) -> None:
         """Keep the split in its file. What is there already is left as it is, and has to be the same."""

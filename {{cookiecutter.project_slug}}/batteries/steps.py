@@ -12,6 +12,9 @@ from batteries.errors import BadInput
 from batteries.parallel import bare
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MOST_SKIPPED = 5  # steps in a row, then the run ends
+HALVINGS = 16  # that fp16 may need besides to bring its scale of 2^16 down to one
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,10 +63,6 @@ def start_momentum(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-MOST_SKIPPED = 5  # steps in a row, then the run ends
-HALVINGS = 16  # that fp16 may need besides to bring its scale of 2^16 down to one
-
-
 class GradientWatch:
     """Counts the steps that were skipped, many at a time: a look at a norm waits for the device."""
 
@@ -102,13 +101,17 @@ class Buffers:
             before.copy_(buffer)
 
     @torch.no_grad()
-    def settle(self, finite: torch.Tensor) -> None:
-        """After a step: put them back where `finite`, shape (), is false; keep them else. No wait for a GPU."""
-        if finite.device.type == "cpu":
-            pairs = (self._before, self._buffers) if finite else (self._buffers, self._before)
+    def settle(self, norm: torch.Tensor) -> None:
+        """After a step: put them back where the gradient's `norm`, shape (), is not finite; else keep them.
+
+        No wait for a GPU.
+        """
+        if norm.device.type == "cpu":
+            pairs = (self._before, self._buffers) if math.isfinite(norm) else (self._buffers, self._before)
             for target, source in zip(*pairs, strict=True):
                 target.copy_(source)
             return
+        finite = torch.isfinite(norm)
         for before, buffer in zip(self._before, self._buffers, strict=True):
             before.copy_(torch.where(finite, buffer, before))
             buffer.copy_(before)
@@ -137,5 +140,5 @@ def take_step(
         optimizer.step()
     optimizer.zero_grad()
     if buffers is not None:
-        buffers.settle(torch.isfinite(norm))
+        buffers.settle(norm)
     return norm

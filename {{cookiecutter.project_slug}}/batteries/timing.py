@@ -1,5 +1,6 @@
 """How fast an epoch goes, and how much of that is waiting for data; a trace of a few steps."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import torch
 from batteries.data import Batch, Epoch
 from batteries.metrics import Averages
 from batteries.ranks import rank, world_size
+from batteries.records import peak_memory
+
+logger = logging.getLogger("batteries")
 
 
 class Stopwatch:
@@ -48,13 +52,14 @@ class Stopwatch:
         return (self.metrics.count - self._count) * world_size() / (time.perf_counter() - self._begin)
 
     def status(self) -> str:
-        """For the progress bar: means so far, samples a second, and the share of time spent waiting for data.
+        """For the progress bar: means so far, samples a second, the share of time spent waiting for data, peak memory.
 
         Short, so that it fits beside the bar into 80 columns.
         """
         means = " ".join(f"{name} {value:.3f}" for name, value in self.metrics.compute_local().items())
         share = self._waited / (time.perf_counter() - self._begin)
-        return f"{means} {self.samples_per_second():.0f}/s wait {share:.0%}"
+        memory = peak_memory(self.metrics.device) / 1e9
+        return f"{means} {self.samples_per_second():.0f}/s wait {share:.0%} {memory:.1f} GB"
 
 
 WAIT, WARMUP, ACTIVE = 2, 3, 5  # steps before the trace, steps that only warm the profiler up, and steps in the trace
@@ -70,12 +75,15 @@ def profile_steps(folder: Path | None) -> Iterator[Any]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    path = folder / f"trace_rank{rank()}.json"
     with torch.profiler.profile(
         activities=activities,
         schedule=torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(folder / f"trace_rank{rank()}.json")),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
         yield profiler
+    if not path.exists():
+        logger.warning(f"--profile wrote no trace: it wants an epoch of {WAIT + WARMUP + ACTIVE} steps or more.")
 
 
 class _NoProfiler:

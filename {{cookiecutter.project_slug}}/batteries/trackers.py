@@ -1,8 +1,10 @@
 """Where the curves go. A tracker that fails says so once, and the run goes on: its numbers are in metrics.jsonl too."""
 
 import logging
+import threading
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,107 +13,156 @@ from batteries.errors import BadInput
 
 logger = logging.getLogger("batteries")
 
+Tracker = Literal["tensorboard", "tensorboardx", "wandb", "mlflow", "none"]
+PACKAGES = {"tensorboardx": "tensorboardX"}  # where a package is not called like its tracker
+SECONDS_TO_FINISH = 120  # for what a tracker has still to send to a server
 
-Tracker = Literal["tensorboard", "none"]
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of the run; `resumed_at` counts its optimizer steps so far where it goes on, else None."""
+
+    id: str  # 8 characters, the same when the run goes on
+    logdir: Path
+    config: Mapping[str, Any]
+    record: Mapping[str, Any]  # run.json
+    metric: str  # the one that ranks checkpoints
+    resumed_at: int | None = None
+
+    def knobs(self) -> dict[str, Any]:
+        """The config without nesting: `stages.0.lr` is a name."""
+        return dict(_flatten(self.config))
 
 
 class Backend(Protocol):
     """What a run asks of a tracker."""
 
+    look: str  # how the user sees it: a command or an address
+
+    def start(self, run: TrackedRun) -> int:
+        """Begin, or go on with a run that was cut; gives the last step that is there already, -1 for none."""
+        ...
+
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add one point to each curve; `step` counts the optimizer steps of the run."""
 
     def image(self, name: str, array: Any, step: int) -> None:
-        """Add a picture, uint8 (3, H, W)."""
+        """Add a picture, a uint8 tensor (3, H, W)."""
 
-    def finish(self) -> None:
-        """Write what is left."""
+    def finish(self, score: float | None, best: Path | None, failed: bool) -> None:
+        """Write what is left; with the best score and its checkpoint where the run came to its end."""
 
 
-def default_tracker() -> Tracker:
+def default_trackers() -> tuple[Tracker, ...]:
     """The tracker that this project was rendered with: the first in pyproject.toml's [tool.batteries] trackers."""
     with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as file:
         trackers = tomllib.load(file)["tool"]["batteries"]["trackers"]
-    return trackers[0] if trackers else "none"
+    return tuple(trackers[:1]) or ("none",)
 
 
-def check_tracker(name: Tracker) -> None:
-    """Raise BadInput where the package of that tracker is not installed."""
-    if name != "none" and find_spec(name) is None:
-        raise BadInput(f"--tracker {name} needs the package {name}: uv add {name}, or --tracker none.")
+def check_trackers(names: Sequence[Tracker]) -> None:
+    """Raise BadInput where a tracker is named twice or beside none, or where its package is not installed."""
+    if not names or len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        raise BadInput(f"--tracker {' '.join(names)} must be none, or one or more trackers, each once.")
+    for name in names:
+        package = PACKAGES.get(name, name)
+        if name != "none" and find_spec(package) is None:
+            raise BadInput(f"--tracker {name} needs the package {package}: uv add {package}, or --tracker none.")
 
 
-def make_tracker(name: Tracker, logdir: Path, purge_step: int | None = None) -> Backend:
-    """The tracker of that name, writing under `logdir`, behind a guard that keeps its errors from the run.
+class Trackers:
+    """All trackers of a run, each behind a guard that keeps its errors from the run."""
 
-    A resumed run gives `purge_step`: points at this step and later are hidden, since they come again.
-    """
-    return NoTracker() if name == "none" else _Guarded(name, lambda: TensorBoard(logdir, purge_step))
+    def __init__(self, names: Sequence[Tracker] = ()) -> None:
+        self._guards = [_Guard(name) for name in names if name != "none"]
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._guards)
+
+    def start(self, run: TrackedRun) -> None:
+        """Begin, or go on: points that a tracker has already are not given to it again."""
+        for guard in self._guards:
+            guard.start(run)
+
+    def log(self, values: Mapping[str, float | None], step: int) -> None:
+        """One point for each value that is there."""
+        points = {name: value for name, value in values.items() if value is not None}
+        for guard in self._guards:
+            if step > guard.last_step:
+                guard.call("log", points, step)
+
+    def image(self, name: str, make: Callable[[], Any], step: int) -> None:
+        """The picture that `make` gives, a uint8 tensor (3, H, W) or None; it is made where a tracker lacks it."""
+        lacking = [guard for guard in self._guards if step > guard.last_step]
+        if lacking and (array := make()) is not None:
+            for guard in lacking:
+                guard.call("image", name, array, step)
+
+    def finish(self, score: float | None = None, best: Path | None = None, failed: bool = False) -> None:
+        """Write what is left; a tracker that cannot in two minutes is left alone."""
+        for guard in self._guards:
+            thread = threading.Thread(target=guard.call, args=("finish", score, best, failed), daemon=True)
+            thread.start()
+            thread.join(SECONDS_TO_FINISH)
+            if thread.is_alive():
+                logger.warning(f"{guard.name} has not finished after {SECONDS_TO_FINISH} s and is left alone.")
+        self._guards = []
+
+    def look(self) -> list[str]:
+        """How the user sees those that work, each way once."""
+        return list(dict.fromkeys(guard.backend.look for guard in self._guards if guard.backend is not None))
 
 
-class NoTracker:
-    """Tracks nothing."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing."""
-
-    def image(self, name: str, array: Any, step: int) -> None:
-        """Nothing."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-
-class TensorBoard:
-    """TensorBoard's own event files, by torch's writer, in `logdir`/tensorboard."""
-
-    def __init__(self, logdir: Path, purge_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(logdir / "tensorboard"), purge_step=purge_step)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """One scalar for each value."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-
-    def image(self, name: str, array: Any, step: int) -> None:
-        """One image."""
-        self.writer.add_image(name, array, step)
-        self.writer.flush()
-
-    def finish(self) -> None:
-        """Close the event file."""
-        self.writer.close()
-
-
-class _Guarded:
+class _Guard:
     """Passes calls on until one fails; warns then, once, and drops the rest."""
 
-    def __init__(self, name: str, make: Callable[[], Backend]) -> None:
-        self.name = name
-        self.tracker: Backend = NoTracker()
+    def __init__(self, name: Tracker) -> None:
+        self.name: Tracker = name
+        self.backend: Backend | None = None
+        self.last_step = -1
+
+    def start(self, run: TrackedRun) -> None:
+        """Import the library and begin."""
         try:
-            self.tracker = make()
+            self.backend = _make_backend(self.name)
+            self.last_step = self.backend.start(run)
         except Exception as error:  # noqa: BLE001 (no tracker may end a run)
             self._give_up(error)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._call("log", values, step)
-
-    def image(self, name: str, array: Any, step: int) -> None:
-        self._call("image", name, array, step)
-
-    def finish(self) -> None:
-        self._call("finish")
-
-    def _call(self, method: str, *arguments: Any) -> None:
+    def call(self, method: str, *arguments: Any) -> None:
+        """Pass one call on."""
+        if self.backend is None:
+            return
         try:
-            getattr(self.tracker, method)(*arguments)
+            getattr(self.backend, method)(*arguments)
         except Exception as error:  # noqa: BLE001 (no tracker may end a run)
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        logger.warning(f"{self.name} failed ({error}) and is left out from here on; metrics.jsonl has the rest.")
-        self.tracker = NoTracker()
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logger.warning(f"{self.name} failed ({reason}) and is left out from here on; metrics.jsonl has the rest.")
+        self.backend = None
+
+
+def _make_backend(name: Tracker) -> Backend:
+    from batteries import backends
+
+    makers: dict[str, Callable[[], Backend]] = {
+        "tensorboard": lambda: backends.TensorBoard("torch.utils.tensorboard", "tensorboard"),
+        "tensorboardx": lambda: backends.TensorBoard("tensorboardX", "tensorboardx"),
+        "wandb": backends.Wandb,
+        "mlflow": backends.MLflow,
+    }
+    return makers[name]()
+
+
+def _flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """(name, value) for each plain value in nested mappings and lists of mappings."""
+    if isinstance(value, Mapping):
+        pairs = value.items()
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        pairs = enumerate(value)
+    else:
+        return [(name, value)]
+    return [found for key, item in pairs for found in _flatten(item, f"{name}.{key}" if name else str(key))]

@@ -28,17 +28,17 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Let all parameters learn but those of the modules with these names (`layer1`, `layer4.0`)."""
+def freeze(model: nn.Module, names: Sequence[str], flag: str = "--stages.0.freeze") -> None:
+    """Let all parameters learn but those of the modules with these names (`layer1`, `layer4.0`); errors name `flag`."""
     modules = dict(bare(model).named_modules())
     for name in names:
         if not name or name not in modules:
-            raise BadInput(f"--stages: freeze {name!r} is no module of the model{near(name, modules) or '.'}")
+            raise BadInput(f"{flag} {name!r} is no module of the model{near(name, modules) or '.'}")
     model.requires_grad_(True)
     for name in names:
         modules[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise BadInput(f"--stages: freeze {', '.join(names)} leaves nothing to learn.")
+        raise BadInput(f"{flag} {' '.join(names)} leaves nothing to learn.")
 
 
 def train_mode(model: nn.Module, frozen: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from train import Config
 
 SIZE, BATCH_SIZE, EPOCHS = 57, 16, 3  # the last step of an epoch has 9 samples
 CPU = torch.device("cpu")
-CONFIG = Config(tracker="none")
+CONFIG = Config(tracker=("none",))
 
 
 class Run:

@@ -84,7 +84,7 @@ def _run_command(main: Any, config_class: type, command: tuple[str, ...], out: P
     torch.set_num_threads(1)
     sys.stdout, sys.stderr = out.open("w"), err.open("w")
     try:
-        run_command(main, config_class, repeats=command[0] == "train.py")
+        run_command(main, config_class, repeats=command[0] in ("train.py", "check.py"))
     finally:
         sys.stdout.close()
         sys.stderr.close()

@@ -25,6 +25,7 @@ from batteries import BadInput, CheckpointManager, checkpoints, load_checkpoint,
 from batteries.background import HostBuffers, Writer
 from batteries.cli import to_json
 from batteries.files import append_text
+from batteries.lines import Lines
 from train import Config, Stage
 
 
@@ -125,7 +126,7 @@ def config(monkeypatch, tmp_path) -> Config:
         stages=(Stage("stage0", 4, 1e-2),),
         data_dir=make_data(tmp_path / "data"),
         device="cpu",
-        tracker="none",
+        tracker=("none",),
         num_workers=0,
         limit_batches=2,
         save_n_best=1,
@@ -273,7 +274,7 @@ def test_lines_that_found_no_room_come_back_with_a_resumed_run(config, small_dis
     command(config)
     wanted = final_state(config.logdir)
     config = dataclasses.replace(config, logdir=small_disk / "run")
-    append, process = train.Run._write_lines, train.CheckpointManager.process
+    write, process = Lines.write, train.CheckpointManager.process
 
     def process_and_die(self, score, epoch, checkpoint):
         process(self, score, epoch, checkpoint)
@@ -281,13 +282,11 @@ def test_lines_that_found_no_room_come_back_with_a_resumed_run(config, small_dis
             self.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(
-        train.Run, "_write_lines", lambda *_, **__: None
-    )  # as on a full disk, with room for checkpoints
+    monkeypatch.setattr(Lines, "write", lambda *_, **__: None)  # as on a full disk, with room for checkpoints
     monkeypatch.setattr(train.CheckpointManager, "process", process_and_die)
     assert command(config).code == -signal.SIGKILL
     assert not (config.logdir / "metrics.jsonl").exists()
-    monkeypatch.setattr(train.Run, "_write_lines", append)
+    monkeypatch.setattr(Lines, "write", write)
     monkeypatch.setattr(train.CheckpointManager, "process", process)
     assert command(config, "--resume").code == 0
     assert final_state(config.logdir) == wanted

@@ -53,7 +53,7 @@ def runs(tmp_path_factory, small_model):
     folder, data_dir = tmp_path_factory.mktemp("runs"), make_data(tmp_path_factory.mktemp("data"))
     for fold in (0, 1):
         config = Config(
-            stages=STAGES, data_dir=data_dir, logdir=folder / f"fold_{fold}", fold=fold, tracker="none", device="cpu"
+            stages=STAGES, data_dir=data_dir, logdir=folder / f"fold_{fold}", fold=fold, tracker=("none",), device="cpu"
         )
         run_ranks(1, lambda config=config: train.main(config), join=False)
     return [folder / "fold_0", folder / "fold_1"]

@@ -348,7 +348,7 @@ def config(monkeypatch, tmp_path) -> Config:
         stages=(Stage("stage0", 3, 1e-2),),
         data_dir=make_data(tmp_path / "data"),
         device="cpu",
-        tracker="none",
+        tracker=("none",),
         num_workers=0,
         batch_size=16,  # small data have few steps else
         limit_batches=6,
@@ -385,7 +385,10 @@ def test_many_skipped_steps_in_a_row_end_the_run_and_name_their_samples(config, 
     assert {len(samples) for samples in steps.values()} == {config.batch_size}
     known = set(train.load_dataset(config.data_dir).ids)
     assert all(set(samples) <= known for samples in steps.values())
-    assert "failed: RunFailed: " in json.loads((config.logdir / "run.json").read_text())["exit"]
+    assert (
+        "failed: 5 steps in a row, up to stage0 1/3 step 5, had no finite gradient"
+        in json.loads((config.logdir / "run.json").read_text())["exit"]
+    )
 
 
 def test_the_samples_of_a_step_are_those_that_the_model_saw():
@@ -579,6 +582,12 @@ def test_out_of_memory_says_how_the_same_steps_fit(config, monkeypatch):
         "error: cpu has not enough memory for micro-batches of 24 samples; give --accumulation-steps 4 beside "
         "--batch-size 48: micro-batches of 12, and the same steps."
     )
+
+
+def test_an_epoch_too_short_for_a_profile_is_said(config):
+    end = command(dataclasses.replace(config, limit_batches=3), "--profile")
+    assert end.code == 0, end.err
+    assert "--profile wrote no trace: it wants an epoch of 10 steps or more." in end.out
 
 
 def test_a_profile_is_a_trace_of_a_few_steps(config):

@@ -49,9 +49,9 @@ def run_script(script: Path | str, *flags: str, folder: Path, **extra: str) -> s
 @pytest.mark.parametrize(
     ("script", "world_size", "wrapper"),
     [
-        ("train_device.sh", 1, "threads\n"),
+        ("train_device.sh", 1, "threads, fp32\n"),
         ("train_dp.sh", 1, "threads with DataParallel"),
-        ("train_ddp.sh", 2, "threads with DistributedDataParallel\n"),
+        ("train_ddp.sh", 2, "threads with DistributedDataParallel, fp32\n"),
     ],
 )
 def test_each_script_shows_its_command_and_trains_from_any_folder(script, world_size, wrapper, data_flags, tmp_path):
@@ -122,6 +122,18 @@ def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
     assert not processes_of_session(process.pid)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+def test_ranks_save_the_run_and_end_when_their_launcher_is_killed(data_flags, tmp_path):
+    with start_script("train_ddp.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
+        wait_for_metrics(tmp_path / "run")
+        os.kill(process.pid, signal.SIGKILL)
+        until = time.monotonic() + 60
+        while processes_of_session(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not processes_of_session(process.pid)
+    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == "preempted by SIGTERM"
+
+
 def test_a_config_with_a_device_keeps_it_unless_told_otherwise(tmp_path):
     (tmp_path / "config.json").write_text('{"device": "cuda:7"}')
     flags = ["--config", str(tmp_path / "config.json"), "--logdir", str(tmp_path / "run")]
@@ -165,7 +177,7 @@ def test_a_signal_saves_the_run_ends_all_processes_and_is_said_once(script, name
     assert messages == f"stopped by {name}; the run is saved, --resume goes on with it.\n"
     assert process.returncode == 128 + number
     assert not processes_of_session(process.pid)
-    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == f"stopped by {name}"
+    assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == f"preempted by {name}"
     ledger = json.loads((tmp_path / "run/stage0/checkpoints.json").read_text())["checkpoints"][-1]
     written = (tmp_path / "run/stage0" / ledger["file"]).read_bytes()
     assert hashlib.sha256(written).hexdigest() == ledger["sha256"]

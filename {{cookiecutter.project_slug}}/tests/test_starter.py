@@ -13,7 +13,7 @@ from small_data import TEST_FILES, change_one_sample, make_data
 import train
 from batteries import EvalLoader, SplitFile
 from batteries.splits import TEST, UNKNOWN
-from batteries.trackers import default_tracker
+from batteries.trackers import default_trackers
 from experiment.augmentations import MEAN, STD, normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import make_folds
@@ -96,7 +96,7 @@ def test_two_epochs_score_far_over_chance(monkeypatch, dataset, data_dir, tmp_pa
         data_dir=data_dir,
         split_file=tmp_path / "splits.csv",
         logdir=tmp_path / "run",
-        tracker="none",
+        tracker=("none",),
         device="cpu",
         num_workers=0,
     )
@@ -118,7 +118,7 @@ def test_training_opens_no_test_file_and_trains_where_they_are_rubbish(monkeypat
     for name in TEST_FILES:
         (data_dir / name).write_bytes(b"rubbish")
     flags = ["--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run")]
-    flags += ["--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu", "--tracker", default_tracker()]
+    flags += ["--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu", "--tracker", *default_trackers()]
     end = run_train(train.main, Config, *flags)
     assert end.code == 0, end.err
     dataset = load_dataset(data_dir)

@@ -1,0 +1,49 @@
+"""The .jsonl files of a run, one object a line, which a full disk does not lose."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from batteries.files import DiskFull, append_text, is_disk_full
+
+logger = logging.getLogger("batteries")
+
+
+class Lines:
+    """Appends to files in `logdir`. On a full disk lines wait for the next call, and go into checkpoints meanwhile."""
+
+    def __init__(self, logdir: Path) -> None:
+        self.logdir = logdir
+        self.unwritten: list[list[str]] = []  # file and line
+
+    def add(self, file: str, record: Mapping[str, Any]) -> None:
+        """One more line."""
+        self.unwritten += [[file, json.dumps(record)]]
+        self.write()
+
+    def restore(self, unwritten: list[list[str]]) -> None:
+        """Go on with what a checkpoint kept; a line that came into its file after all is not written twice."""
+        self.unwritten = [[file, line] for file, line in unwritten if line not in _read_text(self.logdir / file)]
+        self.write()
+
+    def write(self, forgiving: bool = True) -> None:
+        """Append what is not written yet. Raises DiskFull where there is no room, or only warns."""
+        while self.unwritten:
+            file, line = self.unwritten[0]
+            try:
+                append_text(self.logdir / file, line + "\n")
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                full = DiskFull(self.logdir / file, len(line))
+                if not forgiving:
+                    raise full from None
+                logger.warning(f"{full} The line is kept until there is.")
+                return
+            self.unwritten = self.unwritten[1:]
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
