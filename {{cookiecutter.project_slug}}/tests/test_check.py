@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import CHANNELS
 from pictures import patterned
-from processes import run_train
+from processes import run_ranks, run_train
 from small_data import make_data
 from torch import nn
 from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
@@ -31,7 +31,7 @@ from batteries.data_checks import (
 )
 from batteries.errors import RunFailed
 from batteries.machine_checks import Length, Speed, duration, kept_checkpoints, loader_keeps_up, run_takes, seconds_each
-from batteries.model_checks import differences, learns_by_heart, nearest_folder
+from batteries.model_checks import checkpoint_comes_back, differences, learns_by_heart, nearest_folder
 from batteries.splits import SplitFile, to_csv
 
 SIZE = 160
@@ -392,6 +392,21 @@ def test_what_is_frozen_in_all_stages_needs_no_gradient_and_what_learns_in_one_d
     assert gradients(("branch",), ()).outcome == "fail"
 
 
+def test_a_branch_behind_a_gate_that_opens_in_a_later_stage_is_reached(make_bench):
+    class Gated(nn.Module):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.trunk, self.branch = small_model(num_classes), small_model(num_classes)
+            self.gate = nn.Linear(num_classes, num_classes, bias=False)
+            nn.init.zeros_(self.gate.weight)
+
+        def forward(self, images):
+            return self.trunk(images) + self.gate(self.branch(images))
+
+    stages = check.Stage("one", 1, 0.1, freeze=("gate",)), check.Stage("two", 1, 0.1)
+    assert make_bench(model=Gated, stages=stages).gradients() == Row("pass", "all 13 parameters have one")
+
+
 class Forgetful(nn.Sequential):
     """Computes with numbers that are in no state_dict."""
 
@@ -434,6 +449,20 @@ def test_a_model_whose_state_does_not_survive_its_checkpoint_fails(make_bench, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_loaded_otherwise_than_it_was_saved_is_named_even_where_no_two_runs_are_equal(make_bench, tmp_path):
+    def forget(model, keys) -> None:
+        nn.init.zeros_(model[3].weight)
+
+    def forgetful(num_classes):
+        model = small_model(num_classes)
+        model.register_load_state_dict_post_hook(forget)
+        return model
+
+    bench = make_bench(model=forgetful)
+    row = checkpoint_comes_back(tmp_path, lambda stream: bench.make_state(bench.first, 1, stream), bench.pack, None)
+    assert (row.outcome, row.seen) == ("fail", "loaded otherwise than saved: model_state_dict.3.weight")
+
+
 def test_an_optimizer_whose_state_does_not_survive_its_checkpoint_fails(make_bench, monkeypatch):
     bench = make_bench(ema_decay=0.9)
     assert bench.checkpoint().outcome == "pass"
@@ -468,6 +497,7 @@ def test_differences_are_found_bit_for_bit_and_by_name():
         "b.c",
     ]
     assert differences(torch.zeros(2), torch.zeros(2, dtype=torch.float64), "x") == ["x"]
+    assert differences(torch.zeros(2), torch.zeros(2, dtype=torch.int32), "x") == ["x"]
     assert differences([1], [1, 2], "y.") == ["y"]
 
 
@@ -552,15 +582,20 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_fails(make_bench, monkeypa
     assert asked == [tmp_path]
 
 
-def test_the_size_of_a_checkpoint_is_nearly_that_of_its_file(make_bench, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_size_of_a_checkpoint_is_nearly_that_of_the_file_that_a_run_writes(
+    make_bench, monkeypatch, tmp_path, optimizer
+):
     def model(num_classes):
-        return nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * 64, 2000), nn.BatchNorm1d(2000), nn.Linear(2000, 4))
+        return nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * 64, 4000), nn.BatchNorm1d(4000), nn.Linear(4000, 4))
 
-    bench = make_bench(model=model, ema_decay=0.9)
-    state = bench.make_state(bench.first, 1)
-    said = machine_checks.count_state_bytes(state, bench.pack)
-    size, _ = save_checkpoint(tmp_path / "x.pth", bench.pack(state))
-    assert said == pytest.approx(size, rel=0.02)
+    stage = check.Stage("only", 1, 0.01)
+    bench = make_bench(model=model, ema_decay=0.9, limit_batches=2, stages=(stage,), optimizer=optimizer)
+    said = machine_checks.count_state_bytes(bench.make_state(stage, 1), bench.pack)
+    for name in ("load_dataset", "build_model"):
+        monkeypatch.setattr(train, name, getattr(check, name))
+    run_ranks(1, lambda: train.main(bench.options), join=False)
+    assert said == pytest.approx((bench.options.logdir / "only/last.pth").stat().st_size, rel=0.02)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 4, 9])
