@@ -340,11 +340,12 @@ def test_another_run_is_not_resumed_and_the_difference_is_named(cut_run, changes
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_other_data_are_not_resumed(cut_run, monkeypatch):
+def test_other_data_are_not_resumed(cut_run, monkeypatch, tmp_path):
     load_dataset = train.load_dataset
 
     def load_changed(data_dir):
-        return change_one_sample(load_dataset(data_dir))
+        shutil.copytree(data_dir, tmp_path / "changed")
+        return change_one_sample(load_dataset(tmp_path / "changed"))
 
     monkeypatch.setattr(train, "load_dataset", load_changed)
     end = resume(cut_run)
@@ -357,7 +358,8 @@ def test_a_split_file_that_was_edited_since_is_not_resumed(cut_run, change):
     path = cut_run.split_file
     header, first, second, *rows = path.read_text().splitlines()
     if change == "another fold":
-        second = ",".join([*second.split(",")[:2], str((int(second.split(",")[2]) + 2) % 5)])
+        name, target, fold, *group = second.split(",")
+        second = ",".join([name, target, str((int(fold) + 2) % 5), *group])
     path.write_text("\n".join([header, second, first, *rows]) + "\n")
     if change == "another file":
         cut_run = dataclasses.replace(cut_run, split_file=path.rename(path.with_name("other.csv")))
