@@ -74,7 +74,7 @@ def make_bench(monkeypatch, tmp_path, cpu):
         monkeypatch.setattr(train, "train_transform", lambda size=None: None)
         monkeypatch.setattr(check, "load_dataset", lambda folder: dataset)
         monkeypatch.setattr(check, "build_model", model)
-        values = {"batch_size": 16, "tracker": "none", "device": "cpu", "logdir": tmp_path / "logs/run"}
+        values = {"batch_size": 16, "tracker": ("none",), "device": "cpu", "logdir": tmp_path / "logs/run"}
         return check.Bench(check.Options(**{**values, "split_file": tmp_path / "splits/x.csv", **knobs}), cpu)
 
     return make
