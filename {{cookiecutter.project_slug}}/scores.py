@@ -8,7 +8,6 @@ The ledger is scores.csv, in git. A folder is one run, or several (folds, a blen
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -123,7 +122,7 @@ def describe(folder: Path, command: Add, key: tuple[str, str]) -> dict[str, Any]
     scores: dict[str, Any] = {"valid": best.get("score") if best.get("metric", metric) == metric else None}
     scores |= {split: value for split in predicted if (value := _predicted(folder, split, metric)) is not None}
     commits = "+".join(sorted({str(record.get("git_commit") or "")[:12] for record in records}))
-    return {"commit": commits, "config": hash_configs(configs), "metric": metric, **scores}
+    return {"commit": commits, "config": name_recipe(records), "metric": metric, **scores}
 
 
 def find_metric(configs: Sequence[dict[str, Any]], command: Add, key: tuple[str, str]) -> str:
@@ -139,14 +138,10 @@ def find_metric(configs: Sequence[dict[str, Any]], command: Add, key: tuple[str,
     return known[0] if known else "accuracy"
 
 
-def hash_configs(configs: Sequence[dict[str, Any]]) -> str:
-    """Names a recipe: the knobs that change a number, so that a repeated run has the same. Empty without a config."""
-    if not configs:
-        return ""
-    from train import MAY_CHANGE
-
-    recipes = [{name: value for name, value in config.items() if name not in MAY_CHANGE} for config in configs]
-    return hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()[:12]
+def name_recipe(records: Sequence[dict[str, Any]]) -> str:
+    """The config hash of one run, or one for those of all folds: a repeated run has the same. Empty without a run."""
+    hashes = [record["config_hash"] for record in records if record.get("config_hash")]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12] if len(hashes) > 1 else "".join(hashes)
 
 
 def show(entries: Sequence[Entry]) -> None:
