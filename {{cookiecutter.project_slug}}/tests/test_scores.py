@@ -115,11 +115,11 @@ def test_an_update_takes_new_predictions_in_says_what_changed_and_needs_no_folde
     write_predictions(logdir / "predictions/test.csv", test)
     end = call(scores, "add", logdir, "--update", "--ledger", ledger)
     assert (end.code, "changed  valid was 0.7500\n" in end.out) == (0, True)
-    assert (line.public, line.private, line.commit, line.config) == (0.5, 0.4, "0123456789ab", "fedcba987654")
+    shutil.rmtree(logdir)
     assert call(scores, "add", logdir, "--private", "0.4", "--update", "--ledger", ledger).code == 0
     [line] = read_ledger(ledger)
     assert (line.valid, line.test) == (score(valid)["accuracy"], score(test)["accuracy"])
-    assert (line.public, line.private, line.commit) == (0.5, 0.4, "0123456789ab")
+    assert (line.public, line.private, line.commit, line.config) == (0.5, 0.4, "0123456789ab", "fedcba987654")
 
 
 def test_folds_are_entered_by_the_folder_that_holds_them(logdir, ledger):
