@@ -20,12 +20,17 @@ demo: $(UV) clean  ## render with default answers, train, and show where the res
 	printf '\nThe rendered repository: %s\nIts first run:\n' $$folder/my-experiment; \
 	ls $$folder/my-experiment/logs/baseline
 
+# Tests start Python hundreds of times: without byte code each start compiles torch anew, which takes longer than its import.
+.PHONY: environment
+environment: $(UV)
+	uv sync --quiet --compile-bytecode
+
 .PHONY: test
-test: $(UV)  ## all tests, of the template and of what it renders (12 minutes on 2 cores)
+test: environment  ## all tests, of the template and of what it renders (12 minutes on 2 cores)
 	uv run pytest -p no:cacheprovider
 
 .PHONY: test-fast
-test-fast: $(UV)  ## without the launch scripts and spawned workers (3 minutes)
+test-fast: environment  ## without the launch scripts and spawned workers (3 minutes)
 	uv run pytest -p no:cacheprovider -m "not slow"
 
 .PHONY: check

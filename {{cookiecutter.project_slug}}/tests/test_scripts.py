@@ -119,18 +119,19 @@ def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
         _, messages = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGKILL
     assert messages == "error: rank 1 was ended by SIGKILL (is memory short?), and the others with it.\n"
-    assert not processes_of_session(process.pid)
+    assert not processes_of(tmp_path / "run")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
 def test_ranks_save_the_run_and_end_when_their_launcher_is_killed(data_flags, tmp_path):
     with start_script("train_ddp.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
         wait_for_metrics(tmp_path / "run")
+        assert len(processes_of(tmp_path / "run")) == 3  # the launcher and two ranks
         os.kill(process.pid, signal.SIGKILL)
         until = time.monotonic() + 60
-        while processes_of_session(process.pid) and time.monotonic() < until:
+        while processes_of(tmp_path / "run") and time.monotonic() < until:
             time.sleep(0.1)
-        assert not processes_of_session(process.pid)
+        assert not processes_of(tmp_path / "run")
     assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == "preempted by SIGTERM"
 
 
@@ -161,6 +162,7 @@ def test_a_rank_that_fails_ends_all_with_its_cause_once(data_flags, tmp_path):
     ("script", "name", "whom"),
     [
         ("train_device.sh", "SIGINT", "all"),  # as a terminal does: to all processes of the job
+        ("train_ddp.sh", "SIGINT", "launcher"),  # as a terminal does: torchrun gives each rank a session of its own
         ("train_ddp.sh", "SIGINT", "all"),
         ("train_ddp.sh", "SIGTERM", "all"),
         ("train_ddp.sh", "SIGTERM", "launcher"),
@@ -172,11 +174,12 @@ def test_a_signal_saves_the_run_ends_all_processes_and_is_said_once(script, name
     number = getattr(signal, name)
     with start_script(script, *data_flags, "--logdir", str(tmp_path / "run"), "--num-workers", "1") as process:
         wait_for_metrics(tmp_path / "run")
-        (os.killpg if whom == "all" else os.kill)(process.pid, number)
+        for receiver in [process.pid] if whom == "launcher" else processes_of(tmp_path / "run"):
+            os.kill(receiver, number)
         _, messages = process.communicate(timeout=20)
     assert messages == f"stopped by {name}; the run is saved, --resume goes on with it.\n"
     assert process.returncode == 128 + number
-    assert not processes_of_session(process.pid)
+    assert not processes_of(tmp_path / "run")
     assert json.loads((tmp_path / "run/run.json").read_text())["exit"] == f"preempted by {name}"
     ledger = json.loads((tmp_path / "run/stage0/checkpoints.json").read_text())["checkpoints"][-1]
     written = (tmp_path / "run/stage0" / ledger["file"]).read_bytes()
@@ -241,7 +244,7 @@ def test_train_folds_passes_on_what_train_py_only_says(flag, word, data_flags, t
     assert not (tmp_path / "folds").exists()
 
 
-def processes_of_session(session: int) -> list[int]:
-    """The processes that the script left behind."""
-    found = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True).stdout
-    return [int(line.split()[0]) for line in found.splitlines() if "Z" not in line.split()[1]]
+def processes_of(logdir: Path) -> list[int]:
+    """The launcher, ranks and workers whose command names this folder: torchrun gives each rank a session of its own."""
+    found = subprocess.run(["pgrep", "-f", str(logdir)], capture_output=True, text=True).stdout
+    return [int(line) for line in found.split()]
