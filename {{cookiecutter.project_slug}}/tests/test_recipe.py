@@ -597,14 +597,12 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
             torch.ones(10 * 2**20)  # 40 MiB: 10,240 pages
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    def measure() -> tuple[int, int]:
-        before = page_faults_of_40_batches()
+    def measure() -> int:
         keep_freed_memory()
-        return before, page_faults_of_40_batches()
+        return page_faults_of_40_batches()
 
-    [(before, after)] = run_ranks(1, measure)
-    assert before >= 40 * 10_240
-    assert after < before / 3  # until glibc has found places that it can use in turn
+    [faults] = run_ranks(1, measure)
+    assert faults < 40 * 10_240 / 3  # a few, until glibc has found places that it can use in turn
 
 
 def test_an_epoch_too_short_for_a_profile_is_said(config):
