@@ -6,6 +6,7 @@ were made, and its message would drown in a traceback.
 
 import json
 import keyword
+import os
 import re
 import unicodedata
 
@@ -32,7 +33,9 @@ class Answers(Extension):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        environment.filters.update(check_text=check_text, check_slug=check_slug, escape_text=escape_text)
+        environment.filters.update(
+            check_text=check_text, check_slug=check_slug, escape_text=escape_text, absolute_path=os.path.abspath
+        )
 
 
 def check_text(text: str, question: str) -> str:
