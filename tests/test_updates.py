@@ -1,4 +1,4 @@
-"""A rendered repository knows where it came from; `cruft` brings it what is new, and leaves alone what is its owner's."""
+"""A rendered repository knows where it came from; `cruft` brings it what is new, and leaves its owner's files alone."""
 
 import json
 import re
