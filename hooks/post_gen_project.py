@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 # Hooks are rendered in the template's folder, whose path is relative in _repo_dir where it was given so.
@@ -46,6 +47,7 @@ def main() -> None:
             script.chmod(0o755)  # a template from a zip file has lost its run bits
     if "_repo_dir" not in ANSWERS:
         return  # cruft renders, to compare: it keeps its own record
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a hook: that deletes the project
     expectation = EXPECTATIONS[ANSWERS["data_set"]]
     print(NEXT_STEPS.format(name=ANSWERS["project_name"], slug=ANSWERS["project_slug"], expectation=expectation))
     if missing := record_origin():
