@@ -39,7 +39,6 @@ class Answers(Extension):
             check_text=check_text, check_slug=check_slug, escape_text=escape_text, absolute_path=os.path.abspath
         )
 
-
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
         """`source` as it is. Cookiecutter would run an answer of the command line or of a config file that is jinja."""
         if name is None and any(mark in source for mark in MARKS) and not is_own(source):

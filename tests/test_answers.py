@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from cookiecutter.cli import main
 from options import CHOICES
 
 LONG = "x" * 61
@@ -41,16 +43,16 @@ LONG = "x" * 61
         ({"project_slug": "# {% include 'x' %}"}, "has template marks"),
     ],
 )
-def test_a_bad_answer_is_refused_in_one_line_with_nothing_left_on_disk(
-    template, run_cookiecutter, tmp_path, answers, sentence
-):
+def test_a_bad_answer_is_refused_in_one_line_with_nothing_left_on_disk(template, tmp_path, answers, sentence):
     output = tmp_path / "out"
     output.mkdir()
-    done = run_cookiecutter(template, output, **answers)
-    assert done.returncode == 1
-    assert sentence in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert len((done.stdout + done.stderr).strip().splitlines()) == 1
+    # The command in this process: a process for each would take ten seconds more, of imports alone.
+    extra = [f"{name}={text}" for name, text in answers.items()]
+    home = {"HOME": str(tmp_path / "home"), "USERPROFILE": str(tmp_path / "home")}
+    done = CliRunner(env=home).invoke(main, [str(template), "--no-input", "-o", str(output), *extra])
+    assert done.exit_code == 1
+    assert sentence in done.output
+    assert len(done.output.strip().splitlines()) == 1
     assert not list(output.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
