@@ -1,4 +1,4 @@
-"""What a process does for tests/test_pairs.py in a repository that was rendered; it knows torch already, and no test."""
+"""What a process does for tests/test_pairs.py in a rendered repository; it has torch already, and knows no test."""
 
 import contextlib
 import os
@@ -15,17 +15,17 @@ def enter(folder: Path, out: Path) -> None:
     os.environ["COLUMNS"] = "200"
 
 
-def train(folder: Path, logdir: Path, out: Path) -> None:
-    """`train.py` over two epochs of a small network on small data, with the tracker that the repository was made for."""
+def train_two_epochs(folder: Path, logdir: Path, out: Path) -> None:
+    """`train.py` for two epochs, with a small network on small data and the tracker that the repository is made for."""
     enter(folder, out)
     import torch
 
     torch.set_num_threads(1)
-    from models import tiny_network  # pyright: ignore[reportMissingImports]
-    from small_data import make_data  # pyright: ignore[reportMissingImports]
+    import train
+    from models import tiny_network
+    from small_data import make_data
 
-    import train  # pyright: ignore[reportMissingImports]
-    from batteries.cli import run_command  # pyright: ignore[reportMissingImports]
+    from batteries.cli import run_command
 
     train.build_model = tiny_network
     flags = ["--limit-batches", "1", "--batch-size", "8", "--stages.0.epochs", "1", "--stages.1.epochs", "1"]

@@ -50,7 +50,7 @@ def test_two_epochs_of_each_data_set_are_trained_with_each_tracker(render, run, 
     for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     folder, logdir, out = render(data_set=data_set, tracker=tracker), logs / f"{data_set}-{tracker}", logs / "out.txt"
-    assert run(pairs.train, folder, logdir, out) == 0, out.read_text()[-3000:]
+    assert run(pairs.train_two_epochs, folder, logdir, out) == 0, out.read_text()[-3000:]
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["epoch"]) for line in lines] == [("stage0", 1), ("stage1", 1)]
     assert all(math.isfinite(line["train"]["loss"]) for line in lines)
