@@ -69,7 +69,7 @@ BATTERIES = [
     "views",
     "weights",
 ]
-SCRIPTS = ["common", "train_ddp", "train_device", "train_dp", "train_folds"]
+SCRIPTS = ["common", "train_ddp", "train_device", "train_dp", "train_folds", "train_slurm"]
 TESTS = [
     "conftest",
     "loops",
