@@ -250,7 +250,7 @@ def slurm(tmp_path) -> dict[str, str]:
     commands = tmp_path / "bin"
     commands.mkdir()
     (commands / "srun").write_text('#!/bin/sh\nexec "$@"\n')
-    answer = f'#!/bin/sh\n[ "$1" = show ] && echo "first\nsecond" || echo "$@" >> {tmp_path}/calls\n'
+    answer = f'#!/bin/sh\n[ "$1" = show ] && printf "first\\nsecond\\n" || echo "$@" >> {tmp_path}/calls\n'
     (commands / "scontrol").write_text(answer)
     for command in commands.iterdir():
         command.chmod(0o755)
@@ -291,6 +291,6 @@ def test_a_slurm_job_tells_each_machine_its_place_and_goes_on_with_its_run(slurm
 
 
 def processes_of(logdir: Path) -> list[int]:
-    """The launcher, ranks and workers whose command names this folder: each rank has a session of its own."""
+    """The launcher, ranks and workers whose command names this folder: a rank of torchrun has a session of its own."""
     found = subprocess.run(["pgrep", "-f", str(logdir)], capture_output=True, text=True).stdout
     return [int(line) for line in found.split()]
