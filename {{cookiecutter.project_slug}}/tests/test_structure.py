@@ -117,6 +117,13 @@ def test_every_path_that_the_readme_names_is_real():
         assert (ROOT / path).exists() or path.startswith(made_by_a_run), path
 
 
+def test_every_link_within_the_readme_leads_to_a_heading():
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", README, re.MULTILINE)}
+    links = re.findall(r"\]\(#([\w-]+)\)", README)
+    assert len(links) >= 5
+    assert set(links) <= headings
+
+
 def test_every_flag_that_the_readme_names_is_real():
     import dataclasses
 
