@@ -49,7 +49,7 @@ check: $(UV)  ## style, types, spelling and workflows, of the template and in pl
 	uv run check-jsonschema --quiet --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci $(GITLAB)
 	uv run check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
-BENCHMARKS := loop start ddp checkpoints loader gpu
+BENCHMARKS := first_minute render loop start ddp checkpoints loader gpu
 .PHONY: bench $(BENCHMARKS:%=bench-%)
 bench: $(filter-out bench-gpu,$(BENCHMARKS:%=bench-%))  ## every benchmark but that of a GPU; see benchmarks/README.md
 $(BENCHMARKS:%=bench-%): bench-%: $(UV)
