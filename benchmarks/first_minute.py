@@ -3,8 +3,8 @@
     make bench-first_minute
 
 Prints the seconds of each step, and draws what the terminal said into .github/first-minute.svg, for README. Nothing is
-made up: each line was printed by the command above it, in this order. The template is a clone of the last commit, and uv
-takes packages from its cache where it has them.
+made up: each line was printed by the command above it, in this order. The template is a clone of the last commit, and
+uv takes packages from its cache where it has them.
 """
 
 import os

@@ -249,13 +249,13 @@ def test_path_git_clone_with_a_tag_zip_and_cruft_give_equal_trees(render, releas
     git(released, "archive", "--prefix=batteries/", "-o", str(tmp_path / "batteries.zip"), "HEAD")
     sources: list[tuple[Path | str, ...]] = [
         (released,),
-        (f"git+file://{released}", "--checkout", "v0.1.0"),
+        (f"git+{released.as_uri()}", "--checkout", "v0.1.0"),
         (tmp_path / "batteries.zip",),
     ]
     for number, (source, *flags) in enumerate(sources):
         done = run_cookiecutter(source, tmp_path / str(number), *flags)
         assert done.returncode == 0, done.stderr
-    run_cruft("create", f"file://{released}", "--output-dir", str(tmp_path / "cruft"), "-y", home=tmp_path / "home")
+    run_cruft("create", released.as_uri(), "--output-dir", str(tmp_path / "cruft"), "-y", home=tmp_path / "home")
 
     wanted = files_in(render())
     for output in ("0", "1", "2", "cruft"):
