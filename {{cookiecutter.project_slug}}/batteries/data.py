@@ -245,13 +245,14 @@ class Epoch:
 
     def __iter__(self) -> Iterator[Batch]:
         loader = self.loader
-        model_seeds = stream_seeds(loader.size, *self.key, Stream.MODEL)
+        model_seeds = stream_seeds(len(loader), *self.key, Stream.MODEL)
         mixing_seeds = stream_seeds(len(loader), *self.key, Stream.MIXING)
         cuts = list(cut_epoch(loader.size, *loader.cutting, self.first_step))
         loader.requests[:] = [self._request(cut.start, cut.stop) for cut in cuts]
         for cut, loaded in zip(cuts, loader.batches, strict=True):
-            images, targets = self._receive(loaded, int(mixing_seeds[cut.start // loader.batch_size]))
-            yield Batch(images, targets, cut.share, cut.ends_step, seed=int(model_seeds[cut.start]))
+            step, place = divmod(cut.start, loader.batch_size)
+            images, targets = self._receive(loaded, int(mixing_seeds[step]))
+            yield Batch(images, targets, cut.share, cut.ends_step, seed=(int(model_seeds[step]) + place) % 2**64)
 
     def peek(self, count: int) -> tuple[list[Any], Any, Any]:
         """The first `count` samples of the epoch: as the data set has them, and their images and targets in training.
