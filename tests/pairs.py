@@ -13,6 +13,8 @@ def enter(folder: Path, out: Path) -> None:
     sys.path[:0] = [str(folder), str(folder / "tests")]
     sys.stdout = sys.stderr = out.open("w", encoding="utf-8")
     os.environ["COLUMNS"] = "200"
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI"):
+        os.environ.pop(name, None)
 
 
 def train_two_epochs(folder: Path, logdir: Path, out: Path) -> None:
