@@ -15,60 +15,11 @@ from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
 # What any text may hold, and what none may.
-ODD = [
-    '"',
-    "'",
-    '"""',
-    "'''",
-    "\\",
-    "\\n",
-    "\\u0041",
-    "`",
-    "$(x)",
-    "${x}",
-    "%s",
-    "#",
-    "[x]",
-    "<b>",
-    "&amp;",
-    "/",
-    "../",
-    "C:",
-]
-ODD += [
-    " ",
-    "-",
-    "_",
-    ".",
-    "🙂",
-    "é",
-    "日本",
-    "\u202e",
-    "\ufeff",
-    "class",
-    "con",
-    "torch",
-    "true",
-    "null",
-    "1e9",
-    "x" * 40,
-]
-BAD = [
-    "{{",
-    "}}",
-    "{{ 7 * 7 }}",
-    "{%",
-    "# {% if x %}",
-    "%}",
-    "{#",
-    "#}",
-    "\n",
-    "\r",
-    "\x00",
-    "\x7f",
-    "\u2028",
-    "\ud800",
-]
+ODD = ['"', "'", '"""', "'''", "\\", "\\n", "\\u0041", "`", "$(x)", "${x}", "%s", "#", "[x]", "<b>", "&amp;", "/"]
+ODD += ["../", " ", "-", "_", ".", "🙂", "é", "日本", "\u202e", "\ufeff", "class", "con", "torch", "true", "null"]
+ODD += ["1e9", "x" * 40]
+BAD = ["{{", "}}", "{{ 7 * 7 }}", "{%", "# {% if x %}", "%}", "{#", "#}"]
+BAD += ["\n", "\r", "\x00", "\x7f", "\u2028", "\ud800"]
 ODD_TEXTS = st.lists(st.sampled_from(ODD) | st.text(st.characters(codec="utf-8"), max_size=2), min_size=1).map("".join)
 BAD_TEXTS = st.tuples(ODD_TEXTS, st.sampled_from(BAD), ODD_TEXTS).map("".join)
 TEXTS = st.one_of(*[ODD_TEXTS] * 12, BAD_TEXTS, st.just(""))
