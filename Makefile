@@ -33,14 +33,23 @@ test: environment  ## all tests, of the template and of what it renders (12 minu
 test-fast: environment  ## without the launch scripts and spawned workers (3 minutes)
 	uv run pytest -p no:cacheprovider -m "not slow"
 
+GITHUB := .github/workflows/ci.yml '{{cookiecutter.project_slug}}/.variants/ci/github/.github/workflows/ci.yml'
+GITLAB := '{{cookiecutter.project_slug}}/.variants/ci/gitlab/.gitlab-ci.yml'
 .PHONY: check
-check: $(UV)  ## style and types, of the template and in place of what it renders
+check: $(UV)  ## style, types, spelling and workflows, of the template and in place of what it renders
 	uv run ruff check --no-cache . '{{cookiecutter.project_slug}}' '{{cookiecutter.project_slug}}/.variants'
 	uv run ruff format --no-cache --check . '{{cookiecutter.project_slug}}' '{{cookiecutter.project_slug}}/.variants'
 	cd '{{cookiecutter.project_slug}}' && uv run --project .. basedpyright
-	cd '{{cookiecutter.project_slug}}' && uv run --project .. shellcheck -x -P scripts scripts/*.sh
+	cd '{{cookiecutter.project_slug}}' && uv run --project .. shellcheck -x -P scripts scripts/*.sh .variants/*/*/scripts/*.sh
+	uv run shellcheck .ci/run
+	uv run typos --hidden
+	cd '{{cookiecutter.project_slug}}' && uv run --project .. typos --hidden
+	uv run zizmor --offline --quiet $(GITHUB)
+	uv run check-jsonschema --quiet --builtin-schema vendor.github-workflows $(GITHUB)
+	uv run check-jsonschema --quiet --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci $(GITLAB)
+	uv run check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
-BENCHMARKS := loop start ddp checkpoints loader gpu
+BENCHMARKS := first_minute render loop start ddp checkpoints loader gpu
 .PHONY: bench $(BENCHMARKS:%=bench-%)
 bench: $(filter-out bench-gpu,$(BENCHMARKS:%=bench-%))  ## every benchmark but that of a GPU; see benchmarks/README.md
 $(BENCHMARKS:%=bench-%): bench-%: $(UV)

@@ -6,8 +6,10 @@ were made, and its message would drown in a traceback.
 
 import json
 import keyword
+import os
 import re
 import unicodedata
+from pathlib import Path
 
 import click
 from jinja2 import Environment
@@ -15,6 +17,7 @@ from jinja2.ext import Extension
 
 LONGEST_TEXT = 200
 LONGEST_SLUG = 60
+MARKS = ("{{", "}}", "{%", "%}", "{#", "#}")
 SLUG = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 # Device names on Windows, whatever their ending. A project that is called like a package it needs cannot be installed.
@@ -28,11 +31,27 @@ DEPENDENCIES = {
 
 
 class Answers(Extension):
-    """Adds the filters to cookiecutter's environment."""
+    """Adds the filters to cookiecutter's environment, and keeps answers from being run as jinja."""
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        environment.filters.update(check_text=check_text, check_slug=check_slug, escape_text=escape_text)
+        environment.filters.update(
+            check_text=check_text, check_slug=check_slug, escape_text=escape_text, absolute_path=os.path.abspath
+        )
+
+    def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
+        """`source` as it is. Cookiecutter would run an answer of the command line or of a config file that is jinja."""
+        if name is None and any(mark in source for mark in MARKS) and not is_own(source):
+            raise click.ClickException(f"the answer {source!r} has template marks such as {{{{ or {{%; leave them out.")
+        return source
+
+
+def is_own(source: str) -> bool:
+    """Whether jinja without a file's name is the template's: a default answer, a folder's name or a hook."""
+    home = Path(__file__).parent  # read each time: `cruft update` changes the files under a module that it keeps
+    answers = json.loads((home / "cookiecutter.json").read_text(encoding="utf-8")).values()
+    names = [path.name for path in home.iterdir()]
+    return source in (*answers, *names) or source in [path.read_text(encoding="utf-8") for path in home.glob("hooks/*")]
 
 
 def check_text(text: str, question: str) -> str:
@@ -41,7 +60,7 @@ def check_text(text: str, question: str) -> str:
         raise click.ClickException(f"{question} is empty; give some text.")
     if len(text) > LONGEST_TEXT:
         raise click.ClickException(f"{question} has {len(text)} characters; give at most {LONGEST_TEXT}.")
-    if any(mark in text for mark in ("{{", "}}", "{%", "%}", "{#", "#}")):
+    if any(mark in text for mark in MARKS):
         raise click.ClickException(f"{question} {text!r} has template marks such as {{{{ or {{%; leave them out.")
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
         raise click.ClickException(f"{question} {text!r} has a line break or control character; give one line of text.")

@@ -4,10 +4,14 @@ Runs from a temporary file, in the rendered folder, with cookiecutter's own Pyth
 """
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
+# Hooks are rendered in the template's folder, whose path is relative in _repo_dir where it was given so.
+ANSWERS, TEMPLATE = json.loads(r"""[{{ cookiecutter | tojson }}, {{ '.' | absolute_path | tojson }}]""")
 VARIANTS = Path(".variants")
 QUESTIONS = ("license", "data_set", "tracker", "ci")
 FOUNDATIONS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an answer whose files lie over those of another
@@ -41,12 +45,50 @@ def main() -> None:
     for script in Path("scripts").glob("*.sh"):
         if script.read_text(encoding="utf-8").startswith("#!"):
             script.chmod(0o755)  # a template from a zip file has lost its run bits
-    data_set = ANSWERS["data_set"]
-    print(
-        NEXT_STEPS.format(
-            name=ANSWERS["project_name"], slug=ANSWERS["project_slug"], expectation=EXPECTATIONS[data_set]
-        )
-    )
+    if "_repo_dir" not in ANSWERS:
+        return  # cruft renders, to compare: it keeps its own record
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a hook: that deletes the project
+    expectation = EXPECTATIONS[ANSWERS["data_set"]]
+    print(NEXT_STEPS.format(name=ANSWERS["project_name"], slug=ANSWERS["project_slug"], expectation=expectation))
+    if missing := record_origin():
+        print(f"`cruft update` will not find the template: {missing}. README.md says how to name it.\n")
+
+
+def record_origin() -> str | None:
+    """Write .cruft.json, by which `cruft update` finds the template again; or say why it cannot be written."""
+    if not Path(TEMPLATE, ".git").exists():
+        return "it is no git repository"
+    if shutil.which("git") is None:
+        return "git is not installed"
+    if ask_git("status", "--porcelain"):
+        return "it has changes that are not committed"
+    address, commit = find_address(), ask_git("rev-parse", "--verify", "HEAD")
+    if not commit:
+        return "git cannot read it"
+    answers = {name: answer for name, answer in ANSWERS.items() if not name.startswith("_")}
+    record = {
+        "template": address,
+        "commit": commit,
+        "checkout": ANSWERS["_checkout"],
+        "context": {"cookiecutter": answers | {"_template": address, "_commit": commit}},
+        "directory": None,
+    }
+    text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+    Path(".cruft.json").write_text(text, encoding="utf-8")
+    return None
+
+
+def find_address() -> str:
+    """Where the commit can be had by others: the clone's origin, without a password; else this folder."""
+    origin = ask_git("config", "--get", "remote.origin.url")
+    if not origin or not ask_git("for-each-ref", "--contains", "HEAD", "refs/remotes/origin"):
+        return TEMPLATE
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", origin)
+
+
+def ask_git(*command: str) -> str:
+    """What git says of the template."""
+    return subprocess.run(["git", "-C", TEMPLATE, *command], capture_output=True, text=True).stdout.strip()
 
 
 main()

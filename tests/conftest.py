@@ -33,10 +33,10 @@ def run_cookiecutter(tmp_path_factory) -> Callable[..., subprocess.CompletedProc
     """`cookiecutter SOURCE --no-input` as a person runs it, with an empty home."""
     home = tmp_path_factory.mktemp("home")
 
-    def run(source: Path | str, output: Path, **answers: str) -> subprocess.CompletedProcess[str]:
+    def run(source: Path | str, output: Path, *flags: str, **answers: str) -> subprocess.CompletedProcess[str]:
         # cookiecutter takes ANSWER=TEXT; a config file would evaluate the text as jinja.
         extra = [f"{name}={text}" for name, text in answers.items()]
-        command = [sys.executable, "-m", "cookiecutter", str(source), "--no-input", "-o", str(output), *extra]
+        command = [sys.executable, "-m", "cookiecutter", str(source), "--no-input", "-o", str(output), *flags, *extra]
         environment = os.environ | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -68,6 +68,42 @@ def combination(request) -> dict[str, str]:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def released(template, tmp_path_factory) -> Path:
+    """The template as a git repository with one commit, its release v0.1.0."""
+    folder = tmp_path_factory.mktemp("released") / "batteries"
+    shutil.copytree(template, folder)
+    git(folder, "init", "-q", "-b", "main")
+    commit_all(folder, "template")
+    git(folder, "tag", "v0.1.0")
+    return folder
+
+
+def run_cruft(*command: str, home: Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`cruft COMMAND` as a person runs it in `folder`."""
+    environment = os.environ | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "cruft", *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def git(folder: Path, *command: str) -> str:
+    """What git prints, run there as somebody."""
+    who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    return subprocess.run(["git", "-C", folder, *who, *command], check=True, capture_output=True, text=True).stdout
+
+
+def commit_all(folder: Path, message: str) -> str:
+    """Commit what is in the working tree; the commit's hash."""
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", message)
+    return git(folder, "rev-parse", "HEAD").strip()
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
-    """The contents of every file, by its path in `folder`."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The contents of every file, by its path in `folder`; git's own left out."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".git" not in path.parts
+    }

@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from cookiecutter.cli import main
 from options import CHOICES
 
 LONG = "x" * 61
@@ -32,20 +34,25 @@ LONG = "x" * 61
         ({"project_name": "🙂"}, "project_slug '' is no good name for a folder"),
         ({"project_name": "x" * 201}, "project_name has 201 characters; give at most 200."),
         ({"description": "a\nb"}, "description 'a\\nb' has a line break or control character"),
-        ({"author": "{% raw %}"}, "author '{% raw %}' has template marks such as {{ or {%"),
+        ({"author": "{% raw %}"}, "the answer '{% raw %}' has template marks such as {{ or {%"),
         ({"author": "\x7f"}, "has a line break or control character"),
+        ({"description": "{{ 7 * 7 }}"}, "the answer '{{ 7 * 7 }}' has template marks such as {{ or {%"),
+        ({"description": "{{"}, "the answer '{{' has template marks"),
+        ({"author": "{{ 1 / 0 }}"}, "has template marks"),
+        ({"project_name": "{{ cookiecutter.nothing }}"}, "has template marks"),
+        ({"project_slug": "# {% include 'x' %}"}, "has template marks"),
     ],
 )
-def test_a_bad_answer_is_refused_in_one_line_with_nothing_left_on_disk(
-    template, run_cookiecutter, tmp_path, answers, sentence
-):
+def test_a_bad_answer_is_refused_in_one_line_with_nothing_left_on_disk(template, tmp_path, answers, sentence):
     output = tmp_path / "out"
     output.mkdir()
-    done = run_cookiecutter(template, output, **answers)
-    assert done.returncode == 1
-    assert sentence in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert len((done.stdout + done.stderr).strip().splitlines()) == 1
+    # The command in this process: a process for each would take ten seconds more, of imports alone.
+    extra = [f"{name}={text}" for name, text in answers.items()]
+    home = {"HOME": str(tmp_path / "home"), "USERPROFILE": str(tmp_path / "home")}
+    done = CliRunner(env=home).invoke(main, [str(template), "--no-input", "-o", str(output), *extra])
+    assert done.exit_code == 1
+    assert sentence in done.output
+    assert len(done.output.strip().splitlines()) == 1
     assert not list(output.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -84,6 +91,12 @@ def test_an_odd_description_and_author_come_through_unchanged(template, run_cook
     assert text in (tmp_path / "my-experiment/LICENSE").read_text()
 
 
+def test_a_terminal_that_cannot_show_the_name_is_no_reason_to_end(template, run_cookiecutter, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run_cookiecutter(template, tmp_path, project_name="Leaf spots 🙂")
+    assert (done.returncode, "Leaf spots ? is ready." in done.stdout) == (0, True), done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "slug"),
     [("Fish & chips!", "fish-chips"), ("Größe 2", "grosse-2"), ("  spaces  ", "spaces"), ("ABC", "abc")],
@@ -106,13 +119,6 @@ def test_jinja_that_is_typed_at_a_question_is_refused_before_the_next_question(t
     assert "project_name '{{ 7 * 7 }}' has template marks" in done.stderr
     assert "Its folder" not in done.stdout
     assert not (tmp_path / "49").exists()
-
-
-def test_jinja_on_the_command_line_is_evaluated_by_cookiecutter_and_does_not_reach_the_files(
-    template, run_cookiecutter, tmp_path
-):
-    assert run_cookiecutter(template, tmp_path, description="{{ 7 * 7 }}").returncode == 0
-    assert tomllib.loads((tmp_path / "my-experiment/pyproject.toml").read_text())["project"]["description"] == "49"
 
 
 def test_the_questions_are_asked_in_words_and_enter_takes_the_defaults(template, tmp_path):

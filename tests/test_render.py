@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SLUG, files_in
+from conftest import SLUG, files_in, git, run_cruft
 from options import CHOICES, all_pairs, pairs_in, pairwise
 
 from batteries_answers import DEPENDENCIES, WINDOWS_DEVICES
@@ -69,7 +69,7 @@ BATTERIES = [
     "views",
     "weights",
 ]
-SCRIPTS = ["common", "train_ddp", "train_device", "train_dp", "train_folds"]
+SCRIPTS = ["common", "train_ddp", "train_device", "train_dp", "train_folds", "train_slurm"]
 TESTS = [
     "conftest",
     "loops",
@@ -245,31 +245,24 @@ def test_scripts_can_be_run_and_what_they_share_cannot(render):
         assert os.access(script, os.X_OK) == (script.name != "common.sh"), script
 
 
-def test_path_git_clone_and_zip_give_equal_trees(render, template, run_cookiecutter, tmp_path):
-    repository = tmp_path / "batteries"
-    subprocess.run(["git", "clone", "-q", make_repository(template, tmp_path / "origin"), repository], check=True)
-    archive = tmp_path / "batteries.zip"
-    subprocess.run(["git", "-C", repository, "archive", "--prefix=batteries/", "-o", archive, "HEAD"], check=True)
-    wanted = files_in(render())
-    for number, source in enumerate((f"file://{repository}", archive)):
-        output = tmp_path / f"out{number}"
-        done = run_cookiecutter(source, output)
+def test_path_git_clone_with_a_tag_zip_and_cruft_give_equal_trees(render, released, run_cookiecutter, tmp_path):
+    git(released, "archive", "--prefix=batteries/", "-o", str(tmp_path / "batteries.zip"), "HEAD")
+    sources: list[tuple[Path | str, ...]] = [
+        (released,),
+        (f"git+{released.as_uri()}", "--checkout", "v0.1.0"),
+        (tmp_path / "batteries.zip",),
+    ]
+    for number, (source, *flags) in enumerate(sources):
+        done = run_cookiecutter(source, tmp_path / str(number), *flags)
         assert done.returncode == 0, done.stderr
-        assert files_in(output / "my-experiment") == wanted
-        assert os.access(output / "my-experiment/scripts/train_device.sh", os.X_OK)
+    run_cruft("create", released.as_uri(), "--output-dir", str(tmp_path / "cruft"), "-y", home=tmp_path / "home")
 
-
-def make_repository(template: Path, folder: Path) -> Path:
-    """The template as a git repository with one commit."""
-    git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", "-C", str(folder)]
-    folder.mkdir()
-    for name, content in files_in(template).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-        (folder / name).chmod((template / name).stat().st_mode)
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "template"]):
-        subprocess.run([*git, *command], check=True)
-    return folder
+    wanted = files_in(render())
+    for output in ("0", "1", "2", "cruft"):
+        found = files_in(tmp_path / output / "my-experiment")
+        assert found.pop(".cruft.json", None) is not None or output == "2"
+        assert found == wanted
+        assert os.access(tmp_path / output / "my-experiment/scripts/train_device.sh", os.X_OK)
 
 
 def test_the_next_steps_name_commands_that_are_there(template, run_cookiecutter, tmp_path):

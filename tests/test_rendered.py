@@ -1,25 +1,31 @@
 """What is rendered is not only listed: its own tests, linters and type checker run in it."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import git
 
 BIN = Path(sys.executable).parent
+NEEDS_UV = pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on the PATH; make test brings it along")
 
 
-def run_in(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def run_in(folder: Path, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PATH": path, "PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1"} | extra
     return subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def assert_tests_pass(folder: Path, marker: str) -> None:
-    done = run_in(folder, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker)
+def assert_tests_pass(folder: Path, marker: str, *left_out: str) -> None:
+    ignored = [f"--ignore=tests/{name}.py" for name in left_out]
+    done = run_in(folder, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, *ignored)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-20_000:]
 
@@ -36,13 +42,73 @@ def test_the_default_repository_passes_its_own_slow_tests_with_each_launch_scrip
 @pytest.mark.slow
 @pytest.mark.parametrize("data_set", ["image_folder", "csv", "cifar10", "mnist"])
 def test_a_repository_for_other_data_without_a_tracker_passes_its_own_fast_tests(render, data_set):
-    assert_tests_pass(render(data_set=data_set, tracker="none"), "not slow")
+    folder = render(data_set=data_set, tracker="none")
+    of_no_data = ["test_blend", "test_checkpoints", "test_folds", "test_scores", "test_submit"]
+    for name in of_no_data:  # the same whatever is learned, and passed with the digits
+        assert not re.search(r"\bexperiment\b|\bimport train\b", (folder / f"tests/{name}.py").read_text()), name
+    assert_tests_pass(folder, "not slow", *of_no_data)
+
+
+def run_hooks(folder: Path, skip: str = "") -> subprocess.CompletedProcess[str]:
+    """All of pre-commit's hooks over a new git repository, with the tools of this environment."""
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    environment = {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_NO_SYNC": "1", "SKIP": skip}
+    return run_in(folder, sys.executable, "-m", "pre_commit", "run", "--all-files", **environment)
+
+
+@NEEDS_UV
+@pytest.mark.slow
+@pytest.mark.parametrize(("data_set", "tracker"), [("digits", "tensorboard"), ("csv", "none")])
+def test_every_hook_of_pre_commit_passes_right_after_git_init(render, tmp_path, data_set, tracker):
+    folder = shutil.copytree(render(data_set=data_set, tracker=tracker), tmp_path / "project")
+    done = run_hooks(folder)
+    assert done.returncode == 0, done.stdout
+
+
+PRINTED = {"name": "stdout", "output_type": "stream", "text": ["1"]}
+CELL = {"cell_type": "code", "execution_count": 1, "id": "a", "metadata": {}, "outputs": [PRINTED], "source": []}
+NOTEBOOK = {"cells": [CELL], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+BAD_FILES = {
+    "ruff check": ("bad.py", b'"""Imports what it does not use."""\n\nimport os\n'),
+    "ruff format": ("ugly.py", b'"""Single quotes."""\n\nx = \'1\'\n'),
+    "shellcheck": ("scripts/bad.sh", b"#!/bin/sh\ncd $1\n"),
+    "typos": ("notes.md", b"The wrong lenght.\n"),
+    "no output in notebooks": ("look.ipynb", json.dumps(NOTEBOOK).encode()),
+    "no file over 2 MB": ("large.bin", bytes(2_100_000)),
+    "TOML": ("bad.toml", b"a =\n"),
+    "YAML": ("bad.yaml", b"a: [\n"),
+    "JSON": ("bad.json", b"{\n"),
+}
+
+
+@NEEDS_UV
+@pytest.mark.slow
+def test_each_hook_finds_what_it_is_there_for(render, tmp_path):
+    folder = shutil.copytree(render(), tmp_path / "project")
+    for name, content in BAD_FILES.values():
+        (folder / name).write_bytes(content)
+    found = dict(re.findall(r"^(.+?)\.{3,}(?:\(.*\))?(\w+)$", run_hooks(folder, skip="types").stdout, re.MULTILINE))
+    assert found == dict.fromkeys(BAD_FILES, "Failed") | {"types": "Skipped"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("data_set", "tracker"), [("digits", "tensorboard"), ("image_folder", "none"), ("csv", "none")]
-)
-def test_style_types_and_shell_scripts_are_clean(render, data_set, tracker):
-    done = run_in(render(data_set=data_set, tracker=tracker), "make", "check")
+def test_style_types_and_shell_scripts_are_clean_without_uv(render):
+    done = run_in(render(data_set="image_folder", tracker="none"), "make", "check")
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_types_are_right_for_the_other_data_sets_too(render, tmp_path):
+    data_sets = ["cifar10", "mnist"]
+    for data_set in data_sets:
+        shutil.copytree(render(data_set=data_set, tracker="none"), tmp_path / data_set)
+    config = {  # one process for both reads torch once; batteries/ is that of every data set
+        "typeCheckingMode": "standard",
+        "include": [f"{data_set}/{part}" for data_set in data_sets for part in ("*.py", "experiment")],
+        "executionEnvironments": [{"root": data_set} for data_set in data_sets],
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+    done = run_in(tmp_path, "basedpyright", "--outputjson")
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout)["summary"]["filesAnalyzed"] >= 14 * len(data_sets)

@@ -244,6 +244,52 @@ def test_train_folds_passes_on_what_train_py_only_says(flag, word, data_flags, t
     assert not (tmp_path / "folds").exists()
 
 
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """What a job of SLURM finds around it: its variables, and stand-ins for its commands, whose calls go to `calls`."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    answer = f'#!/bin/sh\n[ "$1" = show ] && printf "first\\nsecond\\n" || echo "$@" >> {tmp_path}/calls\n'
+    (commands / "scontrol").write_text(answer)
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    (tmp_path / "calls").touch()
+    shutil.copy(ROOT / "scripts/train_slurm.sh", tmp_path / "slurm_script")  # SLURM runs a copy of the script
+    names = {"SUBMIT_DIR": str(ROOT), "JOB_NUM_NODES": "1", "JOB_NODELIST": "x", "JOB_ID": "42", "NODEID": "0"}
+    variables = {f"SLURM_{name}": value for name, value in names.items()}
+    return variables | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_a_slurm_job_whose_time_is_nearly_over_saves_the_run_and_is_queued_again(data_flags, slurm, tmp_path):
+    flags = [*data_flags, "--device", "cpu", "--limit-batches", "1", "--stages.0.epochs", "1000", "--tracker", "none"]
+    with subprocess.Popen(
+        ["bash", tmp_path / "slurm_script", *flags, "--logdir", str(tmp_path / "run")],
+        env=environment(**slurm),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for_metrics(tmp_path / "run")
+        process.send_signal(signal.SIGUSR1)
+        _, messages = process.communicate(timeout=30)
+    assert messages == "stopped by SIGUSR1; the run is saved, --resume goes on with it.\n"
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert (tmp_path / "calls").read_text() == "requeue 42\n"
+    assert not processes_of(tmp_path / "run")
+
+
+def test_a_slurm_job_tells_each_machine_its_place_and_goes_on_with_its_run(slurm, tmp_path):
+    python = tmp_path / "bin/python"
+    python.write_text('#!/bin/sh\necho $NNODES $NODE_RANK $MASTER_ADDR "$@"\n')
+    python.chmod(0o755)
+    slurm |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "PYTHON": str(python)}
+    done = run_script(tmp_path / "slurm_script", "--logdir", "a b", folder=tmp_path, **slurm)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n2 1 first -m batteries.launch train.py --logdir a b --resume\n")
+    assert (tmp_path / "calls").read_text() == ""
+
+
 def processes_of(logdir: Path) -> list[int]:
     """The launcher, ranks and workers whose command names this folder: a rank of torchrun has a session of its own."""
     found = subprocess.run(["pgrep", "-f", str(logdir)], capture_output=True, text=True).stdout

@@ -117,6 +117,13 @@ def test_every_path_that_the_readme_names_is_real():
         assert (ROOT / path).exists() or path.startswith(made_by_a_run), path
 
 
+def test_every_link_within_the_readme_leads_to_a_heading():
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", README, re.MULTILINE)}
+    links = re.findall(r"\]\(#([\w-]+)\)", README)
+    assert len(links) >= 5
+    assert set(links) <= headings
+
+
 def test_every_flag_that_the_readme_names_is_real():
     import dataclasses
 
@@ -126,8 +133,30 @@ def test_every_flag_that_the_readme_names_is_real():
     known = {field.name for form in forms if dataclasses.is_dataclass(form) for field in dataclasses.fields(form)}
     known |= {f"stages.{number}.{field.name}" for number in (0, 1) for field in dataclasses.fields(Stage)}
     known |= {"config", "help"}
+    known |= {"backend_store_uri", "shm_size"}  # of mlflow and docker
     for flag in re.findall(r"--([a-z][\w.-]*)", README):
         assert flag.removeprefix("no-").replace("-", "_") in known, f"--{flag}"
+
+
+def test_every_message_that_the_readme_explains_is_one_of_the_code():
+    said = {text for file in (*ROOT.glob("*.py"), *ROOT.glob("batteries/*.py")) for text in texts(file)}
+    said |= {file.read_text() for file in ROOT.glob("scripts/*.sh")}
+    table = README.partition("## When something goes wrong")[2].partition("\n## ")[0]
+    explained = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(explained) >= 10
+    for message in explained:
+        assert any(message in text for text in said), message
+
+
+def texts(file: Path) -> list[str]:
+    """The strings of a file as they are said, with a mark for what is put in."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
 
 
 def test_train_py_stays_short_and_so_do_its_functions():

@@ -1,0 +1,70 @@
+"""Each data set trains with each tracker, as it was rendered, and each verb says what it can do."""
+
+import json
+import math
+import multiprocessing
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pairs
+import pytest
+from options import CHOICES
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 120
+CURVES = {
+    "tensorboard": "tensorboard/events.out.tfevents.*",
+    "tensorboardx": "tensorboardx/events.out.tfevents.*",
+    "wandb": "wandb/offline-run-*/run-*.wandb",
+}
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable[..., int | None]:
+    """Runs a function in a process of its own, forked from one that has torch imported; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "sklearn.datasets", "tyro", "pandas"])
+
+    def call(function: Callable[..., None], *arguments: Path) -> int | None:
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        process.join(SECONDS)
+        process.kill()
+        return process.exitcode
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory) -> Path:
+    """One folder for all runs, so that MLflow makes the tables of its store once."""
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.mark.parametrize("tracker", CHOICES["tracker"])
+@pytest.mark.parametrize("data_set", CHOICES["data_set"])
+def test_two_epochs_of_each_data_set_are_trained_with_each_tracker(render, run, logs, data_set, tracker):
+    folder, logdir, out = render(data_set=data_set, tracker=tracker), logs / f"{data_set}-{tracker}", logs / "out.txt"
+    assert run(pairs.train_two_epochs, folder, logdir, out) == 0, out.read_text()[-3000:]
+    lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [("stage0", 1), ("stage1", 1)]
+    assert all(math.isfinite(line["train"]["loss"]) for line in lines)
+    assert json.loads((logdir / "config.json").read_text())["tracker"] == [tracker]
+    assert " is left " not in (logdir / "train.log").read_text()  # as a tracker is that fails
+    found = {name for name, pattern in CURVES.items() if [*logdir.glob(pattern)]}
+    store = logs / "mlflow.db"  # beside all runs, with a name for each
+    if store.exists() and logdir.name.encode() in store.read_bytes():
+        found.add("mlflow")
+    assert found == {tracker} - {"none"}
+
+
+@pytest.mark.parametrize("data_set", CHOICES["data_set"])
+def test_every_verb_answers_help(render, run, tmp_path, data_set):
+    folder, out = render(data_set=data_set, tracker="none"), tmp_path / "out.txt"
+    assert run(pairs.ask_for_help, folder, out) == 0, out.read_text()
+    text = out.read_text()
+    for verb in sorted(folder.glob("*.py")):
+        assert f"[{verb.name} 0]" in text
+        assert re.search(rf"usage: {verb.name} ", text), text
