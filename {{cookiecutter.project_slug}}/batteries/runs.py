@@ -27,7 +27,9 @@ from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
 from batteries.ranks import is_main, world_size
 from batteries.records import Record, hash_config, now, peak_memory, versions, what_changes_rounding
+from batteries.reports import make_report
 from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest, read_lines
+from batteries.sheets import read_picture
 from batteries.state import TrainState
 from batteries.steps import HALVINGS, MOST_SKIPPED, GradientWatch
 from batteries.summaries import (
@@ -398,11 +400,14 @@ class Run:
                 self.stopped_early = True  # it had ended already, and nothing was trained
             finite = _finite({"score": score})
             best = {"metric": stage.metric, **finite, "stage": stage.logdir.name, "epoch": stage.best_epoch}
-            self.record.values["best"] = best
             look = self.trackers.look()
-            self.trackers.finish(finite["score"], path)
+            self.record.write(best=best, end=now(), exit=describe_end(None, self.stopped_early))
             for line in end_lines(best, path, self.logdir, look):
                 logger.info(line)
+            if self.config["report"]:
+                make_report(self.logdir)
+                self.log_image("confusion", lambda: read_picture(self.logdir / "plots/confusion.png"))
+            self.trackers.finish(finite["score"], path)
         return score
 
     def _find(self, may_change: Sequence[str]) -> Found:

@@ -1,6 +1,7 @@
 """Pictures of samples, for eyes: what training makes of them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ def sample_sheet(loader: TrainLoader, normalize: Callable[[torch.Tensor], torch.
     if seen.ndim != 4 or any(original.ndim != 3 for original in originals):
         return None
     return make_sheet(originals, seen)
+
+
+def read_picture(path: Path) -> torch.Tensor | None:
+    """A PNG file as uint8 (3, H, W); None where there is none."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    return decode_image(str(path), ImageReadMode.RGB) if path.is_file() else None
 
 
 def make_sheet(originals: Sequence[Any], seen: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from experiment.splits import make_folds
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--limit-batches", "2", "--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu"]
+SMOKE += ["--no-report"]
 
 pytestmark = [
     pytest.mark.slow,
