@@ -13,10 +13,10 @@ SECONDS = 600  # for a page; then it is given up
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def make_report(logdir: Path) -> None:
-    """Have report.py make logdir/report.html, and say so; where it cannot, say why."""
+def make_report(logdir: Path, device: str) -> None:
+    """Have report.py make logdir/report.html with `device`, and say so; where it cannot, say why."""
     try:
-        said = _run([sys.executable, str(ROOT / "report.py"), str(logdir)])
+        said = _run([sys.executable, str(ROOT / "report.py"), str(logdir), "--device", device])
     except (OSError, subprocess.TimeoutExpired, RuntimeError) as error:
         logger.warning(f"The run is whole, but its report was not made ({error}); try python report.py {logdir}.")
         return

@@ -22,13 +22,13 @@ from batteries.distributed import Agreement, on_main
 from batteries.errors import BadInput, RunFailed, is_bad_input, is_out_of_memory, shorten
 from batteries.files import Lock, read_json, write_text
 from batteries.interrupts import Interrupts, Stopped
-from batteries.lines import Lines
+from batteries.lines import Lines, read_lines
 from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
 from batteries.ranks import is_main, world_size
 from batteries.records import Record, hash_config, now, peak_memory, versions, what_changes_rounding
 from batteries.reports import make_report
-from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest, read_lines
+from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest
 from batteries.sheets import read_picture
 from batteries.state import TrainState
 from batteries.steps import HALVINGS, MOST_SKIPPED, GradientWatch
@@ -405,7 +405,9 @@ class Run:
             for line in end_lines(best, path, self.logdir, look):
                 logger.info(line)
             if self.config["report"]:
-                make_report(self.logdir)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()  # to make room: report.py predicts on the same GPU
+                make_report(self.logdir, str(self.device))
                 self.log_image("confusion", lambda: read_picture(self.logdir / "plots/confusion.png"))
             self.trackers.finish(finite["score"], path)
         return score

@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 from batteries.data import TrainLoader
 
 SAMPLES = 8  # columns of a sheet
+THUMBNAIL = 192  # pixels: sharp enough at the size that a page shows it in
 
 
 def sample_sheet(loader: TrainLoader, normalize: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
@@ -29,6 +30,22 @@ def read_picture(path: Path) -> torch.Tensor | None:
     from torchvision.io import ImageReadMode, decode_image
 
     return decode_image(str(path), ImageReadMode.RGB) if path.is_file() else None
+
+
+def thumbnail(image: Any) -> bytes | None:
+    """A sample (C, H, W) as a PNG file of at most THUMBNAIL pixels on a side; None for what is no image.
+
+    uint8 is shown as it is, other types stretched to their range.
+    """
+    from torchvision.io import encode_png
+
+    if not isinstance(image, torch.Tensor) or image.ndim != 3:
+        return None
+    shown = image.cpu().float() / 255 if image.dtype == torch.uint8 else stretch(image.cpu().float())
+    shrink = min(1.0, THUMBNAIL / max(shown.shape[1:]))
+    if shrink < 1:
+        shown = fit(shown, [max(1, round(side * shrink)) for side in shown.shape[1:]])
+    return encode_png((to_rgb(shown) * 255).round().to(torch.uint8).contiguous()).numpy().tobytes()
 
 
 def make_sheet(originals: Sequence[Any], seen: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ def config(tmp_path_factory):
     patch.undo()
 
 
-def draw_confusion(logdir: Path) -> None:
+def draw_confusion(logdir: Path, device: str) -> None:
     """As report.py does, in short."""
     (logdir / "plots").mkdir(exist_ok=True)
     write_png(torch.full((3, 4, 5), 7, dtype=torch.uint8), str(logdir / "plots/confusion.png"))
