@@ -107,7 +107,6 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.interrupts.__exit__()
         outcome = describe_end(error, self.stopped_early)
         if is_main():
             self._finish_writing()
@@ -116,6 +115,7 @@ class Run:
             self.lock.release()
         self._note_end(outcome, error)
         self.console.close()
+        self.interrupts.__exit__()  # last: one more signal must not cut what is written here
         if error is not None and is_out_of_memory(error):
             raise BadInput(self._how_to_fit()) from error
         if kind not in (None, Stopped) and self.interrupts.received:

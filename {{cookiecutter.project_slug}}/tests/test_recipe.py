@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import platform
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ import train
 from batteries import BadInput, EvalLoader, save_checkpoint
 from batteries.cli import to_json
 from batteries.data import Batch, cut_epoch
+from batteries.devices import keep_freed_memory
 from batteries.metrics import Outputs
 from batteries.parallel import bare
 from batteries.schedules import ScheduleByScore, learning_rates
@@ -582,6 +585,26 @@ def test_out_of_memory_says_how_the_same_steps_fit(config, monkeypatch):
         "error: cpu has not enough memory for micro-batches of 24 samples; give --accumulation-steps 4 beside "
         "--batch-size 48: micro-batches of 12, and the same steps."
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    def page_faults_of_40_batches() -> int:
+        import resource
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(40):
+            torch.ones(10 * 2**20)  # 40 MiB: 10,240 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def measure() -> tuple[int, int]:
+        before = page_faults_of_40_batches()
+        keep_freed_memory()
+        return before, page_faults_of_40_batches()
+
+    [(before, after)] = run_ranks(1, measure)
+    assert before >= 40 * 10_240
+    assert after < before / 3  # until glibc has found places that it can use in turn
 
 
 def test_an_epoch_too_short_for_a_profile_is_said(config):

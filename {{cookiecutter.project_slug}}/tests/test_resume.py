@@ -20,7 +20,7 @@ from small_data import change_one_sample, make_data
 from torch import nn
 
 import train
-from batteries import cli
+from batteries import cli, interrupts
 from batteries.cli import to_json
 from batteries.files import Lock
 from train import Config, Stage
@@ -520,6 +520,24 @@ def test_a_signal_to_one_rank_saves_the_run_on_all_and_it_goes_on_bit_for_bit(co
         stopped += 1
     finish(config, world_size)
     assert digest(config.logdir) == wanted
+
+
+def test_a_second_signal_ends_the_run_at_once(config, monkeypatch):
+    def hang(*_):
+        (config.logdir / "hangs").touch()
+        time.sleep(60)
+
+    monkeypatch.setattr(train, "valid_fn", hang)
+    monkeypatch.setattr(interrupts, "SECONDS_APART", 0.0)
+    [process] = start(config)
+    until = time.monotonic() + 60
+    while not (config.logdir / "hangs").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        assert process.exitcode is None  # one signal alone is waited with until the step is done
+        os.kill(process.pid, number)
+        process.join(1)
+    assert process.exitcode == 130
 
 
 def test_a_checkpoint_is_written_within_the_epoch_when_the_minutes_are_over(config):

@@ -246,6 +246,6 @@ def test_train_folds_passes_on_what_train_py_only_says(flag, word, data_flags, t
 
 
 def processes_of(logdir: Path) -> list[int]:
-    """The launcher, ranks and workers whose command names this folder: torchrun gives each rank a session of its own."""
+    """The launcher, ranks and workers whose command names this folder: a rank of torchrun has a session of its own."""
     found = subprocess.run(["pgrep", "-f", str(logdir)], capture_output=True, text=True).stdout
     return [int(line) for line in found.split()]
