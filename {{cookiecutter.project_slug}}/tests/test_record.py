@@ -275,6 +275,16 @@ def test_on_a_terminal_a_bar_of_80_columns_shows_how_far_an_epoch_is(terminal, m
     assert "\x1b" not in (config.logdir / "train.log").read_text()
 
 
+def test_in_a_pipe_plain_lines_say_how_far_an_epoch_is(config, monkeypatch):
+    monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_LINES", 0)
+    end = command(config)
+    assert not re.search(r"[^\n\x20-\x7e]", end.out)
+    said = re.findall(r"^first (\d)/2  (\d)/3  loss \d\.\d{3} accuracy 0\.\d{3} \d+/s wait .*$", end.out, re.MULTILINE)
+    assert said == [(str(epoch), str(step)) for epoch in (1, 2) for step in (1, 2, 3)]
+    monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_LINES", 3600)
+    assert "/s wait " not in command(dataclasses.replace(config, logdir=config.logdir.with_name("other"))).out
+
+
 def test_what_the_user_prints_comes_above_the_bar_and_into_the_log(terminal, monkeypatch, config):
     monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
     share_right = train.share_right

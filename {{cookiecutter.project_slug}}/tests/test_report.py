@@ -207,9 +207,17 @@ def test_scores_confusions_and_classes_are_those_of_the_predictions(page, predic
         assert taken_for == (f"{most} ({others[most]})" if others[most] else "")
 
 
+def mixed_up(size: int, classes: int) -> Predictions:
+    """Predictions that are mostly wrong, and of which the first classes get the most."""
+    generator = np.random.default_rng(1)
+    values = generator.dirichlet(np.linspace(2, 1, classes), size)
+    names = tuple(f"c{number}" for number in range(classes))
+    return Predictions("x", tuple(map(str, range(size))), names, values, generator.integers(classes, size=size))
+
+
 @pytest.mark.parametrize(("size", "classes"), [(12, 3), (500, 2), (2000, 40)])
 def test_the_confusions_that_are_drawn_are_counted_right(size, classes):
-    table = random_table(size, classes=tuple(f"c{number}" for number in range(classes)))
+    table = mixed_up(size, classes)
     counts = mistakes.count_confusions(table)
     by_hand = np.zeros((classes, classes), dtype=int)
     for row, target in zip(table.probabilities, table.targets, strict=True):
@@ -224,7 +232,7 @@ def test_the_confusions_that_are_drawn_are_counted_right(size, classes):
 def test_of_many_classes_those_with_the_most_mistakes_are_drawn_with_shares_of_all_their_samples(monkeypatch):
     drawn = []
     monkeypatch.setattr(sections, "draw_confusions", lambda *given: drawn.append(given))
-    table = random_table(2000, classes=tuple(f"c{number}" for number in range(1000)))
+    table = mixed_up(2000, 1000)
     sections.show_classes(table)
     [(counts, samples, names, title)] = drawn
     assert title == "The 24 of 1,000 classes with the most mistakes"
