@@ -13,18 +13,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None or os.name == "nt", reason="there is no Chromium; .ci/run installs it"),
 ]
-SHORT = (
-    "--stages.0.epochs",
-    "1",
-    "--stages.1.epochs",
-    "1",
-    "--limit-batches",
-    "2",
-    "--device",
-    "cpu",
-    "--tracker",
-    "none",
-)
+SHORT = ("--stages.0.epochs", "1", "--stages.1.epochs", "1", "--limit-batches", "2", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +27,7 @@ def logs(render, tmp_path_factory) -> Path:
     """Two runs, each with the page that it made at its end, and one of both."""
     logs = tmp_path_factory.mktemp("logs")
     for name, more in (("first", ()), ("second", ("--seed", "1", "--ema-decay", "0.9"))):
-        said = run_in(render(), "train.py", "--logdir", str(logs / name), *SHORT, *more)
+        said = run_in(render(), "train.py", "--logdir", str(logs / name), "--tracker", "none", *SHORT, *more)
         assert said.splitlines()[-1] == f"report   {logs / name}/report.html"
     assert run_in(render(), "report.py", str(logs)) == f"report   {logs}/report.html\n"
     return logs

@@ -10,7 +10,7 @@ alone; scores of test are on it where predict.py has written predictions/test.cs
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from tyro.conf import Positional
 
 from batteries.cli import run_command, to_json
-from batteries.errors import BadInput
+from batteries.errors import BadInput, is_bad_input
 from batteries.histories import History, common_folder, find_runs, read_histories
 from batteries.mistakes import what_is_missing
-from batteries.pages import Section, make_page, plots_of, tag, write_page
+from batteries.pages import Section, check_ours, make_page, plots_of, tag, write_page
 from batteries.predictions import Predictions, read_predictions
 from batteries.scoring import score
 from batteries.sections import (
@@ -55,10 +55,10 @@ class Options:
 
 
 class Verdict(NamedTuple):
-    """What a checkpoint says of the valid split, its scores there, and a way to the picture of an id as a PNG file."""
+    """What a checkpoint says of the valid split, its name, and a way to the picture of an id as a PNG file."""
 
     predictions: Predictions
-    scores: dict[str, dict[str, float]]  # by the name of what they are of
+    checkpoint: str
     look: Callable[[str], bytes | None]
 
 
@@ -68,6 +68,7 @@ def main(options: Options) -> Path:
         raise BadInput("report.py needs the folder of a run, such as logs/baseline.")
     folders = find_runs(options.runs)
     output = find_output(options, folders)
+    check_ours(output)  # before the work
     runs = read_histories(folders)
     page, sections = compare(runs, output) if len(runs) > 1 else describe(runs[0], options)
     write_page(output, page, plots_of(sections))
@@ -96,13 +97,15 @@ def describe(run: History, options: Options) -> tuple[str, list[Section]]:
     notes = [note for note in (problem, damage) if note]
     for note in notes:
         print(f"note     {note}")
-    sections = [show_curves(run), show_scores(run, (verdict.scores if verdict else {}) | test)]
+    predictions = verdict and verdict.predictions
+    valid = {} if verdict is None else {f"valid, by {verdict.checkpoint}": verdict.predictions}
+    sections = [show_curves(run), show_scores(run, score_all(run, valid | test))]
     if verdict is not None:
         sections += [show_classes(verdict.predictions), show_calibration(verdict.predictions)]
         sections += [show_samples(verdict.predictions, verdict.look)]
     defaults = {name: value for name, value in to_json(Config()).items() if name != "resume"}  # no run keeps it
     sections += [show_time(run), show_knobs({"this run": run.config, "default": defaults}), show_record(run)]
-    lead = [*(tag("p", note, class_="note") for note in notes), show_tiles(run, verdict and verdict.predictions)]
+    lead = [*(tag("p", note, class_="note") for note in notes), show_tiles(run, predictions)]
     return make_page(run.name, run.summary(), lead, sections, foot()), sections
 
 
@@ -124,7 +127,7 @@ def judge(run: History, options: Options) -> tuple[Verdict | None, str]:
     try:
         return predict_valid(run.folder, options), ""
     except Exception as error:  # noqa: BLE001 (a task of another kind, a cut run, other data, a device that is full)
-        said = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        said = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
         return None, f"Confusions, calibration and samples are left out: {said}"
 
 
@@ -134,7 +137,6 @@ def predict_valid(folder: Path, options: Options) -> Verdict:
     from batteries.devices import start_process
     from batteries.past_runs import find_checkpoint
     from batteries.sheets import thumbnail
-    from train import SCORES
 
     machine = {name: getattr(options, name) for name in ("data_dir", "batch_size", "num_workers", "device")}
     asked = predict.Options((folder,), checkpoint=options.checkpoint, split="valid", **machine)
@@ -146,19 +148,28 @@ def predict_valid(folder: Path, options: Options) -> Verdict:
         predictions = predict.predict_run(folder, config, dataset, device, asked)["valid"]
     if missing := what_is_missing(predictions):
         raise BadInput(missing)
-    functions = {name: SCORES[name] for name in SCORES if name in (config.main_metric, *config.scores)}
-    scores = {f"valid, by {file.parent.name}/{file.name}": score(predictions, functions)}
     places = {str(name): index for index, name in enumerate(dataset.ids)}
-    return Verdict(predictions, scores, lambda name: thumbnail(dataset[places[name]][0]))
+    name = f"{file.parent.name}/{file.name}"
+    return Verdict(predictions, name, lambda sample: thumbnail(dataset[places[sample]][0]))
 
 
-def read_test(run: History) -> tuple[dict[str, dict[str, float]], str]:
-    """The scores of the test split where its predictions were made already, and what is wrong with those."""
+def read_test(run: History) -> tuple[dict[str, Predictions], str]:
+    """The predictions of the test split where they were made already, and what is wrong with them."""
     path = run.folder / "predictions/test.csv"
     try:
-        return ({"test, of predictions/test.csv": score(read_predictions(path))} if path.is_file() else {}), ""
+        table = read_predictions(path) if path.is_file() else None
     except BadInput as error:
         return {}, str(error)
+    return ({} if table is None or table.targets is None else {"test, of predictions/test.csv": table}), ""
+
+
+def score_all(run: History, tables: Mapping[str, Predictions]) -> dict[str, dict[str, float]]:
+    """The scores of each table: accuracy, loss, and those that the run asked for."""
+    from train import SCORES
+
+    asked = (run.metric, *run.config.get("scores", ()))
+    functions = {name: SCORES[name] for name in SCORES if name in asked}
+    return {name: score(table, functions) for name, table in tables.items()}
 
 
 if __name__ == "__main__":

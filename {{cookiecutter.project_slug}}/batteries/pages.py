@@ -195,12 +195,16 @@ def write_page(path: Path, page: str, plots: Sequence[Plot]) -> None:
     folder = path.with_name("plots" if path.name == "report.html" else f"{path.stem}_plots")
     files = {folder / f"{plot.name}.png": plot.png for plot in plots} | {path: page.encode()}
     for file in files:
-        _check_ours(file)
+        check_ours(file)
     for file, content in files.items():
         write_output(file, lambda target, content=content: target.write(content), "--output")
 
 
-def _check_ours(path: Path) -> None:
+def check_ours(path: Path) -> None:
     """Raise BadInput where `path` is there and no report: nothing of the user's is overwritten."""
-    if path.is_dir() or (path.exists() and MARK.encode() not in path.open("rb").read(1000)):
+    if path.is_file():
+        with path.open("rb") as file:
+            if MARK.encode() in file.read(1000):
+                return
+    if path.exists():
         raise BadInput(f"{path} is there already and no report; move it away, or use another --output.")

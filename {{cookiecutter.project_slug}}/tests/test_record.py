@@ -346,11 +346,12 @@ def test_the_report_is_made_at_the_end_by_one_process_from_the_whole_record(page
     monkeypatch.setenv("LOCAL_RANK", "0")  # one of torchrun's, which report.py must not see
     end = page_maker(
         "record = json.load(open(sys.argv[1] + '/run.json'))\n"
-        "print('report  ', sys.argv[1], record['exit'], record['best']['epoch'] > 0, 'LOCAL_RANK' in os.environ)"
+        "print('report  ', *sys.argv[1:], record['exit'], record['best']['epoch'] > 0, 'LOCAL_RANK' in os.environ)"
     )
     assert end.code == 0
-    assert end.out.splitlines()[-1] == f"report   {config.logdir} finished True False"
-    assert f" INFO report   {config.logdir} finished True False\n" in (config.logdir / "train.log").read_text()
+    assert end.out.splitlines()[-1] == f"report   {config.logdir} --device cpu finished True False"
+    log = (config.logdir / "train.log").read_text()
+    assert f" INFO report   {config.logdir} --device cpu finished True False\n" in log
 
 
 def test_a_report_that_fails_is_said_and_the_run_is_whole(page_maker, config):

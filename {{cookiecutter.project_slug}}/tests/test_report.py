@@ -19,7 +19,7 @@ import pytest
 import torch
 from models import tiny_network
 from processes import End, run_ranks, run_train
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 from small_data import make_data
 from tables import call, random_table, refused
 from torchvision.io import ImageReadMode, decode_image
@@ -27,10 +27,11 @@ from torchvision.io import ImageReadMode, decode_image
 import predict
 import report
 import train
-from batteries import mistakes, pages, plots, sections
+from batteries import BadInput, mistakes, pages, plots, sections
 from batteries.cli import flatten
 from batteries.histories import History, Span, find_runs, read_history
 from batteries.pages import make_page, make_table, plots_of, tag
+from batteries.plots import Plot
 from batteries.predictions import Predictions, read_predictions
 from batteries.sheets import thumbnail, to_rgb
 from train import Config, Stage
@@ -201,7 +202,7 @@ def test_scores_confusions_and_classes_are_those_of_the_predictions(page, predic
     for name, taken_for, *numbers in rows:
         place = classes.index(name)
         shares = (f"{values[place]:.3f}" for values in (recall, precision, f1))
-        assert numbers == [str(samples[place]), *shares]
+        assert numbers == [str(int(samples[place])), *shares]
         others = {one: counts[name, one] for one in classes if one != name}
         most = max(others, key=lambda one: others[one])
         assert taken_for == (f"{most} ({others[most]})" if others[most] else "")
@@ -435,7 +436,7 @@ def test_names_from_outside_are_shown_as_they_are_and_are_no_html():
     record = {"exit": f"failed: {HOSTILE[1]}", "command": HOSTILE[0]}
     run = History(HOSTILE[1], Path("nowhere"), {"data_dir": HOSTILE[0]}, record, epochs, [])
     shown = [sections.show_curves(run), sections.show_scores(run, {HOSTILE[0]: scores}), sections.show_classes(table)]
-    shown += [sections.show_samples(table, lambda _: None), sections.show_record(run)]
+    shown += [sections.show_samples(table, lambda _: thumbnail(torch.zeros(1, 2, 2))), sections.show_record(run)]
     shown += [sections.show_knobs({HOSTILE[0]: run.config, HOSTILE[1]: {}})]
     lead = [tag("p", HOSTILE[1], class_="note"), sections.show_tiles(run, table)]
     made = Page(make_page(run.name, run.summary(), lead, shown, HOSTILE[0]))
@@ -453,9 +454,19 @@ def test_names_from_outside_are_shown_as_they_are_and_are_no_html():
     }
 
 
+@pytest.fixture(scope="module")
+def drawn_once(quick) -> Plot:
+    """A plot in place of all where the words are looked at."""
+    return plots.draw_curves("plot", "x", "y", [plots.Line("", [1.0, 2.0], "black")])
+
+
 @pytest.fixture
-def cut(runs, tmp_path) -> Path:
-    """A copy of the first run, to be cut."""
+def cut(runs, tmp_path, monkeypatch, drawn_once) -> Path:
+    """A copy of the first run, to be cut; its plots are not drawn anew."""
+    for draw in ("draw_curves", "draw_reliability"):
+        monkeypatch.setattr(sections, draw, lambda *_, **__: drawn_once)
+    monkeypatch.setattr(sections, "draw_confusions", lambda *_: drawn_once._replace(name="confusion"))
+    monkeypatch.setattr(sections, "draw_times", lambda *_: [drawn_once])
     return shutil.copytree(runs[0], tmp_path / "cut", ignore=shutil.ignore_patterns("report.html", "plots"))
 
 
@@ -588,6 +599,7 @@ def test_the_report_reads_no_sample_of_the_test_split(cut, monkeypatch, tmp_path
 
 def test_scores_of_test_are_shown_where_its_predictions_are_there_already(cut):
     table = random_table()
+    (cut / "config.json").write_text(json.dumps(knobs_of(cut) | {"scores": ["macro_f1"]}))
     (cut / "predictions").mkdir()
     lines = ["id,cat,dog,0,target"]
     lines += [
@@ -597,8 +609,12 @@ def test_scores_of_test_are_shown_where_its_predictions_are_there_already(cut):
     (cut / "predictions/test.csv").write_text("\n".join(lines) + "\n")
     assert call_report(cut).code == 0
     row = Page((cut / "report.html").read_text()).table("Scores", 1)[1]
-    accuracy = np.mean(table.probabilities.argmax(1) == table.targets)
-    assert row[:2] == ["test, of predictions/test.csv", f"{accuracy:.4f}"]
+    taken = table.probabilities.argmax(1)
+    accuracy, f1 = np.mean(taken == table.targets), f1_score(table.targets, taken, average="macro")
+    assert (row[0], row[1], row[3]) == ("test, of predictions/test.csv", f"{accuracy:.4f}", f"{f1:.4f}")
+    (cut / "predictions/test.csv").write_text("id,cat\n1,1\n")  # without targets
+    assert call_report(cut).code == 0
+    assert len(Page((cut / "report.html").read_text()).table("Scores", 1)) == 1
     (cut / "predictions/test.csv").write_text("id,cat\n1,2\n")
     assert call_report(cut).code == 0
     assert "has 2.0 for class cat of id 1" in Page((cut / "report.html").read_text()).notes()[0]
@@ -607,23 +623,27 @@ def test_scores_of_test_are_shown_where_its_predictions_are_there_already(cut):
 def test_an_earlier_report_is_replaced_and_nothing_else_is(cut):
     assert call_report(cut).code == 0
     before = (cut / "report.html").read_bytes()
-    assert call_report(cut).code == 0
-    assert [path.name for path in cut.glob("*.html")] == ["report.html"]
-    for name in ("report.html", "plots/confusion.png"):
-        kept = (cut / name).read_bytes()
-        (cut / name).write_text("mine")
-        refused_after(call_report(cut), f"{cut / name} is there already and no report; move it away, or use another")
-        assert (cut / name).read_text() == "mine"
-        (cut / name).write_bytes(kept)
-    other = cut / "pages/other.html"
-    assert call_report(cut, "--output", other).code == 0
-    assert (other.parent / "other_plots/confusion.png").is_file()
-    assert len(before) == pytest.approx(len(other.read_bytes()), rel=0.01)
+    assert call_report(cut, "--checkpoint", "last").code == 0
+    assert (cut / "report.html").read_bytes() != before
+    (cut / "report.html").write_text("mine")
+    refused(
+        call_report(cut), f"{cut}/report.html is there already and no report; move it away, or use another --output."
+    )
+    assert (cut / "report.html").read_text() == "mine"
+    assert call_report(cut, "--output", cut / "pages/other.html").code == 0
+    assert (cut / "pages/other_plots/confusion.png").is_file()
 
 
-def refused_after(end: End, sentence: str) -> None:
-    assert (end.code, end.err.count("\n"), "report   " in end.out) == (2, 1, False), end
-    assert sentence in end.err
+def test_a_plot_that_is_not_ours_keeps_the_page_from_being_written(tmp_path, drawn_once):
+    page, picture = tmp_path / "report.html", tmp_path / "plots/confusion.png"
+    text, plots = make_page("x", "x", [], [], "x"), [drawn_once._replace(name="confusion")]
+    pages.write_page(page, text, plots)
+    pages.write_page(page, text, plots)
+    picture.write_bytes(b"mine")
+    page.unlink()
+    with pytest.raises(BadInput, match=r"confusion\.png is there already and no report"):
+        pages.write_page(page, text, plots)
+    assert (picture.read_bytes(), page.exists()) == (b"mine", False)
 
 
 @pytest.mark.parametrize(
@@ -632,7 +652,7 @@ def refused_after(end: End, sentence: str) -> None:
         (["nowhere"], "nowhere holds no run: config.json is missing; give a run's folder, such as logs/baseline."),
         (["{empty}"], "holds no run: config.json is missing"),
         (["{run}/metrics.jsonl"], "holds no run: config.json is missing"),
-        (["{run}", "{run}/"], "{run} is given twice; give each run once."),
+        (["{run}", "{run}/../second"], "{run} is given twice; give each run once."),
         (["{run}", "--output", "page.txt"], "--output page.txt must end in .html."),
         (["{run}", "--output", "{run}/run.json/page.html"], "cannot be written (File exists); use another --output."),
         (["--output", "page.html"], "logs/baseline holds no run"),
