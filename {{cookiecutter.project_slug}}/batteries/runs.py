@@ -401,7 +401,8 @@ class Run:
             finite = _finite({"score": score})
             best = {"metric": stage.metric, **finite, "stage": stage.logdir.name, "epoch": stage.best_epoch}
             look = self.trackers.look()
-            self.record.write(best=best, end=now(), exit=describe_end(None, self.stopped_early))
+            outcome = describe_end(None, self.stopped_early)
+            self.record.write(best=best, end=now(), exit=outcome, skipped_steps=self.gradients.skipped)
             for line in end_lines(best, path, self.logdir, look):
                 logger.info(line)
             if self.config["report"]:
