@@ -27,7 +27,8 @@ def logs(render, tmp_path_factory) -> Path:
     """Two runs, each with the page that it made at its end, and one of both."""
     logs = tmp_path_factory.mktemp("logs")
     for name, more in (("first", ()), ("second", ("--seed", "1", "--ema-decay", "0.9"))):
-        said = run_in(render(), "train.py", "--logdir", str(logs / name), "--tracker", "none", *SHORT, *more)
+        own = ("--logdir", str(logs / name), "--split-file", str(logs / "splits.csv"))  # render's folder is for all
+        said = run_in(render(), "train.py", *own, "--tracker", "none", *SHORT, *more)
         assert said.splitlines()[-1] == f"report   {logs / name}/report.html"
     assert run_in(render(), "report.py", str(logs)) == f"report   {logs}/report.html\n"
     return logs
