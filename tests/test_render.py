@@ -15,7 +15,7 @@ from options import CHOICES, all_pairs, pairs_in, pairwise
 
 from batteries_answers import DEPENDENCIES, WINDOWS_DEVICES
 
-VERBS = ["split", "preview", "check", "train", "predict", "average", "blend", "submit", "scores"]
+VERBS = ["split", "preview", "check", "train", "report", "predict", "average", "blend", "submit", "scores"]
 EXPERIMENT = ["__init__", "augmentations", "dataset", "model", "splits"]
 BATTERIES = [
     "__init__",
@@ -36,6 +36,7 @@ BATTERIES = [
     "files",
     "folds",
     "handshake",
+    "histories",
     "images",
     "interrupts",
     "knobs",
@@ -45,18 +46,23 @@ BATTERIES = [
     "logdirs",
     "machine_checks",
     "metrics",
+    "mistakes",
     "model_checks",
     "parallel",
+    "pages",
     "past_runs",
     "pixels",
+    "plots",
     "predictions",
     "randomness",
     "ranks",
     "records",
+    "reports",
     "resume",
     "runs",
     "schedules",
     "scoring",
+    "sections",
     "sheets",
     "splits",
     "state",
@@ -90,6 +96,7 @@ TESTS = [
     "test_preview",
     "test_recipe",
     "test_record",
+    "test_report",
     "test_resume",
     "test_road",
     "test_scores",

@@ -122,6 +122,7 @@ class Config:
     show_schedule: bool = False  # print the learning rate of each epoch, and end
     profile: bool = False  # write a trace of a few steps to logdir/profile
     tracker: tuple[Tracker, ...] = field(default_factory=default_trackers)  # where curves go beside metrics.jsonl
+    report: bool = True  # at the end a page to look at, logdir/report.html: curves, confusions, worst mistakes
     quiet: bool = False  # nothing on the terminal but warnings; train.log has it all
 
     def __post_init__(self) -> None:
@@ -137,7 +138,7 @@ class Config:
 MAY_CHANGE = (
     *("data_dir", "split_file", "num_workers", "save_n_best", "logdir", "init_from", "pretrained", "device"),
     *("checkpoint_every_minutes", "checkpoint_every_steps", "sharing_strategy", "show_warnings", "show_schedule"),
-    *("profile", "tracker", "quiet"),
+    *("profile", "tracker", "report", "quiet"),
 )
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -88,6 +88,17 @@ def _refuse_doubles(arguments: list[str]) -> None:
 def to_json(config: Any) -> dict[str, Any]:
     """A Config as plain values, in the order of its fields."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """(name, value) for each plain value in nested mappings and lists of mappings: `stages.0.lr` is a name."""
+    if isinstance(value, Mapping):
+        pairs = value.items()
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        pairs = enumerate(value)
+    else:
+        return [(name, value)]
+    return [found for key, item in pairs for found in flatten(item, f"{name}.{key}" if name else str(key))]
 
 
 def from_json(config_class: type[Config], values: Any, where: str = "the config") -> Config:

@@ -2,10 +2,11 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from batteries.errors import BadInput
 from batteries.files import DiskFull, append_text, is_disk_full
 
 logger = logging.getLogger("batteries")
@@ -43,6 +44,18 @@ class Lines:
                 logger.warning(f"{full} The line is kept until there is.")
                 return
             self.unwritten = self.unwritten[1:]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a .jsonl file and what it holds, up to one that a kill has torn. Raises BadInput for another."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            return
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            raise BadInput(f"{path} is damaged in line {number}; put it back, or use another --logdir.") from None
 
 
 def _read_text(path: Path) -> str:

@@ -7,7 +7,7 @@ enough.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -17,6 +17,7 @@ import numpy as np
 from batteries.checkpoints import Row, read_checkpoint, read_ledger
 from batteries.errors import BadInput
 from batteries.files import write_text
+from batteries.lines import read_lines
 
 
 class Cursor(NamedTuple):
@@ -144,15 +145,3 @@ def cut_lines(path: Path, stages: Sequence[str], cursor: Cursor) -> None:
             break
         kept.append(line)
     write_text(path, "".join(kept))
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of a .jsonl file and what it holds, up to one that a kill has torn. Raises BadInput for another."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            return
-        try:
-            yield line, json.loads(line)
-        except ValueError:
-            raise BadInput(f"{path} is damaged in line {number}; put it back, or use another --logdir.") from None

@@ -22,12 +22,14 @@ from batteries.distributed import Agreement, on_main
 from batteries.errors import BadInput, RunFailed, is_bad_input, is_out_of_memory, shorten
 from batteries.files import Lock, read_json, write_text
 from batteries.interrupts import Interrupts, Stopped
-from batteries.lines import Lines
+from batteries.lines import Lines, read_lines
 from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
 from batteries.ranks import is_main, world_size
 from batteries.records import Record, hash_config, now, peak_memory, versions, what_changes_rounding
-from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest, read_lines
+from batteries.reports import make_report
+from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest
+from batteries.sheets import read_picture
 from batteries.state import TrainState
 from batteries.steps import HALVINGS, MOST_SKIPPED, GradientWatch
 from batteries.summaries import (
@@ -398,11 +400,17 @@ class Run:
                 self.stopped_early = True  # it had ended already, and nothing was trained
             finite = _finite({"score": score})
             best = {"metric": stage.metric, **finite, "stage": stage.logdir.name, "epoch": stage.best_epoch}
-            self.record.values["best"] = best
             look = self.trackers.look()
-            self.trackers.finish(finite["score"], path)
+            outcome = describe_end(None, self.stopped_early)
+            self.record.write(best=best, end=now(), exit=outcome, skipped_steps=self.gradients.skipped)
             for line in end_lines(best, path, self.logdir, look):
                 logger.info(line)
+            if self.config["report"]:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()  # to make room: report.py predicts on the same GPU
+                make_report(self.logdir, str(self.device))
+                self.log_image("confusion", lambda: read_picture(self.logdir / "plots/confusion.png"))
+            self.trackers.finish(finite["score"], path)
         return score
 
     def _find(self, may_change: Sequence[str]) -> Found:

@@ -1,6 +1,7 @@
 """Pictures of samples, for eyes: what training makes of them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn.functional import interpolate
 from batteries.data import TrainLoader
 
 SAMPLES = 8  # columns of a sheet
+THUMBNAIL = 192  # pixels: sharp enough at the size that a page shows it in
 
 
 def sample_sheet(loader: TrainLoader, normalize: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
@@ -21,6 +23,29 @@ def sample_sheet(loader: TrainLoader, normalize: Callable[[torch.Tensor], torch.
     if seen.ndim != 4 or any(original.ndim != 3 for original in originals):
         return None
     return make_sheet(originals, seen)
+
+
+def read_picture(path: Path) -> torch.Tensor | None:
+    """A PNG file as uint8 (3, H, W); None where there is none."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    return decode_image(str(path), ImageReadMode.RGB) if path.is_file() else None
+
+
+def thumbnail(image: Any) -> bytes | None:
+    """A sample (C, H, W) as a PNG file of at most THUMBNAIL pixels on a side; None for what is no image.
+
+    uint8 is shown as it is, other types stretched to their range.
+    """
+    from torchvision.io import encode_png
+
+    if not isinstance(image, torch.Tensor) or image.ndim != 3:
+        return None
+    shown = image.cpu().float() / 255 if image.dtype == torch.uint8 else stretch(image.cpu().float())
+    shrink = min(1.0, THUMBNAIL / max(shown.shape[1:]))
+    if shrink < 1:
+        shown = fit(shown, [max(1, round(side * shrink)) for side in shown.shape[1:]])
+    return encode_png((to_rgb(shown) * 255).round().to(torch.uint8).contiguous()).numpy().tobytes()
 
 
 def make_sheet(originals: Sequence[Any], seen: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from batteries.cli import flatten
 from batteries.errors import BadInput
 
 logger = logging.getLogger("batteries")
@@ -31,7 +32,7 @@ class TrackedRun:
 
     def knobs(self) -> dict[str, Any]:
         """The config without nesting: `stages.0.lr` is a name."""
-        return dict(_flatten(self.config))
+        return dict(flatten(self.config))
 
 
 class Backend(Protocol):
@@ -155,14 +156,3 @@ def _make_backend(name: Tracker) -> Backend:
         "mlflow": backends.MLflow,
     }
     return makers[name]()
-
-
-def _flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    """(name, value) for each plain value in nested mappings and lists of mappings."""
-    if isinstance(value, Mapping):
-        pairs = value.items()
-    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        pairs = enumerate(value)
-    else:
-        return [(name, value)]
-    return [found for key, item in pairs for found in _flatten(item, f"{name}.{key}" if name else str(key))]

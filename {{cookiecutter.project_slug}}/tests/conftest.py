@@ -4,6 +4,7 @@ What every run imports is imported here, once, for all forks.
 """
 
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,14 @@ for module in (
         importlib.import_module(module)
     except ImportError:  # this project may go without a tracker
         assert module == "torch.utils.tensorboard"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_report() -> Iterator[None]:
+    """Runs of tests make no page: it takes seconds, and imports of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("batteries.runs.make_report", lambda *_: None)
+        yield
 
 
 @pytest.fixture

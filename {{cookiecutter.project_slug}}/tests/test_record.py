@@ -20,7 +20,7 @@ from processes import run_ranks, run_train
 from small_data import make_data
 
 import train
-from batteries import records
+from batteries import records, reports
 from batteries.cli import to_json
 from batteries.errors import RunFailed
 from train import Config, Stage
@@ -275,6 +275,16 @@ def test_on_a_terminal_a_bar_of_80_columns_shows_how_far_an_epoch_is(terminal, m
     assert "\x1b" not in (config.logdir / "train.log").read_text()
 
 
+def test_in_a_pipe_plain_lines_say_how_far_an_epoch_is(config, monkeypatch):
+    monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_LINES", 0)
+    end = command(config)
+    assert not re.search(r"[^\n\x20-\x7e]", end.out)
+    said = re.findall(r"^first (\d)/2  (\d)/3  loss \d\.\d{3} accuracy 0\.\d{3} \d+/s wait .*$", end.out, re.MULTILINE)
+    assert said == [(str(epoch), str(step)) for epoch in (1, 2) for step in (1, 2, 3)]
+    monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_LINES", 3600)
+    assert "/s wait " not in command(dataclasses.replace(config, logdir=config.logdir.with_name("other"))).out
+
+
 def test_what_the_user_prints_comes_above_the_bar_and_into_the_log(terminal, monkeypatch, config):
     monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
     share_right = train.share_right
@@ -317,3 +327,41 @@ def test_nohup_keeps_a_run_from_the_end_of_its_terminal(config, monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert read_record(config)["exit"] == "finished"
+
+
+@pytest.fixture
+def page_maker(config, monkeypatch, tmp_path):
+    """Runs train.py with a stand-in for report.py, which is started for real."""
+    monkeypatch.setattr("batteries.runs.make_report", reports.make_report)
+    monkeypatch.setattr(reports, "ROOT", tmp_path)
+
+    def run(code: str, *flags: str):
+        (tmp_path / "report.py").write_text(f"import json, os, sys\n{code}\n")
+        return command(config, *flags)
+
+    return run
+
+
+def test_the_report_is_made_at_the_end_by_one_process_from_the_whole_record(page_maker, config, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # one of torchrun's, which report.py must not see
+    end = page_maker(
+        "record = json.load(open(sys.argv[1] + '/run.json'))\n"
+        "print('report  ', *sys.argv[1:], record['exit'], record['best']['epoch'] > 0, 'LOCAL_RANK' in os.environ)"
+    )
+    assert end.code == 0
+    assert end.out.splitlines()[-1] == f"report   {config.logdir} --device cpu finished True False"
+    log = (config.logdir / "train.log").read_text()
+    assert f" INFO report   {config.logdir} --device cpu finished True False\n" in log
+
+
+def test_a_report_that_fails_is_said_and_the_run_is_whole(page_maker, config):
+    end = page_maker("sys.exit('error: no ink')")
+    assert end.code == 0
+    sentence = "The run is whole, but its report was not made (error: no ink); try python report.py "
+    assert f"{sentence}{config.logdir}.\n" in end.out
+    assert read_record(config)["exit"] == "finished"
+
+
+def test_without_a_report_none_is_started(page_maker, config):
+    end = page_maker("sys.exit('started')", "--no-report")
+    assert (end.code, "started" in end.out) == (0, False)

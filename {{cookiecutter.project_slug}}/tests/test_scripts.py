@@ -20,6 +20,7 @@ from experiment.splits import make_folds
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--limit-batches", "2", "--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu"]
+SMOKE += ["--no-report"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,10 +56,14 @@ def run_script(script: Path | str, *flags: str, folder: Path, **extra: str) -> s
     ],
 )
 def test_each_script_shows_its_command_and_trains_from_any_folder(script, world_size, wrapper, data_flags, tmp_path):
-    flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run")]
+    page = "--report" if world_size > 1 else "--no-report"
+    flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run"), page]
     done = run_script(script, *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"+ {sys.executable} ")
+    said = [line for line in done.stdout.splitlines() if line.startswith(("report", "note"))]
+    assert said == [f"report   {tmp_path}/run/report.html"] * (world_size > 1)  # by one process, all of it
+    assert (tmp_path / "run/plots/confusion.png").exists() == (world_size > 1)
     assert wrapper in done.stdout
     assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == world_size
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2

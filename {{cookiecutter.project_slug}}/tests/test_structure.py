@@ -87,6 +87,7 @@ def test_verbs_that_read_tables_wait_for_no_heavy_library(tmp_path):
         ["submit.py", table, "--sample", "nowhere.csv"],
         ["scores.py", "show", "--ledger", str(tmp_path / "scores.csv")],
         ["scores.py", "add", "nowhere"],
+        ["report.py", "nowhere"],
     ]
     code = (
         "import contextlib, runpy, sys\n"
@@ -96,7 +97,7 @@ def test_verbs_that_read_tables_wait_for_no_heavy_library(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "loaded []", done.stdout + done.stderr
-    assert done.stderr.count("error: ") == 3
+    assert done.stderr.count("error: ") == 4
     assert (tmp_path / "out.csv").exists()
 
 

@@ -19,6 +19,7 @@ import torch
 from models import tiny_network
 from processes import free_port, run_ranks, run_train
 from small_data import make_data
+from torchvision.io import write_png
 
 import train
 from batteries import trackers
@@ -39,6 +40,7 @@ def config(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(train, "build_model", tiny_network)
     patch.setattr("batteries.runs.LOG_EVERY", 2)
+    patch.setattr("batteries.runs.make_report", draw_confusion)
     patch.setenv("WANDB_MODE", "offline")
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield Config(
@@ -52,6 +54,12 @@ def config(tmp_path_factory):
         tracker=INSTALLED,
     )
     patch.undo()
+
+
+def draw_confusion(logdir: Path, device: str) -> None:
+    """As report.py does, in short."""
+    (logdir / "plots").mkdir(exist_ok=True)
+    write_png(torch.full((3, 4, 5), 7, dtype=torch.uint8), str(logdir / "plots/confusion.png"))
 
 
 def run(config: Config, resume: bool = False) -> int:
@@ -216,6 +224,7 @@ def test_tensorboard_holds_knobs_final_score_commit_and_pictures(tracker, kind, 
     record = json.loads((logdir / "run.json").read_text())
     assert [event.value for event in found.Scalars("best/accuracy")] == [pytest.approx(record["best"]["score"])]
     assert [event.step for event in found.Images("samples")] == [0]
+    assert [(event.step, event.width, event.height) for event in found.Images("confusion")] == [(16, 5, 4)]
     [text] = found.Tensors("run/text_summary")
     assert record["command"].encode() in text.tensor_proto.string_val[0]
     [path] = found.Tensors("best_checkpoint/text_summary")
@@ -235,7 +244,8 @@ def test_mlflow_holds_knobs_final_score_commit_and_pictures_in_one_run(kind, req
     assert found.data.tags["best_checkpoint"].endswith("best.pth")
     assert found.data.tags["mlflow.source.git.commit"] == str(record["git_commit"])
     assert found.info.status == "FINISHED"
-    assert "samples_step_0.png" in [file.path for file in client.list_artifacts(found.info.run_id)]
+    pictures = {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert {"samples_step_0.png", "confusion_step_16.png"} <= pictures
 
 
 @pytest.mark.slow
@@ -252,8 +262,9 @@ def test_wandb_holds_knobs_final_score_commit_and_pictures_in_one_run(kind, requ
     summary = {name: value for kind, items in records if kind == "summary" for name, value in items.items()}
     assert summary["best/accuracy"] == record["best"]["score"]
     assert summary["best_checkpoint"].endswith("best.pth")
-    pictures = [items for name, items in records if name == "history" and "samples/_type" in items]
-    assert len(pictures) == 1
+    rows = [items for name, items in records if name == "history"]
+    for picture in ("samples", "confusion"):
+        assert sum(f"{picture}/_type" in items for items in rows) == 1
 
 
 @pytest.mark.slow
