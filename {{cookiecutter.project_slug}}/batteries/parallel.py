@@ -1,7 +1,7 @@
 """One model on one device, on several with DataParallel, or one in each process with DistributedDataParallel."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -74,8 +74,7 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
+def accumulate(model: nn.Module, batch: Batch) -> AbstractContextManager:
     """Forward and backward of one micro-batch go in here.
 
     The model draws from the stream of this micro-batch, and ranks exchange gradients only where it ends a step:
@@ -84,11 +83,8 @@ def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
     reseed(batch.seed)
     reseed_devices(batch.seed)
     shared = _uncompiled(model)
-    if isinstance(shared, DistributedDataParallel) and not batch.ends_step:
-        with shared.no_sync():
-            yield
-    else:
-        yield
+    is_shared = isinstance(shared, DistributedDataParallel)
+    return shared.no_sync() if is_shared and not batch.ends_step else nullcontext()
 
 
 @contextmanager
