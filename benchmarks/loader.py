@@ -95,7 +95,7 @@ class DecodedOnly(Files):
 
 def ours(paths: list[str]) -> Loop:
     """TrainLoader: torchvision.io, v2 on uint8 tensors, a random stream for each sample, normalised after collation."""
-    keep_freed_memory()  # as train.py does at its start
+    keep_freed_memory()  # as train.py does on a CPU
     transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
     loader = TrainLoader(
         Files(paths),

@@ -18,6 +18,7 @@ from batteries.checkpoints import CheckpointManager, best_of, check_architecture
 from batteries.cli import to_json
 from batteries.console import Console, logger
 from batteries.data import Batch, Epoch
+from batteries.devices import return_freed_memory
 from batteries.distributed import Agreement, on_main
 from batteries.errors import BadInput, RunFailed, is_bad_input, is_out_of_memory, shorten
 from batteries.files import Lock, read_json, write_text
@@ -236,6 +237,7 @@ class Run:
                     self._after_step(metrics)
                     profiler.step()
         self._look_at_gradients()
+        return_freed_memory()
         self.timing = self.watch.timing(self.step - batches.first_step)
         self.timing["peak_memory_bytes"] = peak_memory(self.device)
 

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import platform
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ import train
 from batteries import BadInput, EvalLoader, save_checkpoint
 from batteries.cli import to_json
 from batteries.data import Batch, cut_epoch
-from batteries.devices import keep_freed_memory
+from batteries.devices import keep_freed_memory, return_freed_memory
 from batteries.metrics import Outputs
 from batteries.parallel import bare
 from batteries.schedules import ScheduleByScore, learning_rates
@@ -587,7 +588,7 @@ def test_out_of_memory_says_how_the_same_steps_fit(config, monkeypatch):
     )
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
 def test_memory_that_a_step_frees_is_there_for_the_next():
     def page_faults_of_40_batches() -> int:
         import resource
@@ -603,6 +604,26 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
 
     [faults] = run_ranks(1, measure)
     assert faults < 40 * 10_240 / 3  # a few, until glibc has found places that it can use in turn
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_memory_that_was_kept_goes_back_after_an_epoch():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def measure() -> tuple[int, int, int]:
+        keep_freed_memory()
+        before = resident()
+        blocks = [torch.ones(10 * 2**20) for _ in range(5)]  # 40 MiB each
+        pin = blocks.pop()  # above the others: they cannot go back by themselves
+        blocks.clear()
+        kept = resident() - before
+        return_freed_memory()
+        return kept, resident() - before, pin.nbytes
+
+    [(kept, left, pinned)] = run_ranks(1, measure)
+    assert kept > 4 * pinned
+    assert left < 2 * pinned
 
 
 def test_an_epoch_too_short_for_a_profile_is_said(config):

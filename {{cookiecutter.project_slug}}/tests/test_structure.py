@@ -36,7 +36,7 @@ def paths_in_tree(tree: str) -> list[str]:
     for line in tree.splitlines()[1:]:
         drawn = re.match(r"([│ ]*)[├└]── (\S+)", line)
         if drawn is None:
-            assert line.startswith(f"# {BLOCK}"), line
+            assert line.startswith(f"# {BLOCK}") or re.fullmatch(r"│   │   [\w .]+", line), line  # or files of a kind
             continue
         depth = len(drawn[1]) // 4
         folders[depth:] = [drawn[2].rstrip("/")]
