@@ -1,6 +1,6 @@
 """Images a second from a folder of JPEGs to normalised float batches: this template's loader beside others.
 
-    uv run --with timm python benchmarks/loader.py            # about two minutes; without timm its lines are left out
+    uv run --with timm python benchmarks/loader.py            # about three minutes; without timm its lines are left out
 
 500 JPEGs of 500x375 are made on the spot; each goes through RandomResizedCrop(224) and a flip. Two workers of one
 thread, batches of 64. Each contender has a process of its own, with the settings of memory that it has in use. The
@@ -35,9 +35,10 @@ PROJECT = Path(__file__).parent.parent / "{{cookiecutter.project_slug}}"
 sys.path.insert(0, str(PROJECT))
 
 from batteries import TrainLoader  # noqa: E402 (found by the line above)
-from batteries.devices import keep_freed_memory  # noqa: E402
+from batteries.devices import keep_freed_memory, return_freed_memory  # noqa: E402
 
 WORKERS, BATCH_SIZE, SIZE = 2, 64, 224
+WARM_UP = 8  # passes of each that are not counted: workers start, and memory finds its places
 
 Loop = Callable[[], Iterator[torch.Tensor]]
 
@@ -108,7 +109,13 @@ def ours(paths: list[str]) -> Loop:
         num_workers=WORKERS,
     )
     epochs = iter(range(1, 1_000_000))
-    return lambda: (augmentations.normalize(batch.images) for batch in loader.epoch(0, next(epochs)))
+
+    def loop() -> Iterator[torch.Tensor]:
+        for batch in loader.epoch(0, next(epochs)):
+            yield augmentations.normalize(batch.images)
+        return_freed_memory()  # as a run does after each epoch
+
+    return loop
 
 
 def pil_v2(paths: list[str]) -> Loop:
@@ -213,14 +220,13 @@ def main() -> None:
         paths = make_folder(Path(folder), arguments.images)
         pipes = {name: start(CONTENDERS[name], paths) for name in found}
         taken = {name: [] for name in found}
-        for number in range(arguments.repeats + 1):
+        for number in range(arguments.repeats + WARM_UP):
             for name in random.Random(number).sample(found, len(found)):
                 pipes[name].send(True)
                 taken[name].append(pipes[name].recv())
         for pipe in pipes.values():
             pipe.send(False)
-    # The first pass starts the workers.
-    show({name: np.array(values[1:]) / arguments.images for name, values in taken.items()})
+    show({name: np.array(values[WARM_UP:]) / arguments.images for name, values in taken.items()})
 
 
 def start(contender: Callable[[list[str]], Loop], paths: list[str]) -> Connection:
