@@ -613,6 +613,7 @@ def test_memory_that_was_kept_goes_back_after_an_epoch():
 
     def measure() -> tuple[int, int, int]:
         keep_freed_memory()
+        return_freed_memory()  # of the tests before: it would take the blocks
         before = resident()
         blocks = [torch.ones(10 * 2**20) for _ in range(5)]  # 40 MiB each
         pin = blocks.pop()  # above the others: they cannot go back by themselves
