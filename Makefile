@@ -25,13 +25,16 @@ demo: $(UV) clean  ## render with default answers, train, and show where the res
 environment: $(UV)
 	uv sync --quiet --compile-bytecode
 
+# A worker that is done takes tests from another one's list: they last from milliseconds to minutes.
+PYTEST := pytest -p no:cacheprovider --numprocesses auto --dist worksteal
+
 .PHONY: test
 test: environment  ## all tests, of the template and of what it renders (12 minutes on 2 cores)
-	uv run pytest -p no:cacheprovider
+	uv run $(PYTEST)
 
 .PHONY: test-fast
 test-fast: environment  ## without the launch scripts and spawned workers (3 minutes)
-	uv run pytest -p no:cacheprovider -m "not slow"
+	uv run $(PYTEST) -m "not slow"
 
 GITHUB := .github/workflows/ci.yml '{{cookiecutter.project_slug}}/.variants/ci/github/.github/workflows/ci.yml'
 GITLAB := '{{cookiecutter.project_slug}}/.variants/ci/gitlab/.gitlab-ci.yml'
