@@ -96,9 +96,7 @@ class Config:
     fold: int = 0  # which fold validates, from 0; the others train. How many there are is for split.py --num-folds
     seed: Seed = 0  # of everything random but the split, 0 to 2^32 - 1
     drop_last: bool = True  # leave out an epoch's short last step: few samples make noisy steps
-    valid_batch_size: Count = (
-        256  # samples that one rank validates at once; changes memory and speed, the last digits too
-    )
+    valid_batch_size: Count = 256  # samples that one rank validates at once; changes memory, speed and the last digits
     num_workers: int | None = None  # loader processes per rank; by default from the machine, 0 on a CPU
     limit_batches: Count | None = None  # at most so many steps and validation batches an epoch: a smoke run
 
