@@ -23,9 +23,8 @@ def run_in(folder: Path, *command: str, **extra: str) -> subprocess.CompletedPro
     )
 
 
-def assert_tests_pass(folder: Path, marker: str, *left_out: str) -> None:
-    ignored = [f"--ignore=tests/{name}.py" for name in left_out]
-    done = run_in(folder, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, *ignored)
+def assert_tests_pass(folder: Path, marker: str, *which: str) -> None:
+    done = run_in(folder, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, *which)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-20_000:]
 
@@ -34,9 +33,11 @@ def test_the_default_repository_passes_its_own_fast_tests(render):
     assert_tests_pass(render(), "not slow")
 
 
+# The road of the README takes as long as all others: as two tests they run side by side.
 @pytest.mark.slow
-def test_the_default_repository_passes_its_own_slow_tests_with_each_launch_script(render):
-    assert_tests_pass(render(), "slow")
+@pytest.mark.parametrize("which", ["tests/test_road.py", "--ignore=tests/test_road.py"])
+def test_the_default_repository_passes_its_own_slow_tests_with_each_launch_script(render, which):
+    assert_tests_pass(render(), "slow", which)
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_a_repository_for_other_data_without_a_tracker_passes_its_own_fast_tests
     of_no_data = ["test_blend", "test_checkpoints", "test_folds", "test_scores", "test_submit"]
     for name in of_no_data:  # the same whatever is learned, and passed with the digits
         assert not re.search(r"\bexperiment\b|\bimport train\b", (folder / f"tests/{name}.py").read_text()), name
-    assert_tests_pass(folder, "not slow", *of_no_data)
+    assert_tests_pass(folder, "not slow", *(f"--ignore=tests/{name}.py" for name in of_no_data))
 
 
 def run_hooks(folder: Path, skip: str = "") -> subprocess.CompletedProcess[str]:
