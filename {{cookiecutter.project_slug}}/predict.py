@@ -29,6 +29,7 @@ from batteries.checkpoints import apply_checkpoint, read_checkpoint, scored_weig
 from batteries.distributed import interleave_over_ranks, on_main
 from batteries.errors import shorten
 from batteries.images import ImageFiles
+from batteries.mistakes import has_one_class_each
 from batteries.past_runs import find_checkpoint, read_config
 from batteries.predictions import Predictions, average_by_id, compare, doubles, write_all
 from batteries.scoring import bootstrap_gap, sample_scores, score
@@ -37,7 +38,7 @@ from batteries.steps import autocast
 from batteries.views import Views, make_views
 from experiment.augmentations import MEAN, normalize, valid_transform
 from experiment.dataset import load_dataset
-from experiment.model import build_model
+from experiment.model import build_model, to_probabilities
 from experiment.splits import make_folds
 from train import SCORES, Config, Stage
 
@@ -176,7 +177,12 @@ def predict_fn(model: nn.Module, loader: EvalLoader, tta: Views, config: Config)
     mine = []
     with evaluation(model) as network, autocast(loader.device, config.precision):
         for images, targets in loader:
-            views = [network(normalize(view)).cpu().double().softmax(1) for view in make_views(images, tta)]
+            views = [to_probabilities(network(normalize(view)).cpu().double()) for view in make_views(images, tta)]
+            if views[0].ndim != 2:
+                raise BadInput(
+                    f"the model gives {tuple(views[0].shape[1:])} for a sample, and predictions are tables with one "
+                    f"number per class: for masks and their like, write what it gives as your task wants it."
+                )
             mine.append((torch.stack(views).mean(0).numpy(), targets.cpu().numpy()))  # (batch, classes), (batch,)
     probabilities, targets = map(np.concatenate, zip(*interleave_over_ranks(mine), strict=True))
     assert len(probabilities) == loader.size, f"{len(probabilities)} samples instead of {loader.size}"
@@ -184,7 +190,11 @@ def predict_fn(model: nn.Module, loader: EvalLoader, tta: Views, config: Config)
 
 
 def merge(path: Path, tables: Sequence[Predictions], order: Sequence[str] | None) -> Predictions:
-    """The predictions of several runs as one: all rows of any of them in `order`, or the mean over the same rows."""
+    """The predictions of several runs as one: all rows of any of them in `order`, or the mean over the same rows.
+
+    A file has targets only where each is one class.
+    """
+    tables = [table if has_one_class_each(table) else replace(table, targets=None) for table in tables]
     if order is None:
         for table in tables:
             compare("id", tables[0].name, tables[0].ids, table.name, table.ids)

@@ -94,7 +94,8 @@ def describe(run: History, options: Options) -> tuple[str, list[Section]]:
 
     verdict, problem = judge(run, options)
     test, damage = read_test(run)
-    notes = [note for note in (problem, damage) if note]
+    torn = "" if run.epochs or not run.record.get("best") else "metrics.jsonl holds no whole line of this run."
+    notes = [note for note in (torn, problem, damage) if note]
     for note in notes:
         print(f"note     {note}")
     predictions = verdict and verdict.predictions
@@ -126,7 +127,9 @@ def judge(run: History, options: Options) -> tuple[Verdict | None, str]:
     """What the run's checkpoint says of the valid split, or why nothing: the rest of the page is made anyway."""
     try:
         return predict_valid(run.folder, options), ""
-    except Exception as error:  # noqa: BLE001 (a task of another kind, a cut run, other data, a device that is full)
+    except Exception as error:  # a task of another kind, a cut run, other data, a device that is full
+        if is_bad_input(error) and options.checkpoint != "best":  # it was asked for by name
+            raise
         said = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
         return None, f"Confusions, calibration and samples are left out: {said}"
 

@@ -8,6 +8,7 @@ The ledger is scores.csv, in git. A folder is one run, or several (folds, a blen
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -221,7 +222,11 @@ def _predicted(folder: Path, split: str, metric: str) -> float | None:
     if metric not in SCORES:
         known = ("accuracy", "loss", *SCORES)
         raise BadInput(f"--metric {metric} is no metric{near(metric, known) or '.'} Use one of: {', '.join(known)}.")
-    return score(table, {metric: SCORES[metric]}).get(metric)
+    value = score(table, {metric: SCORES[metric]})[metric]
+    if math.isnan(value):
+        print(f"note     {metric} has no meaning for {table.name}: {split} stays empty, or give --{split}")
+        return None
+    return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def show_counts(dataset: Any, folds: np.ndarray) -> None:
     for name, chosen in rows.items():
         counts = [int((chosen & (folds == number)).sum()) for number in numbers]
         table.add_row(name, *[f"{count:,}" for count in [*counts, sum(counts)]])
-    Console().print(table)
+    Console(width=max(160, Console().width), soft_wrap=True).print(table)  # no number is cut
 
 
 def describe_channels(dataset: Any, splits: SplitFile, fold: int) -> list[str]:

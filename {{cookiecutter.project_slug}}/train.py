@@ -42,7 +42,7 @@ from batteries.trackers import Tracker, default_trackers
 from batteries.weights import EMA, decay_groups, freeze, train_mode
 from experiment.augmentations import batch_transform, normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
-from experiment.model import build_criterion, build_model, share_right
+from experiment.model import build_criterion, build_model, share_right, to_probabilities
 from experiment.splits import make_folds
 
 # Scores of the whole validation split, from targets (N,) and probabilities (N, classes); a new one is a new line here.
@@ -279,9 +279,9 @@ def valid_fn(model: nn.Module, loader: EvalLoader, run: Run, config: Config) -> 
     with evaluation(model) as network, autocast(run.device, config.precision):
         for images, targets in loader:
             logits = network(normalize(images))  # (N, classes)
-            metrics.update(len(targets), loss=criterion(logits, targets), accuracy=logits.argmax(1) == targets)
+            metrics.update(len(targets), loss=criterion(logits, targets), accuracy=share_right(logits, targets))
             if scores:
-                outputs.add(logits.float().softmax(1), targets)
+                outputs.add(to_probabilities(logits.cpu().double()), targets)
     return metrics.compute(expected_count=loader.size) | outputs.score({name: SCORES[name] for name in scores})
 
 

@@ -3,12 +3,14 @@
 import importlib
 import logging
 import os
+import shlex
 import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from batteries.cli import as_typed
 from batteries.trackers import TrackedRun
 
 logger = logging.getLogger("batteries")
@@ -28,7 +30,7 @@ class TensorBoard:
     def start(self, run: TrackedRun) -> int:
         """Points after `resumed_at` are purged, since they come again; those before are there."""
         folder = run.logdir / self.folder
-        self.look = self.look or f"tensorboard --logdir {run.logdir}"
+        self.look = self.look or as_typed("tensorboard", "--logdir", str(run.logdir))
         went_on = run.resumed_at is not None and folder.exists()
         purge_step = None if run.resumed_at is None else run.resumed_at + 1
         self._last = run.resumed_at or 0
@@ -79,7 +81,8 @@ class Wandb:
         self._run = _start_wandb(wandb, run.logdir, arguments)
         self._run.define_metric("*", step_metric="step")
         offline = self._run.settings.mode == "offline"
-        self.look = f"wandb sync {run.logdir}/wandb/offline-run-*-{run.id}" if offline else str(self._run.url)
+        files = f"{shlex.quote(str(run.logdir))}/wandb/offline-run-*-{run.id}"  # the shell finds them
+        self.look = f"{as_typed('wandb', 'sync')} {files}" if offline else str(self._run.url)
         self._metric = f"best/{run.metric}"
         self._image = wandb.Image
         if run.resumed_at is None:
@@ -120,7 +123,8 @@ class MLflow:
         folder = run.logdir.absolute().parent
         server = os.environ.get("MLFLOW_TRACKING_URI")
         store = server or f"sqlite:///{folder / 'mlflow.db'}"
-        self.look = server or f"mlflow ui --backend-store-uri sqlite:///{run.logdir.parent / 'mlflow.db'}"
+        file = f"sqlite:///{run.logdir.parent / 'mlflow.db'}"
+        self.look = server or as_typed("mlflow", "ui", "--backend-store-uri", file)
         self._client = library.MlflowClient(store)
         experiment = self._experiment(None if server else folder)
         found = self._client.search_runs([experiment], f"tags.`batteries.id` = '{run.id}'")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -53,6 +54,11 @@ def run_command(
         if lost := explain_lost_worker(error):  # torch raises it wherever the signal finds this process
             _end(1, f"error: {lost}")
         _end(1, traceback.format_exc())
+
+
+def as_typed(*words: str) -> str:
+    """A command as a person types it where this process was started: through uv where uv did that."""
+    return ("uv run " if "UV" in os.environ else "") + shlex.join(words)
 
 
 def parse(config_class: Any, arguments: list[str], *, repeats: bool = True, default: Any = None) -> Any:

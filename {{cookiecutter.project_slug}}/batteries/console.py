@@ -31,7 +31,8 @@ class Console:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         _let_go()
-        self.screen: Any = _screen() if is_main() else None
+        out, err = _Outlet(sys.stdout), _Outlet(sys.stderr)
+        self.screen: Any = _screen(out) if is_main() else None
         self.quiet = quiet
         self.has_bar = False
         self.log = _LogFile(log_file)
@@ -42,7 +43,7 @@ class Console:
             handler.setLevel(logging.WARNING if quiet else logging.INFO)
             logger.addHandler(handler)
         self._before = sys.stdout, sys.stderr
-        self._tees = _Tee(self, sys.stdout, "OUT"), _Tee(self, sys.stderr, "ERR")
+        self._tees = _Tee(self, out, "OUT"), _Tee(self, err, "ERR")
         sys.stdout, sys.stderr = self._tees  # type: ignore[assignment]
 
     def close(self) -> None:
@@ -150,10 +151,40 @@ class _LogFile(logging.Handler):
         super().close()
 
 
+class _Outlet:
+    """Stands for stdout or stderr: where its reader has gone, as `| head` has, it falls silent and the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Pass on `text`."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            return self._fall_silent(len(text))
+
+    def flush(self) -> None:
+        """Pass on what is buffered."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._fall_silent(0)
+
+    def _fall_silent(self, written: int) -> int:
+        with open(os.devnull, "w") as nowhere:  # in place of the pipe, for what is buffered still, too
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        logger.warning("Nobody reads the output any more: the run goes on, and train.log has what it says.")
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _Tee:
     """Stands for stdout or stderr: what is written goes where it went, above a progress bar, and into train.log."""
 
-    def __init__(self, console: Console, stream: TextIO, level: str) -> None:
+    def __init__(self, console: Console, stream: Any, level: str) -> None:
         self._console, self._stream, self._level = console, stream, level
         self._owner = os.getpid()  # a loader's worker has a copy of the bar, and must not draw it
         self._line = ""  # the end of what was written, not yet a whole line
@@ -188,7 +219,7 @@ def _let_go() -> None:
         handler.close()
 
 
-def _screen() -> Any:
+def _screen(out: Any) -> Any:
     from rich.console import Console as Screen
 
-    return Screen(file=sys.stdout)
+    return Screen(file=out)

@@ -75,7 +75,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise BadInput(f"{path} is damaged ({error}); put it back, or use another --logdir.") from None
+        raise BadInput(f"{path} is damaged ({error}); put it back, or use another folder.") from None
 
 
 def append_text(path: Path, text: str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from batteries.errors import BadInput
 
+COMPLETE = ("finished", "stopped early")  # of what run.json says how a run ended
+
 
 def main(arguments: list[str]) -> int:
     """Print the scores of the folds in the folder that is named; the exit code."""
@@ -46,7 +48,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{folder} holds no run; start scripts/train_folds.sh again.")
     record = json.loads(path.read_text())
-    if record["exit"] != "finished" or "best" not in record:
+    if record["exit"] not in COMPLETE or "best" not in record:
         raise BadInput(f"{folder} is not finished ({record['exit']}); start scripts/train_folds.sh again.")
     return record
 

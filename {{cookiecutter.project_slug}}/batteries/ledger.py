@@ -157,7 +157,7 @@ def _read_score(path: Path, number: int, name: str, text: str) -> float | None:
     except ValueError:
         value = math.nan
     if value is not None and not math.isfinite(value):
-        raise BadInput(f"{path}, line {number}: {name} is {text!r}, which is no score.")
+        raise BadInput(f"{path}, line {number}: {name} is {text!r}, which is no score; empty the cell.")
     return value
 
 

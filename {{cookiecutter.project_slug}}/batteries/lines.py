@@ -55,7 +55,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             yield line, json.loads(line)
         except ValueError:
-            raise BadInput(f"{path} is damaged in line {number}; put it back, or use another --logdir.") from None
+            raise BadInput(f"{path} is damaged in line {number}; put it back, or use another folder.") from None
 
 
 def _read_text(path: Path) -> str:

@@ -11,6 +11,7 @@ import torch
 from batteries.distributed import gather_over_ranks, interleave_over_ranks, sum_over_ranks, union_over_ranks
 from batteries.errors import BadInput, near
 from batteries.ranks import is_main, rank, world_size
+from batteries.scoring import LESS_IS_BETTER, MORE_IS_BETTER
 
 logger = logging.getLogger("batteries")
 
@@ -95,7 +96,7 @@ class Outputs:
 
     def add(self, said: torch.Tensor, targets: torch.Tensor) -> None:
         """Keep one batch: (N, ...) and (N, ...). Waits for the device."""
-        self._batches.append((said.float().cpu().numpy(), targets.cpu().numpy()))
+        self._batches.append((said.cpu().numpy(), targets.cpu().numpy()))
 
     def score(self, functions: Mapping[str, Score]) -> dict[str, float]:
         """What each function gives for (sklearn.metrics, targets, said); NaN where a score has no meaning.
@@ -115,9 +116,6 @@ class Outputs:
         return np.concatenate(said), np.concatenate(targets)
 
 
-LOWER_IS_BETTER = ("loss", "log_loss")
-
-
 def check_metrics(names: Sequence[str], scores: Iterable[str], main_metric: str, *, minimize: bool) -> None:
     """Raise BadInput for a metric that is neither loss nor accuracy nor in `scores`, and for the wrong direction."""
     known = ("loss", "accuracy", *scores)
@@ -125,7 +123,7 @@ def check_metrics(names: Sequence[str], scores: Iterable[str], main_metric: str,
         if name not in known:
             flag = "--main-metric" if name == main_metric else "--scores"
             raise BadInput(f"{flag} {name} is no metric{near(name, known) or '.'} Use one of: {', '.join(known)}.")
-    if minimize != (main_metric in LOWER_IS_BETTER):
+    if main_metric in (MORE_IS_BETTER if minimize else LESS_IS_BETTER):  # of a metric of yours, you know
         which, mend = ("more", "leave out") if minimize else ("less", "give")
         raise BadInput(f"--main-metric {main_metric} is better when it is {which}: {mend} --minimize-metric.")
 

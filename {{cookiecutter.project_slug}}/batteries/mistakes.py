@@ -10,12 +10,18 @@ from batteries.predictions import Predictions
 BINS = 15  # of confidence, as in Guo et al. 2017
 
 
+def has_one_class_each(predictions: Predictions) -> bool:
+    """Whether each sample's target is known and one class: no vector of labels, number or mask."""
+    targets = predictions.targets
+    return targets is not None and targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
+
+
 def what_is_missing(predictions: Predictions) -> str:
     """Why nothing can be said of classes, as a sentence; empty where all can be."""
-    values, targets = predictions.probabilities, predictions.targets
-    if targets is None:
+    values = predictions.probabilities
+    if predictions.targets is None:
         return "The targets of these samples are not known."
-    if values.ndim != 2 or targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
+    if values.ndim != 2 or not has_one_class_each(predictions):
         return "Its targets are not one class for each sample, so there are no confusions and no calibration."
     if len(wrong := np.flatnonzero(~np.isfinite(values).all(1))):
         return f"The model gives numbers that are not finite for {len(wrong):,} of {len(values):,} samples."

@@ -37,7 +37,9 @@ def find_checkpoint(folder: Path, stages: Sequence[str], stage: str | None, whic
     name = AVERAGE if which == "swa" else f"{which}.pth"
     there = [one for one in ([stage] if stage else stages) if (folder / one / name).is_file()]
     if not there:
-        hint = {"swa": "run average.py first", "best": "use --checkpoint last"}.get(which, "train it first")
+        has_last = any((folder / one / "last.pth").is_file() for one in ([stage] if stage else stages))
+        hint = "use --checkpoint last" if has_last else "train it first"
+        hint = "run average.py first" if which == "swa" else hint
         raise BadInput(f"--checkpoint {which}: no {name} in {folder / stage if stage else folder}; {hint}.")
     if which == "last":
         return folder / there[-1] / name

@@ -35,11 +35,13 @@ class Record:
         self.values: dict[str, Any] = {}
         self.earlier_exit: str | None = None  # of a run that goes on
 
-    def begin(self, about: Mapping[str, Any], resumed: bool) -> None:
-        """Write what the run is started from; where it goes on, its id and its first start stay."""
+    def begin(self, about: Mapping[str, Any], difference: bytes | None, resumed: bool) -> None:
+        """Write what the run is started from; where it goes on, its id and its first start stay.
+
+        `difference` is what `uncommitted` gave.
+        """
         path = self.logdir / "run.json"
         earlier = read_json(path) if resumed and path.is_file() else {}
-        difference = uncommitted()
         self.values = {"id": secrets.token_hex(4), **describe_process(), "git_dirty": None, **about}
         if self.values["git_commit"] is not None:
             self.values["git_dirty"] = bool(difference)
@@ -113,8 +115,8 @@ def versions() -> dict[str, str | None]:
 
 def what_changes_rounding(before: Mapping[str, Any]) -> list[str]:
     """What a resumed run has otherwise than before, so that it goes on equal to rounding alone."""
-    then = {"processes": before["world_size"], **before["versions"]}
-    now = {"processes": world_size(), **versions()}
+    then = {"processes": before["world_size"], "threads": before["threads"], **before["versions"]}
+    now = {"processes": world_size(), "threads": torch.get_num_threads(), **versions()}
     changes = [f"{name} {then.get(name)} before and {now[name]} now" for name in now if then.get(name) != now[name]]
     return [f"The run had {', '.join(changes)}: it goes on equal to rounding, not bit for bit."] if changes else []
 

@@ -27,7 +27,7 @@ from batteries.lines import Lines, read_lines
 from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
 from batteries.ranks import is_main, world_size
-from batteries.records import Record, hash_config, now, peak_memory, versions, what_changes_rounding
+from batteries.records import Record, hash_config, now, peak_memory, uncommitted, versions, what_changes_rounding
 from batteries.reports import make_report
 from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest
 from batteries.sheets import read_picture
@@ -94,6 +94,7 @@ class Run:
         self.lock = Lock(self.logdir / ".lock")
         check_trackers(self.config["tracker"])
         self.config_hash = hash_config(self.config, without=may_change)
+        self.difference = uncommitted() if is_main() else None  # before this run adds a split file
         self.found = on_main(lambda: self._find(may_change))
         self.cursor = self.found.cursor
 
@@ -134,9 +135,10 @@ class Run:
 
     def _start_trackers(self) -> None:
         """Begin, or go on in the same run of each tracker, and give it what it has not yet."""
-        checkpoint = self.found.checkpoint
-        resumed_at = None if checkpoint is None else checkpoint["resume"]["total_step"]
-        record = self.record.values
+        checkpoint, record = self.found.checkpoint, self.record.values
+        resumed_at = 0 if "resumed" in record else None  # 0: killed before its first checkpoint
+        if checkpoint is not None:
+            resumed_at = checkpoint["resume"]["total_step"]
         self.trackers = Trackers(self.config["tracker"])
         self.trackers.start(
             TrackedRun(record["id"], self.logdir, self.config, record, self.config["main_metric"], resumed_at)
@@ -296,6 +298,7 @@ class Run:
             "running": running,
             "data": self.data,
             "world_size": world_size(),
+            "threads": torch.get_num_threads(),
             "versions": versions(),
             "total_step": self.offset + step,
             "unwritten": self.lines.unwritten,
@@ -456,7 +459,7 @@ class Run:
         if self.found.checkpoint is not None:
             self.lines.restore(self.found.checkpoint["resume"]["unwritten"])
         about = {"config_hash": self.config_hash, "device": str(self.device), "split": self.split}
-        self.record.begin({**about, "seed": self.config["seed"]}, resumed=self.resume)
+        self.record.begin({**about, "seed": self.config["seed"]}, self.difference, resumed=self.resume)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

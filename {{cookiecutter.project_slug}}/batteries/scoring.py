@@ -11,7 +11,9 @@ from batteries.predictions import Predictions
 SMALLEST = 1e-15  # of a probability in a logarithm: a certain and wrong prediction costs 34.5, not infinity
 RESAMPLES = 2000
 Score = Callable[[Any, np.ndarray, np.ndarray], float]
+# Which way is better; a metric of your own whose less is better belongs here too, so that tables are sorted by it.
 LESS_IS_BETTER = ("loss", "log_loss")
+MORE_IS_BETTER = ("accuracy", "balanced_accuracy", "macro_f1", "roc_auc")
 
 
 def sample_scores(predictions: Predictions) -> dict[str, np.ndarray]:

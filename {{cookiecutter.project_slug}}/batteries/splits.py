@@ -166,7 +166,9 @@ def parse_folds(text: str, dataset: SplitSource, name: str) -> np.ndarray:
     _check_numbers(folds, name)
     _check_column("target", _target_texts(dataset), rows, name)
     _check_column("group", _group_texts(dataset), rows, name)
-    _check_groups(getattr(dataset, "groups", None), folds, name)
+    # Where the data set has no groups, those that were written into the file; an empty cell is of none.
+    groups = _group_texts(dataset) or [row.get("group") or f"only {row['id']}" for row in rows]
+    _check_groups(groups, folds, name)
     _check_unknown(dataset, folds, name)
     _check_class_names(dataset)
     return folds
@@ -179,9 +181,9 @@ def check_files(dataset: SplitSource, split: Split) -> None:
 
 
 def has_classes(dataset: SplitSource) -> bool:
-    """Whether a sample's target is one of the data set's `classes`."""
+    """Whether a sample's target is one of the data set's `classes`; a single one names a number that is learned."""
     targets = getattr(dataset, "targets", None)
-    return getattr(dataset, "classes", None) is not None and targets is not None and np.ndim(targets) == 1
+    return len(getattr(dataset, "classes", None) or ()) > 1 and targets is not None and np.ndim(targets) == 1
 
 
 def _check_columns(columns: Sequence[str], dataset: SplitSource, name: str) -> None:
@@ -224,9 +226,9 @@ def _check_column(column: str, wanted: Sequence[str] | None, rows: Sequence[dict
             )
 
 
-def _check_groups(groups: Any, folds: np.ndarray, name: str) -> None:
+def _check_groups(groups: Sequence[str], folds: np.ndarray, name: str) -> None:
     first: dict[str, int] = {}
-    for group, fold in zip([] if groups is None else map(str, groups), folds.tolist(), strict=groups is not None):
+    for group, fold in zip(groups, folds.tolist(), strict=True):
         if first.setdefault(group, fold) != fold:
             raise BadInput(f"{name} has group {group} in folds {first[group]} and {fold}; a group stays in one.")
 
@@ -256,7 +258,7 @@ def _check_unknown(dataset: SplitSource, folds: np.ndarray, name: str) -> None:
 
 def _check_class_names(dataset: SplitSource) -> None:
     """In predictions/*.csv each class is a column."""
-    names = [str(name) for name in dataset.classes] if has_classes(dataset) else []  # type: ignore[attr-defined]
+    names = [str(name) for name in getattr(dataset, "classes", None) or ()]
     if taken := [name for name in names if name in KEYS]:
         raise BadInput(f"a class is called {taken[0]}, as is a column of predictions/*.csv; call it otherwise.")
     if doubled := doubles(names):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from batteries.cli import as_typed
 from batteries.errors import BadInput, RunFailed, shorten
 from batteries.interrupts import Stopped
 from batteries.ranks import world_size
@@ -86,7 +87,7 @@ def end_lines(best: Mapping[str, Any], path: Path, logdir: Path, look: Sequence[
     where = "" if best["epoch"] is None else f" in {best['stage']} epoch {best['epoch']}"
     lines = [f"best     {best['metric']} {score}{where}: {path}", f"files    {logdir}"]
     lines += [f"look     {one}" for one in look if one]
-    return [*lines, f"next     python predict.py --run {logdir} --split test"]
+    return [*lines, f"next     {as_typed('python', 'predict.py', '--run', str(logdir), '--split', 'test')}"]
 
 
 def describe_end(error: BaseException | None, stopped_early: bool) -> str:

@@ -50,7 +50,7 @@ def make_folds(dataset: Any, num_folds: int = NUM_FOLDS, test_share: float = TES
 def stratify_by(dataset: Any) -> np.ndarray | None:
     """What folds are stratified by, whole numbers (N,): the classes; None for targets of another kind."""
     targets = getattr(dataset, "targets", None)
-    if targets is None or getattr(dataset, "classes", None) is None or np.ndim(targets) != 1:
+    if targets is None or len(getattr(dataset, "classes", None) or ()) < 2 or np.ndim(targets) != 1:
         return None
     return np.asarray(targets)
 

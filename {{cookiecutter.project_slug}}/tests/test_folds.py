@@ -22,8 +22,9 @@ def write_records(folder, **changes) -> None:
         (folder / f"fold_{fold}/run.json").write_text(json.dumps(record))
 
 
-def test_each_score_their_mean_and_deviation_are_printed(tmp_path, capsys):
-    write_records(tmp_path)
+@pytest.mark.parametrize("end", ["finished", "stopped early"])
+def test_each_score_their_mean_and_deviation_are_printed(tmp_path, capsys, end):
+    write_records(tmp_path, exit=end)
     assert main([str(tmp_path)]) == 0
     *folds, mean = capsys.readouterr().out.splitlines()
     assert folds[1] == "fold 1   accuracy 0.8000  stage0 epoch 2"

@@ -457,6 +457,29 @@ def test_a_precision_that_the_device_lacks_is_refused(config, monkeypatch):
     assert end.err == "error: --precision bf16 is not for cpu; use fp32 or fp16.\n"
 
 
+def test_the_log_loss_of_a_wrong_and_certain_prediction_is_its_cross_entropy():
+    class Certain(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[30.0, 0.0, 0.0, 0.0]]).expand(len(images), 4)
+
+    loader = EvalLoader(Pictures(64, CHANNELS), range(64), None, CPU, batch_size=16)
+    found = valid_fn(Certain(), loader, Run(), dataclasses.replace(CONFIG, scores=("log_loss",)))
+    assert found["log_loss"] == pytest.approx(found["loss"], rel=1e-6)  # 22.5: in float32 at most 16
+
+
+def test_a_new_score_of_which_less_is_better_ranks_by_its_least(config, monkeypatch):
+    def brier(_, targets: np.ndarray, probabilities: np.ndarray) -> float:
+        return float(((probabilities - np.eye(probabilities.shape[1])[targets]) ** 2).sum(1).mean())
+
+    monkeypatch.setitem(train.SCORES, "brier", brier)
+    end = command(dataclasses.replace(config, main_metric="brier", minimize_metric=True))
+    assert end.code == 0, end.err
+    values = [
+        line["valid"]["brier"] for line in map(json.loads, (config.logdir / "metrics.jsonl").read_text().splitlines())
+    ]
+    assert json.loads((config.logdir / "run.json").read_text())["best"]["score"] == min(values)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_scores_equal_scikit_learns_on_all_predictions_for_any_ranks(world_size):
     from sklearn import metrics

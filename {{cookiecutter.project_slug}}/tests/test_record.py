@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -118,13 +119,13 @@ def test_a_run_knows_its_commit_branch_and_changes(monkeypatch, tmp_path):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
 
     record = records.Record(logdir)
-    record.begin({}, resumed=False)
+    record.begin({}, records.uncommitted(), resumed=False)
     assert (record.values["git_commit"], record.values["git_branch"]) == (commit, "trunk")
     assert record.values["git_dirty"] is False
     assert not (logdir / "git.diff").exists()
 
     (tmp_path / "new.py").write_bytes(b"caf\xe9\n")
-    record.begin({}, resumed=False)
+    record.begin({}, records.uncommitted(), resumed=False)
     assert record.values["git_dirty"] is True
     assert b"+caf\xe9\n" in (logdir / "git.diff").read_bytes()
     assert subprocess.run(["git", "status", "-s"], cwd=tmp_path, capture_output=True).stdout == b"?? new.py\n"
@@ -133,7 +134,7 @@ def test_a_run_knows_its_commit_branch_and_changes(monkeypatch, tmp_path):
 def test_without_git_the_record_says_nothing_of_a_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "ROOT", tmp_path)
     record = records.Record(tmp_path)
-    record.begin({}, resumed=False)
+    record.begin({}, records.uncommitted(), resumed=False)
     assert [record.values[name] for name in ("git_commit", "git_branch", "git_dirty")] == [None, None, None]
 
 
@@ -287,16 +288,58 @@ def test_in_a_pipe_plain_lines_say_how_far_an_epoch_is(config, monkeypatch):
 
 def test_what_the_user_prints_comes_above_the_bar_and_into_the_log(terminal, monkeypatch, config):
     monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
-    share_right = train.share_right
+    take_step = train.take_step
 
     def talk(*arguments):
-        print("seen", len(arguments[0]))
-        return share_right(*arguments)
+        print("seen", 32)
+        return take_step(*arguments)
 
-    monkeypatch.setattr(train, "share_right", talk)
+    monkeypatch.setattr(train, "take_step", talk)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal())
     assert [line for line in re.split(r"[\r\n]+", plain) if line == "seen 32"] == ["seen 32"] * 6
     assert (config.logdir / "train.log").read_text().count(" OUT seen 32\n") == 6
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_end(config):
+    def start() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        train.main(config)
+
+    process = get_context("fork").Process(target=start)
+    process.start()
+    process.join(60)
+    assert (process.exitcode, read_record(config)["exit"]) == (0, "finished")
+    said = (config.logdir / "train.log").read_text()
+    assert said.count("Nobody reads the output any more: the run goes on, and train.log has what it says.") == 1
+    assert "first 2/2" in said
+
+
+def test_the_split_file_that_a_run_makes_is_no_change_of_its_code(config, monkeypatch, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    for words in (["init", "-qb", "trunk"], ["commit", "-qm", "one", "--allow-empty"]):
+        subprocess.run(
+            ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", *words], cwd=project, check=True
+        )
+    monkeypatch.setattr(records, "ROOT", project)
+    assert command(dataclasses.replace(config, split_file=project / "splits/default.csv")).code == 0
+    assert (project / "splits/default.csv").exists()
+    assert (read_record(config)["git_dirty"], (config.logdir / "git.diff").exists()) == (False, False)
+
+
+@pytest.mark.parametrize("by_uv", [False, True])
+def test_the_next_command_is_one_that_a_shell_understands(config, monkeypatch, by_uv):
+    monkeypatch.delenv("UV", raising=False)
+    if by_uv:
+        monkeypatch.setenv("UV", "/usr/bin/uv")
+    logdir = config.logdir.with_name("odd #1? ü")
+    end = command(dataclasses.replace(config, logdir=logdir))
+    words = ["uv", "run"] * by_uv + ["python", "predict.py", "--run", str(logdir), "--split", "test"]
+    [line] = [line for line in end.out.splitlines() if line.startswith("next ")]
+    assert shlex.split(line) == ["next", *words]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -503,6 +503,21 @@ def test_of_a_run_that_was_cut_later_the_epochs_that_ended_are_shown(cut):
     assert "Samples" in made.titles()
 
 
+def test_a_checkpoint_that_was_asked_for_and_is_not_there_leaves_the_page_as_it_is(cut):
+    assert call_report(cut).code == 0
+    before = (cut / "report.html").read_bytes()
+    for name in ("nowhere.pth", "swa"):
+        end = call_report(cut, "--checkpoint", name)
+        assert (end.code, end.err.startswith("error: ")) == (2, True)
+    assert (cut / "report.html").read_bytes() == before
+
+
+def test_a_finished_run_whose_epochs_are_lost_says_so(cut):
+    (cut / "metrics.jsonl").write_text('{"stage": "one", "epo')
+    assert call_report(cut).code == 0
+    assert "metrics.jsonl holds no whole line of this run." in Page((cut / "report.html").read_text()).notes()
+
+
 def test_a_run_without_a_finite_score_has_a_page(cut):
     text = (cut / "metrics.jsonl").read_text()
     (cut / "metrics.jsonl").write_text(re.sub(r'"(accuracy|loss)": [\d.e-]+', r'"\1": null', text))

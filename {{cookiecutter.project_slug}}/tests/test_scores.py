@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from sklearn.metrics import f1_score
@@ -80,6 +81,19 @@ def test_a_main_metric_of_scikit_learn_is_scored_on_the_predictions_too(logdir, 
     assert call(scores, "add", logdir, "--ledger", ledger).code == 0
     [line] = read_ledger(ledger)
     assert line.test == f1_score(table.targets, table.probabilities.argmax(1), average="macro")
+
+
+def test_a_score_that_has_no_meaning_stays_empty_and_the_ledger_readable(logdir, ledger):
+    (logdir / "config.json").write_text('{"main_metric": "roc_auc"}')
+    table = random_table(30, 1)
+    ranks = replace(table, probabilities=table.probabilities / 2)  # rows that do not sum to one, as of ranks
+    (logdir / "predictions").mkdir()
+    write_predictions(logdir / "predictions/valid.csv", ranks)
+    end = call(scores, "add", logdir, "--leaderboard", "0.9", "--ledger", ledger)
+    assert end.code == 0
+    assert f"note     roc_auc has no meaning for {logdir}/predictions/valid.csv: valid stays empty" in end.out
+    [line] = read_ledger(ledger)
+    assert (line.valid, line.public) == (None, 0.9)
 
 
 def predict_blend(logdir):
@@ -184,7 +198,7 @@ HEADER = ",".join(COLUMNS)
     [
         ("name,score\n", "does not begin with date,name,logdir"),
         (f"{HEADER}\na,b\n", "line 2, has 2 values for 11 columns."),
-        (f"{HEADER}\nd,n,l,c,h,accuracy,x,,,,\n", "line 2: valid is 'x', which is no score."),
+        (f"{HEADER}\nd,n,l,c,h,accuracy,x,,,,\n", "line 2: valid is 'x', which is no score; empty the cell."),
         ("<<<<<<< ours\n", "does not begin with date,name,logdir"),
     ],
 )

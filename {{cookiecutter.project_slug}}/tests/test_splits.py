@@ -377,3 +377,17 @@ def test_a_broken_image_is_named_and_nothing_is_written(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
     assert sum(isinstance(found, str) for found in look_at(Broken(), range(10))) == 1
     assert json.dumps(open_splits(tmp_path).describe())
+
+
+def test_groups_that_were_written_into_the_file_alone_stay_in_one_fold_too(tmp_path):
+    splits = open_splits(tmp_path)
+    splits.write()
+    header, *lines = splits.text.splitlines()
+    one, other = (next(place for place, line in enumerate(lines) if line.endswith(f",{fold}")) for fold in (0, 1))
+    rows = [line + (",pair" if place in (one, other) else ",") for place, line in enumerate(lines)]
+    splits.path.write_text("\n".join([f"{header},group", *rows]) + "\n")
+    with pytest.raises(BadInput, match=r"has group pair in folds [01] and [01]; a group stays in one"):
+        open_splits(tmp_path)
+    rows[other] = f"{lines[other]},"
+    splits.path.write_text("\n".join([f"{header},group", *rows]) + "\n")
+    assert (open_splits(tmp_path).folds == splits.folds).all()

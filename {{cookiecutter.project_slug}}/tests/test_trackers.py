@@ -197,6 +197,24 @@ def test_a_tracker_holds_each_number_of_the_metrics_once_though_the_run_was_kill
 
 
 @pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_has_each_point_once_in_each_tracker(config, monkeypatch):
+    config = dataclasses.replace(config, logdir=config.logdir / "early", stages=(Stage("first", 1, 1e-2),))
+
+    def die(*_):
+        time.sleep(1)  # wandb writes in a process of its own, ten times a second
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "valid_fn", die)
+        assert run(config) == -signal.SIGKILL
+    assert run(config, resume=True) == 0
+    for tracker in INSTALLED:
+        found = points_in(tracker, config.logdir)
+        assert [step for step, _ in found["first/steps/loss"]] == [2], tracker
+        assert {name: found[name] for name in wanted_points(config.logdir)} == wanted_points(config.logdir), tracker
+
+
+@pytest.mark.slow
 @BOTH
 @EACH
 def test_a_tracker_holds_loss_rate_gradient_norm_and_speed_within_an_epoch_once(tracker, kind, request):

@@ -18,6 +18,11 @@ def build_criterion(label_smoothing: float = 0.0) -> nn.Module:
     return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
 
+def to_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """What `predict.py` writes and SCORES are given, of the shape of logits (N, num_classes)."""
+    return logits.softmax(1)
+
+
 def share_right(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The share that the most likely class has in each target, (N,): its mean is the accuracy.
 
