@@ -130,6 +130,8 @@ class Config:
         check_metrics((self.main_metric, *self.scores), SCORES, self.main_metric, minimize=self.minimize_metric)
         if self.init_from is not None and self.pretrained is not None:
             raise BadInput("--init-from and --pretrained both say where weights come from; give one.")
+        if self.min_delta and self.patience is None:
+            raise BadInput(f"--min-delta {self.min_delta} is for --patience; give that too, or leave it out.")
 
 
 # What may be given otherwise to a run that is resumed: it changes no number.
@@ -155,7 +157,7 @@ def main(config: Config) -> float:
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(**model_args)
         check_batchnorm(model, train_loader, synchronised=config.sync_batchnorm)
-        for number, stage in enumerate(config.stages):  # here to refuse names that the model does not have
+        for number, stage in reversed([*enumerate(config.stages)]):  # to refuse unknown names; the first is in force
             freeze(model, stage.freeze, f"--stages.{number}.freeze")
         model = place_model(model, device, sync_batchnorm=config.sync_batchnorm, channels_last=config.channels_last)
         data = fingerprint(dataset.fingerprint(), *split)
@@ -233,6 +235,7 @@ def train_stage(
         run.log_epoch(epoch, step, metrics, score, is_over)
         checkpoint = run.make_checkpoint(epoch, step, metrics, ends_stage=is_over)
         checkpoints.process(score=score, epoch=epoch, checkpoint=checkpoint)
+        run.stop_if_asked()  # by a signal that came in validation
         if is_over:
             break
     checkpoints.wait()  # they are written in the background

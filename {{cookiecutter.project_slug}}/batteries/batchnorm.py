@@ -32,12 +32,15 @@ class SyncBatchNormCPU(_BatchNorm):
         if not self.training or not dist.is_initialized():
             return super().forward(input)
         self._check_input_dim(input)
-        count, mean, variance = _statistics_over_ranks(input)
+        # In float32, as torch does: sums of halves overflow, and a count over 256 is not exact in bfloat16.
+        values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        count, mean, variance = _statistics_over_ranks(values)
         if self.track_running_stats:
             self._update_running_statistics(count, mean.detach(), variance.detach())
         shape = (1, -1, *[1] * (input.ndim - 2))
-        output = (input - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
-        return output * self.weight.view(shape) + self.bias.view(shape) if self.affine else output
+        output = (values - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        output = output * self.weight.view(shape) + self.bias.view(shape) if self.affine else output
+        return output.to(input.dtype)
 
     @torch.no_grad()
     def _update_running_statistics(self, count: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:

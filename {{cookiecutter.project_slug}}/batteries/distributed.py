@@ -1,6 +1,7 @@
 """Many processes, one program: every function here does the obvious thing when there is only one."""
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from batteries.errors import BadInput, is_bad_input
+from batteries.errors import BadInput, RunFailed, is_bad_input
 from batteries.ranks import is_launched, is_main, local_rank, world_size
 
 Result = TypeVar("Result")
@@ -30,9 +31,14 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def _end_with_launcher() -> None:
-    """Have Linux send SIGTERM, which saves the run, where the process that started this one is killed."""
+    """Have Linux send SIGTERM, which saves the run, where the process that started this one is killed.
+
+    Raises RunFailed where it was killed before, while this one imported torch.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG, see man 2 prctl
+    if os.environ.get("BATTERIES_LAUNCHER", str(os.getppid())) != str(os.getppid()):
+        raise RunFailed("the launcher has gone, and its processes end with it.")
 
 
 def refuse_launcher(verb: str) -> None:

@@ -35,6 +35,7 @@ def main(command: list[str]) -> int:
     threads = max(1, len(_cores()) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     print(f"+ OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun {shlex.join(arguments)}", flush=True)
+    os.environ["BATTERIES_LAUNCHER"] = str(os.getpid())  # for batteries.distributed: whose end is theirs
     logging.disable(logging.CRITICAL)  # of the agent in this process; the processes that it starts speak for themselves
     if hasattr(signal, "SIGUSR1"):  # torchrun passes on the others
         signal.signal(signal.SIGUSR1, _pass_on)

@@ -101,8 +101,30 @@ def packages() -> str:
 
 def hash_config(config: Mapping[str, Any], without: Sequence[str]) -> str:
     """Names a recipe: 12 characters that two runs share whose knobs, but for those in `without`, are equal."""
-    recipe = {name: value for name, value in config.items() if name not in without}
+    recipe = {name: _as_float(value) for name, value in config.items() if name not in without}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _as_float(value: Any) -> Any:
+    """A knob with its whole numbers as floats: 0 in train.py is 0.0 when a config file has been read."""
+    if isinstance(value, Mapping):
+        return {name: _as_float(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_float(part) for part in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def hash_code() -> dict[str, str]:
+    """The sha256 of train.py and of each file of experiment/: what a run computes, besides its knobs."""
+    files = [ROOT / "train.py", *sorted((ROOT / "experiment").glob("*.py"))]
+    there = [path for path in files if path.is_file()]
+    return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
+
+
+def what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files that are not what the run was saved with, in one sentence; none where all are."""
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return [f"{', '.join(changed)} changed since the run was saved: it goes on with the new code."] if changed else []
 
 
 def versions() -> dict[str, str | None]:

@@ -19,6 +19,8 @@ from batteries.errors import BadInput
 from batteries.files import write_text
 from batteries.lines import read_lines
 
+FIRST_WEIGHTS = ("init_from", "pretrained")  # knobs of how a run began; one that goes on needs neither
+
 
 class Cursor(NamedTuple):
     """Where to go on: the stage from 0, the epoch from 1, and how many of its steps are done."""

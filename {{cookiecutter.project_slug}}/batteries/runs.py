@@ -19,7 +19,7 @@ from batteries.cli import to_json
 from batteries.console import Console, logger
 from batteries.data import Batch, Epoch
 from batteries.devices import return_freed_memory
-from batteries.distributed import Agreement, on_main
+from batteries.distributed import Agreement, gather_over_ranks, on_main
 from batteries.errors import BadInput, RunFailed, is_bad_input, is_out_of_memory, shorten
 from batteries.files import Lock, read_json, write_text
 from batteries.interrupts import Interrupts, Stopped
@@ -27,9 +27,19 @@ from batteries.lines import Lines, read_lines
 from batteries.logdirs import check_logdir, holds_run
 from batteries.metrics import Averages
 from batteries.ranks import is_main, world_size
-from batteries.records import Record, hash_config, now, peak_memory, uncommitted, versions, what_changes_rounding
+from batteries.records import (
+    Record,
+    hash_code,
+    hash_config,
+    now,
+    peak_memory,
+    uncommitted,
+    versions,
+    what_changed,
+    what_changes_rounding,
+)
 from batteries.reports import make_report
-from batteries.resume import Cursor, Found, check_lines, check_same_run, cut_lines, find_newest
+from batteries.resume import FIRST_WEIGHTS, Cursor, Found, check_lines, check_same_run, cut_lines, find_newest
 from batteries.sheets import read_picture
 from batteries.state import TrainState
 from batteries.steps import HALVINGS, MOST_SKIPPED, GradientWatch
@@ -93,10 +103,14 @@ class Run:
         self.skipped: dict[str, list[str]] = {}  # the steps of the present row of skipped ones, and their samples
         self.lock = Lock(self.logdir / ".lock")
         check_trackers(self.config["tracker"])
-        self.config_hash = hash_config(self.config, without=may_change)
+        self.code = hash_code()
         self.difference = uncommitted() if is_main() else None  # before this run adds a split file
         self.found = on_main(lambda: self._find(may_change))
+        if self.found.checkpoint is not None:  # a run that goes on has its first weights from where it began
+            began = self.found.checkpoint["experiment_args"]
+            self.config |= {name: began[name] for name in FIRST_WEIGHTS if name in began}
         self.cursor = self.found.cursor
+        self.config_hash = hash_config(self.config, without=[*set(may_change) - {*FIRST_WEIGHTS}])
 
     def __enter__(self) -> "Run":
         on_main(self._start)
@@ -231,7 +245,7 @@ class Run:
             metrics.restore(self.found.checkpoint["resume"]["running"])  # type: ignore[index]
         self.batches, self.step = batches, batches.first_step
         self.watch = Stopwatch(batches, metrics)
-        with profile_steps(self._profile_folder()) as profiler:
+        with profile_steps(self._profile_folder(), len(batches) - batches.first_step) as profiler:
             for batch in self.console.track(self.watch, self._label(), LOG_EVERY):
                 yield batch
                 if batch.ends_step:
@@ -299,6 +313,7 @@ class Run:
             "data": self.data,
             "world_size": world_size(),
             "threads": torch.get_num_threads(),
+            "code": self.code,
             "versions": versions(),
             "total_step": self.offset + step,
             "unwritten": self.lines.unwritten,
@@ -342,6 +357,12 @@ class Run:
         if agreed > SAVE:
             self.checkpoints.wait()
             raise Stopped(agreed - SAVE)
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped where a signal came since the last step; call it when the epoch is saved. All ranks agree."""
+        if received := max(gather_over_ranks(self.interrupts.received)):
+            self.checkpoints.wait()
+            raise Stopped(received)
 
     def _step_of_stage(self) -> int:
         return (self.batches.key[2] - 1) * len(self.batches) + self.step
@@ -435,6 +456,7 @@ class Run:
             check_architecture(found.name, found.checkpoint["model_state_dict"], self.model)
             check_lines(self.logdir / "metrics.jsonl", names, found)
             found.messages += what_changes_rounding(found.checkpoint["resume"])
+            found.messages += what_changed(found.checkpoint["resume"]["code"], self.code)
         return found
 
     def _check_split(self) -> None:

@@ -66,9 +66,12 @@ WAIT, WARMUP, ACTIVE = 2, 3, 5  # steps before the trace, steps that only warm t
 
 
 @contextmanager
-def profile_steps(folder: Path | None) -> Iterator[Any]:
-    """Write a trace of ACTIVE steps into `folder`, for https://ui.perfetto.dev; `step()` is called after each."""
-    if folder is None:
+def profile_steps(folder: Path | None, steps: int) -> Iterator[Any]:
+    """Write a trace of ACTIVE of `steps` into `folder`, for https://ui.perfetto.dev; `step()` is called after each."""
+    least = WAIT + WARMUP + ACTIVE
+    if folder is not None and steps < least:
+        logger.warning(f"--profile wrote no trace: it wants an epoch of {least} steps or more.")
+    if folder is None or steps < least:
         yield _NoProfiler()
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +85,6 @@ def profile_steps(folder: Path | None) -> Iterator[Any]:
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
         yield profiler
-    if not path.exists():
-        logger.warning(f"--profile wrote no trace: it wants an epoch of {WAIT + WARMUP + ACTIVE} steps or more.")
 
 
 class _NoProfiler:

@@ -33,7 +33,7 @@ def freeze(model: nn.Module, names: Sequence[str], flag: str = "--stages.0.freez
     modules = dict(bare(model).named_modules())
     for name in names:
         if not name or name not in modules:
-            raise BadInput(f"{flag} {name!r} is no module of the model{near(name, modules) or '.'}")
+            raise BadInput(f"{flag} {name!r} is no module of the model{(name and near(name, modules)) or '.'}")
     model.requires_grad_(True)
     for name in names:
         modules[name].requires_grad_(False)

@@ -1,5 +1,6 @@
 """L2, elastic-close: one device, many ranks and accumulation end with the same weights. The oracle is a bare loop."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -14,6 +15,8 @@ from processes import run_ranks
 from torch import nn
 
 from batteries.batchnorm import SyncBatchNormCPU
+from batteries.distributed import process_group
+from batteries.errors import RunFailed
 from batteries.parallel import bare, evaluation
 from experiment.augmentations import normalize
 from train import train_fn, valid_fn
@@ -138,6 +141,40 @@ def test_our_batch_norm_equals_torchs_in_outputs_gradients_and_statistics():
         np.testing.assert_allclose(rank[2], module.weight.grad, **compare)
         np.testing.assert_allclose(rank[3], module.running_mean, rtol=1e-6)
         np.testing.assert_allclose(rank[4], module.running_var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_our_batch_norm_takes_statistics_of_halves_in_float32_as_torch_does(dtype):
+    values = (torch.randn(24, 5, 40, generator=torch.Generator().manual_seed(0)) * 30 + 100).to(dtype)
+
+    def synchronised() -> tuple:
+        module = nn.BatchNorm1d(5)
+        module.__class__ = SyncBatchNormCPU
+        output = module(values.chunk(2)[torch.distributed.get_rank()])
+        return output.dtype, output.detach().float().numpy(), module.running_mean.numpy(), module.running_var.numpy()
+
+    module = nn.BatchNorm1d(5)
+    output = module(values).detach().float()
+    ranks = run_ranks(2, synchronised)
+    np.testing.assert_allclose(np.concatenate([rank[1] for rank in ranks]), output, atol=0.02)
+    for rank in ranks:
+        assert rank[0] == dtype
+        np.testing.assert_allclose(rank[2], module.running_mean, rtol=1e-6)
+        np.testing.assert_allclose(rank[3], module.running_var, rtol=1e-5)
+
+
+def test_a_rank_whose_launcher_was_killed_while_it_started_ends(monkeypatch):
+    def join() -> str:
+        try:
+            with process_group(torch.device("cpu")):
+                return "joined"
+        except RunFailed as error:
+            return str(error)
+
+    monkeypatch.setenv("BATTERIES_LAUNCHER", "1")
+    assert run_ranks(1, join, join=False) == ["the launcher has gone, and its processes end with it."]
+    monkeypatch.setenv("BATTERIES_LAUNCHER", str(os.getpid()))
+    assert run_ranks(1, join, join=False) == ["joined"]
 
 
 def test_gradients_are_exchanged_once_a_step_and_not_for_each_micro_batch():

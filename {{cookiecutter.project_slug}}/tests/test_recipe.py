@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -650,8 +651,18 @@ def test_memory_that_was_kept_goes_back_after_an_epoch():
     assert left < 2 * pinned
 
 
-def test_an_epoch_too_short_for_a_profile_is_said(config):
-    end = command(dataclasses.replace(config, limit_batches=3), "--profile")
+def test_what_learns_at_first_is_what_the_first_stage_does_not_freeze(config, monkeypatch):
+    monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(*tiny_network(num_classes), nn.PReLU()))
+    stages = (Stage("stage0", 1, 1e-2, freeze=("3",)), Stage("stage1", 1, 1e-2, freeze=("2",)))
+    end = command(dataclasses.replace(config, stages=stages))
+    assert end.code == 0, end.err
+    total, learning = re.search(r"model    .* ([\d,]+) parameters, ([\d,]+) of them learn at first", end.out).groups()
+    assert int(total.replace(",", "")) == int(learning.replace(",", "")) + 1  # a PReLU has one
+
+
+@pytest.mark.parametrize("steps", [3, 5, 9])
+def test_an_epoch_too_short_for_a_profile_is_said(config, steps):
+    end = command(dataclasses.replace(config, limit_batches=steps, batch_size=8), "--profile")
     assert end.code == 0, end.err
     assert "--profile wrote no trace: it wants an epoch of 10 steps or more." in end.out
 

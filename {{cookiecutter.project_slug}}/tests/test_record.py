@@ -79,6 +79,14 @@ def test_runs_of_one_recipe_share_a_config_hash_and_another_recipe_has_another(c
         assert command(one).code == 0
         hashes.append(read_record(one)["config_hash"])
     assert hashes[0] == hashes[1] != hashes[2]
+    again = dataclasses.replace(config, logdir=config.logdir.with_name("again"))
+    flags = ["--config", str(config.logdir.with_name("run0") / "config.json"), "--logdir", str(again.logdir)]
+    assert run_train(train.main, Config, *flags).code == 0
+    assert read_record(again)["config_hash"] == hashes[0]
+    weights = str(config.logdir.with_name("run0") / "first/best.pth")
+    other = dataclasses.replace(config, logdir=config.logdir.with_name("other"), init_from=Path(weights))
+    assert command(other).code == 0
+    assert read_record(other)["config_hash"] != hashes[0]
 
 
 def test_a_config_file_repeats_a_run(config):

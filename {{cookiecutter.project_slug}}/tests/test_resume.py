@@ -23,6 +23,7 @@ import train
 from batteries import cli, interrupts
 from batteries.cli import to_json
 from batteries.files import Lock
+from batteries.records import hash_code
 from train import Config, Stage
 
 STAGES = (Stage("stage0", 3, 1e-2), Stage("stage1", 2, 1e-3, "plateau"))
@@ -576,3 +577,48 @@ def test_the_best_checkpoint_survives_restarts(config, monkeypatch):
     assert torch.load(config.logdir / "stage1/best.pth", weights_only=True)["epoch"] == 1
     best_of_run = json.loads((config.logdir / "run.json").read_text())["best"]
     assert best_of_run == {"metric": "accuracy", "score": 0.9, "stage": "stage0", "epoch": 2}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_in_the_last_validation_ends_the_run_saved_and_it_goes_on_to_the_same_end(
+    config, monkeypatch, world_size
+):
+    config = dataclasses.replace(config, ema_decay=None, stages=STAGES[:1])
+    wanted, _ = whole_run(config, world_size)
+    valid_fn, calls = train.valid_fn, []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return valid_fn(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "valid_fn", stop)
+        processes = start(config, world_size, command=True)
+        for process in processes:
+            process.join(60)
+    assert {process.exitcode for process in processes} == {128 + signal.SIGTERM}
+    assert json.loads((config.logdir / "run.json").read_text())["exit"] == "preempted by SIGTERM"
+    finish(config, world_size)
+    assert digest(config.logdir) == wanted
+
+
+def test_code_that_changed_since_the_run_was_saved_is_named_at_its_resume(config, monkeypatch):
+    config = dataclasses.replace(config, stages=STAGES[:1])
+    finish(config)
+    hashes = hash_code()
+    assert {"train.py", "experiment/model.py", "experiment/augmentations.py"} <= set(hashes)
+    monkeypatch.setattr("batteries.runs.hash_code", lambda: hashes | {"experiment/model.py": "another"})
+    finish(config)
+    said = (config.logdir / "train.log").read_text()
+    assert said.count("experiment/model.py changed since the run was saved: it goes on with the new code.") == 1
+
+
+def test_a_run_that_goes_on_remembers_which_weights_it_began_with(config):
+    first = dataclasses.replace(config, stages=STAGES[:1], logdir=config.logdir.with_name("first"))
+    finish(first)
+    best = first.logdir / "stage0/best.pth"
+    finish(dataclasses.replace(first, logdir=config.logdir, init_from=best))
+    finish(dataclasses.replace(first, logdir=config.logdir))
+    assert json.loads((config.logdir / "config.json").read_text())["init_from"] == str(best)

@@ -185,6 +185,7 @@ def test_flags_beside_a_config_file_win(tmp_path):
         (["--stages.1.name", "stage0"], "--stages need one or more, of different names, not stage0, stage0."),
         (["--main-metric", "loss"], "--main-metric loss is better when it is less: give --minimize-metric."),
         (["--minimize-metric"], "--main-metric accuracy is better when it is more: leave out --minimize-metric."),
+        (["--min-delta", "0.1"], "--min-delta 0.1 is for --patience; give that too, or leave it out."),
         (["--weight-decay", "-1"], "--weight-decay -1.0 must be 0 or more."),
         (["--mixup", "-1"], "--mixup -1.0 must be 0 or more."),
         (["--accumulation-steps", "32"], "--batch-size leaves micro-batches of one sample, and batch norm needs two"),
