@@ -89,6 +89,12 @@ def test_runs_of_one_recipe_share_a_config_hash_and_another_recipe_has_another(c
     assert read_record(other)["config_hash"] != hashes[0]
 
 
+def test_a_config_hash_is_that_of_the_config_file_which_has_floats_for_whole_numbers():
+    one, other = ({"stages": [{"lr": 1, "warmup_epochs": zero}], "resume": False} for zero in (0, 0.0))
+    assert records.hash_config(one, ()) == records.hash_config(other, ())
+    assert records.hash_config(one, ()) != records.hash_config({"stages": [{"lr": 1}], "resume": False}, ())
+
+
 def test_a_config_file_repeats_a_run(config):
     assert command(dataclasses.replace(config, seed=7, mixup=0.2)).code == 0
     again = config.logdir.with_name("again")
