@@ -69,6 +69,8 @@ def _choose_classes(
             )
         if column_class is not None:
             raise BadInput(f"--column-class is for --values probability and binary, not {values}.")
+        if values == "labels":
+            _check_names(predictions.classes)
         return []
     if column_class is None:
         if len(columns) == 1 and columns[0] not in predictions.classes:
@@ -83,6 +85,16 @@ def _choose_classes(
             f"column beside the id."
         )
     return [column_class]
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    """Raise BadInput for names that could not be told apart in one cell."""
+    if spaced := [name for name in classes if name.split() != [name]]:
+        raise BadInput(
+            f"--values labels sets names apart by spaces, which are in {some('class', spaced)} "
+            f"{'themselves; call them' if len(spaced) > 1 else 'itself; call it'} otherwise in the predictions, such "
+            f"as {'_'.join(spaced[0].split())}."
+        )
 
 
 def _differences(

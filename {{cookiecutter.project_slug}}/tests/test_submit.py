@@ -113,6 +113,20 @@ def test_a_submission_that_is_there_is_not_overwritten_by_another(hand_in):
     assert hand_in(ONE_COLUMN, "--values", "index", "--overwrite")[1] != before
 
 
+def test_several_names_in_one_cell_can_be_told_apart_again(tmp_path):
+    predictions = write_lines(tmp_path / "test.csv", "id,New York,Rome,Los Angeles", "a,1,0,0")
+    sample, output = write_lines(tmp_path / "sample.csv", "id,cities", "a,x"), tmp_path / "out.csv"
+    files = predictions, "--sample", sample, "--output", output
+    refused(
+        call(submit, *files, "--values", "labels"),
+        "--values labels sets names apart by spaces, which are in classes New York, Los Angeles themselves; "
+        "call them otherwise in the predictions, such as New_York.",
+    )
+    assert not output.exists()
+    assert call(submit, *files).code == 0
+    assert output.read_text() == "id,cities\na,New York\n"
+
+
 def test_a_sample_that_is_not_there_is_named(tmp_path):
     predictions = write_lines(tmp_path / "test.csv", *PREDICTIONS)
     refused(call(submit, predictions, "--sample", tmp_path / "no.csv"), "no.csv cannot be read as a table")
