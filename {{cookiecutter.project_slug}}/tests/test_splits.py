@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from processes import End, run_train
 import split
 from batteries import BadInput, SplitFile
 from batteries import splits as splits_module
+from batteries.errors import is_bad_input
 from batteries.pixels import channel_statistics, find_duplicates, look, look_at
 from batteries.splits import TEST, parse_folds, to_csv
 from experiment.splits import make_folds
@@ -199,6 +201,33 @@ def test_data_that_cannot_be_split_are_refused_with_the_reason(tmp_path, dataset
         open_splits(tmp_path, dataset)
     assert sentence in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "share", "sentence"),
+    [
+        (
+            Samples(),
+            0.03,
+            "is 3 to test and 77 for the folds; both need 4 or more, one for each class: use 0.05 to 0.95, or 0.",
+        ),
+        (Samples(), 0.99, "--test-share 0.99 of 80 samples is 80 to test and 0 for the folds; both need 4 or more"),
+        (Samples(classes=None), 0.99, "--test-share 0.99 of 80 samples is 80 to test and 0 for the folds; both need 1"),
+        (Samples(), 0.8, "class north keeps 4 samples beside the test split, too few for 5 folds; bring more, or use"),
+        (
+            Samples(60, targets=np.arange(60) % 10, classes=tuple("abcdefghij")),
+            0.2,
+            "class a keeps 4 samples beside the test split, too few for 5 folds; bring more, or use fewer folds or a",
+        ),
+        (Samples(groups=groups_of(80)), 0.01, "19 groups are too few for 100 parts; bring more, or use fewer folds or"),
+        (Samples(groups=groups_of(80)), 0.99, "--test-share 0.99 leaves none of 19 groups; use a smaller one."),
+        (Samples(groups=range(80)), 0.02, "no class has more than 20 samples, too few for 50 parts; use another"),
+    ],
+)
+def test_a_test_share_that_leaves_too_little_on_either_side_is_refused(tmp_path, dataset, share, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        make_folds(dataset, test_share=share)
+    assert is_bad_input(error.value)
 
 
 @pytest.mark.parametrize(("where", "part"), [(0, "valid"), (1, "train"), (TEST, "train")])
