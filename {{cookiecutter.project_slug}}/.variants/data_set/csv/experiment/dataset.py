@@ -36,6 +36,7 @@ class Table:
         self.lines = [int(row["line"]) for row in rows]
         self.folds = np.array([fold_of(row) for row in rows]) if "fold" in rows[0] else None
         self.official_test = self.targets == UNKNOWN if (self.targets == UNKNOWN).any() else None
+        self._check_groups()
         self.sizes = [file_size(self.data_dir / name) for name in self.ids]
         self._refuse([index for index, size in enumerate(self.sizes) if size <= 0], "missing or empty")
 
@@ -57,6 +58,27 @@ class Table:
         for name, target, size in zip(self.ids, self.targets.tolist(), self.sizes, strict=True):
             digest.update(f"{name}\0{target}\0{size}\n".encode())
         return digest.hexdigest()
+
+    def _check_groups(self) -> None:
+        """Raise ValueError for a group in two folds, or with a label in some rows and none in others."""
+        folds = self.official_test if self.folds is None else self.folds
+        first: dict[str, int] = {}
+        for index, group in enumerate([] if folds is None else self.groups or []):
+            other = first.setdefault(group, index)
+            if folds[other] != folds[index]:
+                raise ValueError(f"{self.data_dir / TABLE} has group {group} {self._say_torn(other, index)}.")
+
+    def _say_torn(self, one: int, other: int) -> str:
+        if self.folds is not None:
+            return (
+                f"in folds {self.folds[one]} and {self.folds[other]} (lines {self.lines[one]} and "
+                f"{self.lines[other]}); a group stays in one: mend these rows"
+            )
+        known, unknown = sorted((one, other), key=lambda index: self.targets[index] == UNKNOWN)
+        return (
+            f"with a label (line {self.lines[known]}) and without (line {self.lines[unknown]}); rows without one are "
+            f"the test split, and a group stays in one: label all of its rows or none, or give some another group"
+        )
 
     def _refuse(self, indices: list[int], what: str) -> None:
         if indices:
