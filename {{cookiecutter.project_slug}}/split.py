@@ -51,6 +51,8 @@ def main(config: Config) -> None:
     say = "is there already, and the same" if config.split_file.exists() else "is written"
     splits.write()
     show_counts(dataset, splits.folds)
+    if left_out := getattr(dataset, "left_out", ""):
+        print(f"left out: {left_out}")
     print(
         f"{config.split_file} {say}: {len(dataset):,} samples, {splits.num_folds} folds, sha256 {splits.sha256[:12]}…"
     )

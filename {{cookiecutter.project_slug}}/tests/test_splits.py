@@ -363,6 +363,12 @@ def test_hard_compression_hides_few_duplicates_and_makes_none():
     assert len(pairs) > 45
 
 
+def test_files_that_a_data_set_left_out_are_told(monkeypatch, tmp_path):
+    end = run_split(monkeypatch, tmp_path, dataset=Samples(left_out="3 .bmp"))
+    assert "\nleft out: 3 .bmp\n" in end.out
+    assert "left out" not in run_split(monkeypatch, tmp_path).out
+
+
 def test_duplicates_are_counted_and_named_and_do_not_stop_the_split(monkeypatch, tmp_path):
     dataset = Samples(folds=np.arange(80) // 4 % 5)
     dataset.images[4] = dataset.images[0]
