@@ -1,5 +1,7 @@
 """The sheet shows what training gets."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,28 @@ def test_bad_input_is_told_in_a_sentence(data_dir, tmp_path, flags, sentence):
     end = run_preview(data_dir, tmp_path, *flags)
     assert (end.code, end.err.count("\n")) == (2, 1)
     assert sentence in end.err
+
+
+@pytest.mark.parametrize(
+    ("title", "shown"),
+    [
+        ("0065: north", "0065: north"),
+        ("images/of/2024/0065.jpg: north east", "images/of/2024/0065.jpg:\nnorth east"),
+        ("0.75 a very long name + 0.25 another of the kind", "0.75 a very long name + 0.25\nanother of the kind"),
+        ("0" * 40, f"{'0' * 28}\n{'0' * 12}"),
+        (f"{'0065 ' * 30}end", f"{' '.join(['0065'] * 5)}\n{' '.join(['0065'] * 5)}\n{' '.join(['0065'] * 5)} …"),
+    ],
+)
+def test_a_title_is_wrapped_and_its_beginning_is_never_cut(title, shown):
+    assert preview.wrap(title) == shown
+
+
+def test_letters_that_the_font_lacks_and_dollars_are_drawn_without_a_word(tmp_path):
+    image, titles = torch.zeros(1, 8, 8, dtype=torch.uint8), ["猫: $x^$"] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preview.draw(tmp_path / "x.png", [image] * 2, [[image] * 2], torch.zeros(2, 1, 8, 8), titles, titles)
+    assert (tmp_path / "x.png").stat().st_size > 0
 
 
 def test_a_sample_can_be_looked_up_in_any_epoch_as_training_sees_it(cpu):
