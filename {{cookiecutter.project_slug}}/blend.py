@@ -127,7 +127,7 @@ def say(tables: list[Predictions], weights: np.ndarray, blended: Predictions) ->
         print(f"{number:<8} {table.name}  weight {weight:.4f}{scores_of(table)}")
     print("alike    Pearson's correlation of the probabilities")
     for number, row in enumerate(correlations(stack(tables)), start=1):
-        print(f"{number:<8} {'  '.join(f'{value:.4f}' for value in row)}")
+        print(f"{number:<8} {'  '.join('none  ' if np.isnan(value) else f'{value:.4f}' for value in row)}")
     print(f"wrote    {blended.name}: {len(blended.ids):,} rows{scores_of(blended)}")
 
 

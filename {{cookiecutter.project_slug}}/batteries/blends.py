@@ -67,8 +67,12 @@ def ranks(table: np.ndarray) -> np.ndarray:
 
 
 def correlations(tables: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of each two models (M, M), over all probabilities: blends gain where it is low."""
-    return np.corrcoef(tables.reshape(len(tables), -1))
+    """Pearson's correlation of each two models (M, M), over all probabilities: blends gain where it is low.
+
+    NaN with a model whose probabilities are all the same.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.corrcoef(tables.reshape(len(tables), -1))
 
 
 class Fit(NamedTuple):

@@ -2,6 +2,7 @@
 
 import decimal
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -232,6 +233,17 @@ def test_how_alike_the_inputs_are_is_said_by_pearsons_correlation(tmp_path):
     for number, line in enumerate(lines):
         wanted = [scipy.stats.pearsonr(values[number], other).statistic for other in values]
         assert line.split() == [str(number + 1), *(f"{value:.4f}" for value in wanted)]
+
+
+def test_a_constant_table_is_like_no_other_without_a_warning(tmp_path):
+    write_lines(tmp_path / "a.csv", "id,cat,dog", "a,0.5,0.5", "b,0.5,0.5")
+    write_lines(tmp_path / "b.csv", "id,cat,dog", "a,0.25,0.75", "b,1,0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        end = call(verb, tmp_path / "a.csv", tmp_path / "b.csv", "--output", tmp_path / "out.csv")
+    assert (end.code, end.err) == (0, "")
+    lines = end.out.partition("alike    Pearson")[2].splitlines()[1:3]
+    assert [line.split() for line in lines] == [["1", "none", "none"], ["2", "none", "1.0000"]]
 
 
 def test_one_file_is_no_blend(tmp_path):
