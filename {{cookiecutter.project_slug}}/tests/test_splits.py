@@ -303,6 +303,15 @@ def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, t
     assert (tmp_path / "splits/x.csv").read_bytes() == before
 
 
+def test_a_file_with_equal_contents_is_the_same_split_however_it_was_saved(monkeypatch, tmp_path):
+    run_split(monkeypatch, tmp_path)
+    file = tmp_path / "splits/x.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    end = run_split(monkeypatch, tmp_path)
+    assert end.code == 0, end.err
+    assert "x.csv is there already, and the same" in end.out
+
+
 @pytest.mark.parametrize("flags", [["--fold", "9"], ["--statistics", "--fold", "9"]])
 def test_a_fold_that_is_not_there_is_refused_before_the_file_is_written(monkeypatch, tmp_path, flags):
     end = run_split(monkeypatch, tmp_path, *flags)
