@@ -22,6 +22,11 @@ def read_sample(path: Path) -> Any:
         table = read_table(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"--sample {path} cannot be read as a table ({str(error).strip()}).") from None
+    if len(table.columns) == 1 and (other := next((mark for mark in ";\t|" if mark in table.columns[0]), None)):
+        raise BadInput(
+            f"--sample {path} has one column, {table.columns[0]}, which looks like several with "
+            f"{'tabs' if other == chr(9) else other} between them; save it with commas."
+        )
     if len(table.columns) < 2 or not len(table):
         raise BadInput(f"--sample {path} needs a column of ids, one to fill in, and rows.")
     if doubled := doubles(table.iloc[:, 0]):
