@@ -3,8 +3,10 @@
 import csv
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -317,6 +319,18 @@ def test_the_table_is_sorted_in_the_direction_of_the_metric(ledger):
 
 def test_without_a_ledger_the_table_says_how_to_begin(ledger):
     assert "no scores yet: python scores.py add" in call(scores, "show", "--ledger", ledger).out
+
+
+@pytest.mark.parametrize("flag", ["--ledger", "--help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # it is found out at the end, or at once
+def test_a_reader_that_has_gone_as_head_does_ends_it_quietly(ledger, flag, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "scores.py", "show", flag, *([str(ledger)] if flag == "--ledger" else [])]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    end = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (end.returncode, end.stderr) == (141, "")
 
 
 def test_pairs_in_another_order_are_named_the_widest_first():
