@@ -378,7 +378,7 @@ def test_the_plot_is_of_the_metric_that_most_lines_have_or_of_the_one_that_is_na
     assert "(Spearman, 2 submissions)" in call(scores, *flags, "--metric", "loss").out
     sentence = f"valid and public of one metric; {ledger} has 2 of loss, 3 of accuracy, 1 of f1."
     refused(call(scores, *flags, "--metric", "f1"), sentence)
-    refused(call(scores, *flags, "--metric", "accurracy"), sentence)
+    refused(call(scores, *flags, "--metric", "macro_f1"), sentence)
 
 
 def test_a_plot_of_equal_leaderboard_scores_says_in_words_that_they_rank_nothing(tmp_path, ledger):
