@@ -9,7 +9,8 @@ at the test split too.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ class Variant(NamedTuple):
     """What could become swa.pth."""
 
     name: str
-    files: Sequence[Path]
+    files: Mapping[Path, str]  # with the names by which they are told apart
     score: float
 
 
@@ -70,12 +71,25 @@ def main(options: Options) -> Variant:
     files = choose_files(folder, options.checkpoints, minimize=config.minimize_metric)
     with start_process(config) as device:
         make = build_maker(folder, config, device, options.num_workers)
-        variants = try_variants(files, lambda paths: make(paths)[1], minimize=config.minimize_metric)
+        names = name_files(files, folder.parent)
+        variants = try_variants(names, lambda paths: make(paths)[1], minimize=config.minimize_metric)
         choice = choose(variants, minimize=config.minimize_metric)
-        checkpoint, _ = make(choice.files)
+        checkpoint, _ = make([*choice.files])
     keep(target, checkpoint, variants, choice, config.main_metric)
     say(target, variants, choice, config.main_metric)
     return choice
+
+
+def name_files(files: Sequence[Path], run: Path) -> dict[Path, str]:
+    """Each file's name or, where another is called so too, its path as seen from the run, where it lies in it."""
+    often = Counter(file.name for file in files)
+    return {file: file.name if often[file.name] == 1 else path_in(file, run) for file in files}
+
+
+def path_in(file: Path, run: Path) -> str:
+    """The path of `file` in `run`; as it is where it lies elsewhere."""
+    here, root = file.resolve(), run.resolve()
+    return here.relative_to(root).as_posix() if here.is_relative_to(root) else str(file)
 
 
 def find_stage(options: Options) -> tuple[Path, Config]:
@@ -119,14 +133,15 @@ def renew(model: nn.Module, loader: TrainLoader, seed: int) -> None:
 
 
 def try_variants(
-    files: Sequence[Path], score_of: Callable[[Sequence[Path]], float], *, minimize: bool
+    names: Mapping[Path, str], score_of: Callable[[Sequence[Path]], float], *, minimize: bool
 ) -> list[Variant]:
-    """Each file alone, best first, the mean of all, and the greedy choice."""
-    alone = [Variant(file.name, [file], score_of([file])) for file in files]
-    ordered = [variant.files[0] for variant in best_first(alone, minimize=minimize)]
-    uniform = Variant("mean of all", ordered, score_of(ordered))
+    """Each of the files, which have these names, alone, best first, the mean of all, and the greedy choice."""
+    alone = [Variant(name, {file: name}, score_of([file])) for file, name in names.items()]
+    ordered = [file for variant in best_first(alone, minimize=minimize) for file in variant.files]
+    uniform = Variant("mean of all", {file: names[file] for file in ordered}, score_of(ordered))
     chosen, score = greedy(ordered, score_of, minimize=minimize)
-    return [*best_first(alone, minimize=minimize), uniform, Variant("greedy", chosen, score)]
+    best = Variant("greedy", {file: names[file] for file in chosen}, score)
+    return [*best_first(alone, minimize=minimize), uniform, best]
 
 
 def best_first(variants: Sequence[Variant], *, minimize: bool) -> list[Variant]:
@@ -145,7 +160,7 @@ def choose(variants: Sequence[Variant], *, minimize: bool) -> Variant:
 
 def keep(target: Path, checkpoint: dict[str, Any], variants: Sequence[Variant], choice: Variant, metric: str) -> None:
     """Write the choice, and beside it what it is: the loader compares the file with that."""
-    made_of = {"variant": choice.name, "files": [file.name for file in choice.files]}
+    made_of = {"variant": choice.name, "files": [*choice.files.values()]}
     size, sha256 = save_checkpoint(target, {**checkpoint, "average": made_of})
     scores = {variant.name: variant.score for variant in variants}
     note = {"bytes": size, "sha256": sha256, "metric": metric, "score": choice.score, **made_of, "scores": scores}
@@ -155,7 +170,7 @@ def keep(target: Path, checkpoint: dict[str, Any], variants: Sequence[Variant], 
 def say(target: Path, variants: Sequence[Variant], choice: Variant, metric: str) -> None:
     """Every variant with its score, and which one was kept."""
     for variant in variants:
-        files = "" if len(variant.files) == 1 else f"  {' + '.join(file.name for file in variant.files)}"
+        files = "" if len(variant.files) == 1 else f"  {' + '.join(variant.files.values())}"
         print(f"{metric} {variant.score:.4f}  {variant.name}{files}")
     if len(choice.files) == 1:
         print(f"averaging did not help: no average is over {choice.name}, whose weights are in {target}")

@@ -33,7 +33,7 @@ class Options:
     inputs: Positional[tuple[Path, ...]]  # two or more tables of predict.py
     output: Path = Path("blend.csv")  # one with other contents is not overwritten
     method: Method = "mean"  # rank where models are calibrated differently, geometric or power where they are not
-    power: float = 2.0  # of --method power, over 0; over 1 leans to the model that is sure
+    power: float | None = None  # of --method power, over 0; over 1 leans to the model that is sure; 2 by default
     weights: str | None = None  # one for each input, such as 2,1; equal by default
     fit_on: tuple[Path, ...] = ()  # out-of-fold tables with targets, one for each input, to find weights on
     independent: bool = False  # a sample may be of several classes: rows need not sum to one
@@ -44,8 +44,7 @@ def main(options: Options) -> None:
     """Check, match, blend, write and compare."""
     if len(options.inputs) < 2:
         raise BadInput("blend.py needs two files of predictions or more.")
-    if not 0 < options.power < float("inf"):
-        raise BadInput(f"--power {options.power} must be over 0 and finite.")
+    check_power(options)
     tables = read_tables(options.inputs, options)
     weights = find_weights(options, tables[0])
     blended = Predictions(
@@ -53,6 +52,16 @@ def main(options: Options) -> None:
     )
     write_predictions(options.output, blended, overwrite=options.overwrite)
     say(tables, weights, blended)
+
+
+def check_power(options: Options) -> float:
+    """The power of --method power. Raises BadInput where it is none, or would change nothing."""
+    power = 2.0 if options.power is None else options.power
+    if not 0 < power < float("inf"):
+        raise BadInput(f"--power {power} must be over 0 and finite.")
+    if options.power is not None and options.method != "power":
+        raise BadInput(f"--power is for --method power, not {options.method}.")
+    return power
 
 
 def read_tables(paths: tuple[Path, ...], options: Options) -> list[Predictions]:
@@ -96,16 +105,15 @@ def fit(options: Options, first: Predictions) -> np.ndarray:
     compare("class", first.name, first.classes, tables[0].name, tables[0].classes)
     if (targets := tables[0].targets) is None:
         raise BadInput("--fit-on needs a column target in one of its files: weights are found on known samples.")
-    found = fit_weights(
-        stack(tables), targets, lambda rows, weights: blend(rows, options.method, weights, options.power)
-    )
+    power = check_power(options)
+    found = fit_weights(stack(tables), targets, lambda rows, weights: blend(rows, options.method, weights, power))
     print(f"fit      loss {found.loss:.4f} by cross-validation of the weights, {found.equal_loss:.4f} with equal ones")
     return found.weights
 
 
 def mix(tables: list[Predictions], weights: np.ndarray, options: Options) -> np.ndarray:
     """The blended probabilities (N, C)."""
-    return blend(stack(tables), options.method, weights, options.power, normalise=not options.independent)
+    return blend(stack(tables), options.method, weights, check_power(options), normalise=not options.independent)
 
 
 def stack(tables: list[Predictions]) -> np.ndarray:
@@ -119,7 +127,7 @@ def say(tables: list[Predictions], weights: np.ndarray, blended: Predictions) ->
         print(f"{number:<8} {table.name}  weight {weight:.4f}{scores_of(table)}")
     print("alike    Pearson's correlation of the probabilities")
     for number, row in enumerate(correlations(stack(tables)), start=1):
-        print(f"{number:<8} {'  '.join(f'{value:.4f}' for value in row)}")
+        print(f"{number:<8} {'  '.join('none  ' if np.isnan(value) else f'{value:.4f}' for value in row)}")
     print(f"wrote    {blended.name}: {len(blended.ids):,} rows{scores_of(blended)}")
 
 

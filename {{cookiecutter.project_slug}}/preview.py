@@ -6,6 +6,7 @@
 What it shows is what training gets: the same order, the same random streams. A sheet that is there is replaced.
 """
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ import torch
 from batteries import BadInput, SplitFile, TrainLoader, check_files, run_command
 from batteries.files import write_output
 from batteries.knobs import Count, NotNegative, Range, Seed, check_knobs
+from batteries.plots import missing_letters_as_boxes
 from batteries.sheets import stretch, to_rgb
 from experiment.augmentations import batch_transform, normalize, train_transform
 from experiment.dataset import load_dataset
@@ -98,18 +100,26 @@ def draw(
         titles = [names[row], *(f"epoch {epoch}" for epoch in range(1, columns - 1)), targets[row]]
         for place, picture, title in zip(axes[row], pictures, titles, strict=True):
             place.imshow(to_rgb(picture).permute(1, 2, 0).clamp(0, 1).numpy())
-            place.set_title(title[-28:], fontsize=7)
+            place.set_title(wrap(title), fontsize=7, parse_math=False)
             place.axis("off")
     figure.suptitle(f"left: as it is; between: augmented; right: to the model, {describe(seen)}", fontsize=9)
-    figure.tight_layout()
-    write_output(sheet, lambda file: figure.savefig(file, format="png", dpi=110), "--sheet")
+    with missing_letters_as_boxes():
+        figure.tight_layout()
+        write_output(sheet, lambda file: figure.savefig(file, format="png", dpi=110), "--sheet")
     plt.close(figure)
 
 
+def wrap(title: str) -> str:
+    """A title in lines that fit over a picture, three at most."""
+    return textwrap.fill(title, 28, max_lines=3, placeholder=" …")
+
+
 def name_of(target: torch.Tensor, dataset: Any) -> str:
-    """A target in words: a class, or the classes that a mixed one has with their shares."""
+    """A target in words: a class, a number, the classes that a mixed one has with their shares, or a mask's size."""
     if target.ndim == 0:
-        return str(dataset.classes[int(target)])
+        return f"{target:.4g}" if target.is_floating_point() else str(dataset.classes[int(target)])
+    if target.ndim > 1:
+        return " x ".join(map(str, target.shape))
     parts = [(float(share), name) for share, name in zip(target.tolist(), dataset.classes, strict=True) if share > 0]
     return " + ".join(f"{share:.2f} {name}" for share, name in sorted(parts, reverse=True))
 

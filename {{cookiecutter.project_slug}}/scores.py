@@ -30,6 +30,7 @@ from batteries.ledger import (
     read_ledger,
     update_entry,
 )
+from batteries.plots import missing_letters_as_boxes
 from batteries.predictions import read_predictions
 from batteries.scoring import LESS_IS_BETTER, score
 
@@ -65,6 +66,7 @@ class Plot:
 
     output: Path = Path("logs/scores.png")  # the picture: .png, .pdf or .svg
     against: Literal["public", "private", "test"] = "public"  # public and private are the leaderboard's
+    metric: str | None = None  # of the submissions; by default that of most lines
     ledger: Path = LEDGER  # the file of scores
 
 
@@ -167,32 +169,46 @@ def show(entries: Sequence[Entry]) -> None:
 
 def plot(command: Plot) -> None:
     """Draw, and say how far validation and leaderboard agree on which run is better."""
-    metric, points = comparable(command)
-    from scipy.stats import spearmanr
-
-    agreement = spearmanr([point.first for point in points], [point.second for point in points])[0]
-    draw(points, command, metric, f"Spearman's rank correlation {agreement:.3f}")
-    print(f"rank     correlation of valid and {command.against}: {agreement:.3f} (Spearman, {len(points)} submissions)")
+    metric, points, others = comparable(command)
+    agreement = rank_correlation(points, command.against)
+    draw(points, command, metric, f"Spearman's rank correlation {agreement}")
+    print(f"rank     correlation of valid and {command.against}: {agreement} (Spearman, {len(points)} submissions)")
     for one, other in disagreements(points):
         print(f"disagree {one} has more {metric} than {other} in valid, and less in {command.against}")
+    if others:
+        print(f"left out {', '.join(others)}; --metric plots another than {metric}")
     print(f"wrote    {command.output}")
 
 
-def comparable(command: Plot) -> tuple[str, list[Point]]:
-    """The metric, and the entries that have both scores. Raises BadInput where these are no two of one metric."""
-    entries = read_ledger(command.ledger)
-    points, metrics = [], set()
-    for entry in entries:
+def rank_correlation(points: Sequence[Point], against: str) -> str:
+    """Spearman's, in digits; in words where the scores of one side are equal."""
+    from scipy.stats import spearmanr
+
+    sides = [point.first for point in points], [point.second for point in points]
+    for name, values in zip(("valid", against), sides, strict=True):
+        if len(set(values)) == 1:
+            return f"none, as all {name} scores are equal"
+    return f"{spearmanr(*sides)[0]:.3f}"
+
+
+def comparable(command: Plot) -> tuple[str, list[Point], list[str]]:
+    """The metric, the entries that have both scores of it, and how many have those of other metrics, in words.
+
+    Raises BadInput where two are not there.
+    """
+    found: dict[str, list[Point]] = {}
+    for entry in read_ledger(command.ledger):
         ours, theirs = entry.valid, getattr(entry, command.against)
         if ours is not None and theirs is not None:
-            points.append(Point(entry.name, ours, theirs))
-            metrics.add(entry.metric)
-    if len(points) < 2 or len(metrics) > 1:
+            found.setdefault(entry.metric, []).append(Point(entry.name, ours, theirs))
+    metric = command.metric or max(found, key=lambda name: len(found[name]), default="")
+    counts = {name: f"{len(points)} of {name}" for name, points in found.items()}
+    if len(found.get(metric, [])) < 2:
         raise BadInput(
             f"scores.py plot needs two submissions or more that have valid and {command.against} of one metric; "
-            f"{command.ledger} has {len(points)}{' of ' + ' and '.join(sorted(metrics)) if metrics else ''}."
+            f"{command.ledger} has {', '.join(counts.values()) or 'none'}."
         )
-    return metrics.pop(), points
+    return metric, found[metric], [text for name, text in counts.items() if name != metric]
 
 
 def draw(points: Sequence[Point], command: Plot, metric: str, title: str) -> None:
@@ -203,13 +219,14 @@ def draw(points: Sequence[Point], command: Plot, metric: str, title: str) -> Non
     axes = figure.subplots()
     for name, ours, theirs in points:
         axes.plot(ours, theirs, "o", color="tab:blue")
-        axes.annotate(name, (ours, theirs), xytext=(5, 5), textcoords="offset points")
+        axes.annotate(name, (ours, theirs), xytext=(5, 5), textcoords="offset points", parse_math=False)
     axes.axline((points[0].first, points[0].first), slope=1, color="lightgrey", zorder=0)
     axes.set(xlabel=f"valid {metric}", ylabel=f"{command.against} {metric}", title=title)
     kind = command.output.suffix.removeprefix(".")
     if kind not in ("png", "pdf", "svg"):
         raise BadInput(f"--output {command.output} must end in .png, .pdf or .svg.")
-    write_output(command.output, lambda file: figure.savefig(file, format=kind), "--output")
+    with missing_letters_as_boxes():
+        write_output(command.output, lambda file: figure.savefig(file, format=kind), "--output")
 
 
 def _predicted(folder: Path, split: str, metric: str) -> float | None:

@@ -17,7 +17,7 @@ import torch
 
 from batteries import BadInput, EvalLoader, SplitFile, run_command
 from batteries.pixels import Look, channel_statistics, find_duplicates, look_at
-from batteries.splits import TEST, UNKNOWN, has_classes, read_split, to_csv
+from batteries.splits import TEST, UNKNOWN, has_classes
 from experiment.augmentations import valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import NUM_FOLDS, TEST_SHARE, make_folds
@@ -51,6 +51,8 @@ def main(config: Config) -> None:
     say = "is there already, and the same" if config.split_file.exists() else "is written"
     splits.write()
     show_counts(dataset, splits.folds)
+    if left_out := getattr(dataset, "left_out", ""):
+        print(f"left out: {left_out}")
     print(
         f"{config.split_file} {say}: {len(dataset):,} samples, {splits.num_folds} folds, sha256 {splits.sha256[:12]}…"
     )
@@ -64,11 +66,7 @@ def open_split(config: Config, dataset: Any) -> SplitFile:
         return make_folds(dataset, config.num_folds, config.test_share)
 
     splits = SplitFile(config.split_file, dataset, make)
-    if (
-        config.split_file.exists()
-        and not config.keep
-        and read_split(config.split_file) != to_csv(dataset, make(dataset))
-    ):
+    if config.split_file.exists() and not config.keep and not np.array_equal(splits.folds, make(dataset)):
         raise BadInput(
             f"{config.split_file} is there and another split than this would be; write it under another name, such as "
             f"--split-file {config.split_file.with_stem(config.split_file.stem + '_2')}, or look at it with --keep."

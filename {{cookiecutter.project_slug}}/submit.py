@@ -38,6 +38,8 @@ def main(options: Options) -> None:
         raise BadInput(f"--threshold {threshold} must be 0 to 1.")
     if options.threshold is not None and options.values not in ("labels", "binary"):
         raise BadInput(f"--threshold is for --values labels and binary, not {options.values}.")
+    if options.output.resolve() in (options.sample.resolve(), options.predictions.resolve()):
+        raise BadInput(f"--output {options.output} is what the submission is made from; give another.")
     predictions = read_predictions(options.predictions)
     sample = read_sample(options.sample)
     submission = make_submission(predictions, sample, options.values, threshold, options.column_class)

@@ -67,8 +67,12 @@ def ranks(table: np.ndarray) -> np.ndarray:
 
 
 def correlations(tables: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of each two models (M, M), over all probabilities: blends gain where it is low."""
-    return np.corrcoef(tables.reshape(len(tables), -1))
+    """Pearson's correlation of each two models (M, M), over all probabilities: blends gain where it is low.
+
+    NaN with a model whose probabilities are all the same.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.corrcoef(tables.reshape(len(tables), -1))
 
 
 class Fit(NamedTuple):
@@ -101,13 +105,18 @@ def fit_weights(tables: np.ndarray, targets: np.ndarray, mix: Callable[[np.ndarr
 def _least_loss(
     tables: np.ndarray, targets: np.ndarray, mix: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Weights on the simplex by sequential least squares (Kraft 1988), from equal ones."""
+    """Weights on the simplex by sequential least squares (Kraft 1988), from equal ones.
+
+    The loss is counted in that of equal weights: the optimiser stops at a change of 1e-6, whatever the scale.
+    """
     from scipy.optimize import minimize
 
     count = len(tables)
+    equal = np.full(count, 1 / count)
+    scale = _losses(mix(tables, equal), targets).mean() or 1.0
     found = minimize(
-        lambda weights: _losses(mix(tables, _on_simplex(weights)), targets).mean(),
-        np.full(count, 1 / count),
+        lambda weights: _losses(mix(tables, _on_simplex(weights)), targets).mean() / scale,
+        equal,
         method="SLSQP",
         bounds=[(0, 1)] * count,
         constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1},

@@ -33,18 +33,22 @@ def run_command(
 
     `config_class` is a dataclass of knobs, or a union of them, one for each subcommand; then `default` is what no
     subcommand means. With `repeats`, `--config FILE` repeats what a run was given.
-    Bad input: one sentence and 2. A signal: 128 and its number, after a save. A run that cannot go on, such as one that
-    lost a worker of a loader: one sentence and 1. Anything else is a bug: its traceback and 1. Of many one speaks.
+    Bad input: one sentence and 2. A signal: 128 and its number, after a save; where a reader has gone, as `head` does,
+    that of SIGPIPE. A run that cannot go on, such as one that lost a worker of a loader: one sentence and 1. Anything
+    else is a bug: its traceback and 1. Of many one speaks.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(parse(config_class, sys.argv[1:], repeats=repeats, default=default))
+        sys.stdout.flush()
     except Stopped as stopped:
         _end(128 + stopped.number, f"{stopped}; the run is saved, --resume goes on with it." if is_main() else "")
     except KeyboardInterrupt:
         _end(130, f"stopped by SIGINT{' before the first step' if repeats else ''}." if is_main() else "")
     except Exception as error:  # noqa: BLE001 (what is not for the user is shown with its traceback)
         _wait_for_another_rank(error)
+        if isinstance(error, BrokenPipeError) and _nobody_listens():
+            _end(141, "")  # what a shell says of a program that SIGPIPE ended
         if is_bad_input(error):
             _end(2, f"error: {error}")
         if isinstance(error, RunFailed):
@@ -79,6 +83,7 @@ def parse(config_class: Any, arguments: list[str], *, repeats: bool = True, defa
             return tyro.cli(config_class, args=arguments, default=default, console_outputs=is_main())
     except SystemExit as end:
         if not end.code:
+            sys.stdout.flush()
             raise
         raise BadInput(_one_sentence(said.getvalue())) from None
 
@@ -185,6 +190,16 @@ def _one_sentence(panel: str) -> str:
         known = re.findall(r"'([^']*)'", choice[3])
         return f"{choice[2]} {choice[1]} is no choice{near(choice[1], known) or '.'} Use one of: {', '.join(known)}."
     return f"{text.removeprefix('Error parsing ')}. {see}"
+
+
+def _nobody_listens() -> bool:
+    """Whether the reader of stdout has gone; what it did not take is then dropped."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes it once more at its end
+        return True
+    return False
 
 
 def _end(code: int, message: str) -> NoReturn:

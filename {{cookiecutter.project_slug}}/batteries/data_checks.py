@@ -63,7 +63,8 @@ def data_opens(dataset: Any, split: Split, indices: np.ndarray, found: Sequence[
         others = "; a larger --samples may find more" if count < total else ""
         seen = f"tried {some.rstrip(',')}; of {len(broken):,} this is wrong: {shorten(broken, MOST_NAMED)}"
         return Row("fail", seen, f"mend these files or leave them out{others}")
-    return Row("pass", f"{some} open")
+    left_out = getattr(dataset, "left_out", "")
+    return Row("pass", f"{some} open{'; left out: ' * bool(left_out)}{left_out}")
 
 
 def classes_are_there(splits: SplitFile, fold: int) -> Row:

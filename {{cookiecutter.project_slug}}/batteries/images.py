@@ -58,6 +58,8 @@ def _read_table(file: Path) -> tuple[list[str], list[Path]]:
     if "path" not in table or not len(table):
         raise BadInput(f"--images {file} needs a column path, and rows.")
     ids, paths = list(table["id" if "id" in table else "path"]), [file.parent / path for path in table["path"]]
+    if "" in ids:
+        raise BadInput(f"--images {file} has an empty id, in row {ids.index('') + 1}.")
     if doubled := doubles(ids):
         raise BadInput(f"--images {file} has more than one row of {some('id', doubled)}.")
     if missing := [str(path) for path in paths if not path.is_file()]:

@@ -57,6 +57,14 @@ class Line(NamedTuple):
 
 
 @contextmanager
+def missing_letters_as_boxes() -> Iterator[None]:
+    """Draw without a warning for each letter that the font does not have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+        yield
+
+
+@contextmanager
 def _drawing(name: str, says: str, made: list[Plot], width: float = WIDTH, height: float = HEIGHT) -> Iterator[Any]:
     """A figure without a screen, which becomes the one Plot in `made`."""
     import matplotlib as mpl

@@ -31,7 +31,8 @@ class SplitSource(Protocol):
     """What a data set tells about its samples. `ids` are stable and unique.
 
     It may also have `targets` (N,) or (N, K), `classes`, whose indices the targets are then, `groups` (N,), that no
-    fold may share with another, and `official_test` (N,), true where the test split is not ours to choose.
+    fold may share with another, `official_test` (N,), true where the test split is not ours to choose, and `left_out`,
+    the files that it did not take, in words.
     """
 
     @property

@@ -22,6 +22,11 @@ def read_sample(path: Path) -> Any:
         table = read_table(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"--sample {path} cannot be read as a table ({str(error).strip()}).") from None
+    if len(table.columns) == 1 and (other := next((mark for mark in ";\t|" if mark in table.columns[0]), None)):
+        raise BadInput(
+            f"--sample {path} has one column, {table.columns[0]}, which looks like several with "
+            f"{'tabs' if other == chr(9) else other} between them; save it with commas."
+        )
     if len(table.columns) < 2 or not len(table):
         raise BadInput(f"--sample {path} needs a column of ids, one to fill in, and rows.")
     if doubled := doubles(table.iloc[:, 0]):
@@ -69,6 +74,8 @@ def _choose_classes(
             )
         if column_class is not None:
             raise BadInput(f"--column-class is for --values probability and binary, not {values}.")
+        if values == "labels":
+            _check_names(predictions.classes)
         return []
     if column_class is None:
         if len(columns) == 1 and columns[0] not in predictions.classes:
@@ -83,6 +90,16 @@ def _choose_classes(
             f"column beside the id."
         )
     return [column_class]
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    """Raise BadInput for names that could not be told apart in one cell."""
+    if spaced := [name for name in classes if name.split() != [name]]:
+        raise BadInput(
+            f"--values labels sets names apart by spaces, which are in {some('class', spaced)} "
+            f"{'themselves; call them' if len(spaced) > 1 else 'itself; call it'} otherwise in the predictions, such "
+            f"as {'_'.join(spaced[0].split())}."
+        )
 
 
 def _differences(

@@ -5,6 +5,7 @@ on the data alone, not on a run's seed: runs with other seeds stay comparable.
 """
 
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ def make_folds(dataset: Any, num_folds: int = NUM_FOLDS, test_share: float = TES
     else:
         check_classes(dataset, labels, everything, num_folds + (test_share > 0))
         rest = leave_test(everything, labels, groups, test_share)
+        check_classes(dataset, labels, rest, num_folds, beside_test=True)
     folds = np.full(len(dataset), -1)
     for number, part in enumerate(cut(rest, labels, groups, num_folds)):
         folds[part] = number
@@ -64,10 +66,26 @@ def leave_test(indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarra
     if groups is not None:
         most = min(PARTS, len(set(groups[indices])), PARTS if labels is None else np.bincount(labels[indices]).max())
         part = Fraction(share).limit_denominator(int(most)) or Fraction(1, round(1 / share))
+        if part == 1:
+            raise ValueError(
+                f"--test-share {share} leaves none of {len(set(groups[indices]))} groups; use a smaller one."
+            )
         parts = cut(indices, labels, groups, max(2, part.denominator))
         return np.sort(np.concatenate(parts[min(part.numerator, len(parts) - 1) :]))
+    check_share(share, len(indices), 1 if labels is None else len(np.unique(labels[indices])))
     rest, _ = train_test_split(indices, test_size=share, stratify=labels, random_state=SPLIT_SEED)
     return np.asarray(rest)
+
+
+def check_share(share: float, size: int, least: int) -> None:
+    """Raise ValueError where `share` of `size` samples, or what is left beside it, is less than `least`."""
+    tested = ceil(share * size)
+    if min(tested, size - tested) < least:
+        low = ceil(100 * least / size) / 100
+        raise ValueError(
+            f"--test-share {share} of {size} samples is {tested} to test and {size - tested} for the folds; both need "
+            f"{least} or more{', one for each class' * (least > 1)}: use {low:.2f} to {1 - low:.2f}, or 0."
+        )
 
 
 def cut(indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None, num_parts: int) -> list[np.ndarray]:
@@ -77,7 +95,14 @@ def cut(indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | Non
     pieces = indices if groups is None else np.unique(groups[indices])
     if len(pieces) < num_parts:
         what = "samples" if groups is None else "groups"
-        raise ValueError(f"{len(pieces)} {what} are too few for {num_parts} parts; bring more, or use fewer folds.")
+        raise ValueError(
+            f"{len(pieces)} {what} are too few for {num_parts} parts; bring more, or use fewer folds or another "
+            f"--test-share."
+        )
+    if labels is not None and (most := np.bincount(labels[indices]).max()) < num_parts:
+        raise ValueError(
+            f"no class has more than {most} samples, too few for {num_parts} parts; use another --test-share."
+        )
     if groups is None:
         kind = KFold if labels is None else StratifiedKFold
     else:
@@ -88,13 +113,20 @@ def cut(indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | Non
     return [indices[part] for _, part in splitter.split(indices, by_label, by_group)]
 
 
-def check_classes(dataset: Any, labels: np.ndarray | None, indices: np.ndarray, num_parts: int) -> None:
+def check_classes(
+    dataset: Any, labels: np.ndarray | None, indices: np.ndarray, num_parts: int, *, beside_test: bool = False
+) -> None:
     """Raise ValueError where a class has fewer samples among `indices` than there are parts."""
     if labels is None:
         return
     counts = np.bincount(labels[indices], minlength=len(dataset.classes)).tolist()
     for name, count in zip(dataset.classes, counts, strict=True):
         if count < num_parts:
+            if beside_test:
+                raise ValueError(
+                    f"class {name} keeps {count} sample{'s' * (count != 1)} beside the test split, too few for "
+                    f"{num_parts} folds; bring more, or use fewer folds or a smaller --test-share."
+                )
             raise ValueError(
                 f"class {name} has {count} sample{'s' * (count != 1)}, too few for {num_parts} parts (folds and test "
                 f"split); bring {num_parts} or more, leave the class out, or use fewer folds."

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import CHANNELS, batchnorm_model, plain_model
 from torch import nn
 
-from average import Variant, choose
+from average import Variant, choose, name_files
 from batteries import (
     BadInput,
     CheckpointManager,
@@ -142,11 +142,18 @@ def test_the_greedy_choice_is_that_of_the_papers_algorithm(count, random, minimi
 
 
 def test_a_tie_or_no_number_keeps_the_single_file():
-    alone, mean, nothing = (Variant(name, [], score) for name, score in (("a", 0.5), ("m", 0.5), ("n", float("nan"))))
-    better = Variant("greedy", [], 0.6)
+    alone, mean, nothing = (Variant(name, {}, score) for name, score in (("a", 0.5), ("m", 0.5), ("n", float("nan"))))
+    better = Variant("greedy", {}, 0.6)
     assert choose([alone, mean, nothing], minimize=False) == alone
     assert choose([alone, mean, nothing, better], minimize=False) == better
     assert choose([alone, mean, nothing, better], minimize=True) == alone
+
+
+def test_files_that_are_called_the_same_are_told_apart_by_their_path_in_the_run(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "other/one/best.pth"
+    files = [run / "one/best.pth", run / "two/best.pth", run / "two/epoch_3.pth", elsewhere]
+    names = ["one/best.pth", "two/best.pth", "epoch_3.pth", str(elsewhere)]
+    assert name_files(files, run) == dict(zip(files, names, strict=True))
 
 
 def kept_by(folder: Path, scores: list[float]) -> CheckpointManager:

@@ -2,10 +2,12 @@
 
 import decimal
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,7 +197,9 @@ def test_a_table_that_does_not_fit_is_refused_by_name_and_nothing_is_written(tmp
         (["--weights", "1,-1"], "--weights 1,-1 must be 0 or more, finite, and not all 0."),
         (["--weights", "0,0"], "--weights 0,0 must be 0 or more, finite, and not all 0."),
         (["--weights", "1,nan"], "--weights 1,nan must be 0 or more"),
-        (["--power", "0"], "--power 0.0 must be over 0 and finite."),
+        (["--method", "power", "--power", "0"], "--power 0.0 must be over 0 and finite."),
+        (["--power", "3"], "--power is for --method power, not mean."),
+        (["--power", "2", "--method", "rank"], "--power is for --method power, not rank."),
         (
             ["--method", "median"],
             "--method median is no choice; did you mean 'mean'? Use one of: mean, power, geometric, rank.",
@@ -229,6 +233,17 @@ def test_how_alike_the_inputs_are_is_said_by_pearsons_correlation(tmp_path):
     for number, line in enumerate(lines):
         wanted = [scipy.stats.pearsonr(values[number], other).statistic for other in values]
         assert line.split() == [str(number + 1), *(f"{value:.4f}" for value in wanted)]
+
+
+def test_a_constant_table_is_like_no_other_without_a_warning(tmp_path):
+    write_lines(tmp_path / "a.csv", "id,cat,dog", "a,0.5,0.5", "b,0.5,0.5")
+    write_lines(tmp_path / "b.csv", "id,cat,dog", "a,0.25,0.75", "b,1,0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        end = call(verb, tmp_path / "a.csv", tmp_path / "b.csv", "--output", tmp_path / "out.csv")
+    assert (end.code, end.err) == (0, "")
+    lines = end.out.partition("alike    Pearson")[2].splitlines()[1:3]
+    assert [line.split() for line in lines] == [["1", "none", "none"], ["2", "none", "1.0000"]]
 
 
 def test_one_file_is_no_blend(tmp_path):
@@ -285,6 +300,31 @@ def test_the_weights_that_are_found_are_no_worse_than_any_of_a_grid():
     assert found.weights[2] < 0.05
     assert found.weights.sum() == pytest.approx(1)
     assert found.equal_loss == pytest.approx(log_loss(targets, tables.mean(0)))
+
+
+@pytest.mark.parametrize("sure", [6, 9, 12, 15])
+@pytest.mark.parametrize("method", ["mean", "geometric"])
+def test_weights_are_found_where_losses_are_small_too(sure, method):
+    generator = np.random.default_rng(0)
+    targets = generator.integers(4, size=2000)
+
+    def model(logit: float) -> np.ndarray:
+        return scipy.special.softmax(generator.normal(size=(2000, 4)) + logit * np.eye(4)[targets], axis=1)
+
+    tables = np.stack([model(sure), model(sure - 2)])
+
+    def loss(weight: float) -> float:
+        return -np.log(blend(tables, method, [weight, 1 - weight])[np.arange(2000), targets]).mean()
+
+    found = fit_weights(tables, targets, lambda rows, weights: blend(rows, method, weights))
+    assert loss(found.weights[0]) <= min(map(loss, np.linspace(0, 1, 101))) * (1 + 1e-3)
+
+
+def test_models_that_are_always_right_weigh_the_same():
+    targets = np.arange(40) % 3
+    tables = np.stack([np.eye(3)[targets]] * 2)
+    found = fit_weights(tables, targets, lambda rows, weights: blend(rows, "mean", weights))
+    assert found.weights.tolist() == [0.5] * 2
 
 
 def test_cross_validation_of_weights_never_scores_a_sample_that_they_were_fitted_on():

@@ -120,6 +120,8 @@ def test_a_truncated_file_is_named_whatever_its_reader_raises(make_bench, tmp_pa
 def test_of_many_samples_as_many_as_were_asked_for_are_opened(make_bench):
     bench = make_bench(samples=40)
     assert bench.data_opens() == Row("pass", f"40 of {SIZE} samples, by chance, open")
+    bench.dataset.left_out = "3 .bmp"
+    assert bench.data_opens().seen == f"40 of {SIZE} samples, by chance, open; left out: 3 .bmp"
     assert len(set(bench.opened[0].tolist())) == 40
     assert len(bench.opened[1]) == 40
 

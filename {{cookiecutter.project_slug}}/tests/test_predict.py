@@ -21,6 +21,7 @@ import average
 import predict
 import train
 from batteries import BadInput
+from batteries.images import ImageFiles
 from batteries.past_runs import find_checkpoint
 from batteries.predictions import read_predictions
 from batteries.splits import Split
@@ -204,6 +205,13 @@ def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(r
 
 
 @UNSIZED
+def test_a_table_of_images_without_a_name_in_a_row_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "photos.csv").write_text("id,path\none,a.png\n,a.png\n")
+    with pytest.raises(BadInput, match=r"--images .*photos\.csv has an empty id, in row 2\."):
+        ImageFiles(tmp_path / "photos.csv", 3)
+
+
 def test_images_of_different_sizes_for_a_model_that_takes_one_are_refused_by_name(runs, tmp_path):
     for size in (8, 9):
         write_png(torch.zeros(CHANNELS, size, size, dtype=torch.uint8), str(tmp_path / f"{size}.png"))
@@ -381,6 +389,20 @@ def test_where_averaging_does_not_help_it_says_so_and_keeps_the_single_best(runs
     kept = torch.load(runs[1] / "one/swa.pth", weights_only=True)["model_state_dict"]
     assert len(note["files"]) == 1
     assert all(torch.equal(single[name], kept[name]) for name in single)
+    (runs[1] / "one/swa.pth").unlink()
+    (runs[1] / "one/swa.json").unlink()
+
+
+def test_checkpoints_of_two_stages_keep_their_scores_apart(runs, monkeypatch):
+    scores = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.9])
+    monkeypatch.setattr(average, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    files = [runs[1] / name / "best.pth" for name in ("two", "one")]
+    end = call_average("--run", runs[1] / "one", "--checkpoints", *files)
+    assert end.code == 0, end.err
+    assert "accuracy 0.9000  two/best.pth\naccuracy 0.8000  one/best.pth\n" in end.out
+    note = json.loads((runs[1] / "one/swa.json").read_text())
+    assert (note["scores"]["two/best.pth"], note["scores"]["one/best.pth"]) == (0.9, 0.8)
+    assert note["files"] == ["two/best.pth"]
     (runs[1] / "one/swa.pth").unlink()
     (runs[1] / "one/swa.json").unlink()
 

@@ -1,5 +1,8 @@
 """The sheet shows what training gets."""
 
+import warnings
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +58,28 @@ def test_bad_input_is_told_in_a_sentence(data_dir, tmp_path, flags, sentence):
     assert sentence in end.err
 
 
+@pytest.mark.parametrize(
+    ("title", "shown"),
+    [
+        ("0065: north", "0065: north"),
+        ("images/of/2024/0065.jpg: north east", "images/of/2024/0065.jpg:\nnorth east"),
+        ("0.75 a very long name + 0.25 another of the kind", "0.75 a very long name + 0.25\nanother of the kind"),
+        ("0" * 40, f"{'0' * 28}\n{'0' * 12}"),
+        (f"{'0065 ' * 30}end", f"{' '.join(['0065'] * 5)}\n{' '.join(['0065'] * 5)}\n{' '.join(['0065'] * 5)} …"),
+    ],
+)
+def test_a_title_is_wrapped_and_its_beginning_is_never_cut(title, shown):
+    assert preview.wrap(title) == shown
+
+
+def test_letters_that_the_font_lacks_and_dollars_are_drawn_without_a_word(tmp_path):
+    image, titles = torch.zeros(1, 8, 8, dtype=torch.uint8), ["猫: $x^$"] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preview.draw(tmp_path / "x.png", [image] * 2, [[image] * 2], torch.zeros(2, 1, 8, 8), titles, titles)
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
 def test_a_sample_can_be_looked_up_in_any_epoch_as_training_sees_it(cpu):
     loader = TrainLoader(Pictures(20), range(20), Shake(), cpu, seed=0, batch_size=20)
     epoch = loader.epoch(0, 3)
@@ -87,3 +112,16 @@ def test_what_is_no_image_has_no_sheet(cpu):
 
     loader = TrainLoader(Numbers(20), range(20), None, cpu, seed=0, batch_size=20)
     assert sample_sheet(loader, lambda images: images) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (torch.tensor(1), "land"),
+        (torch.tensor(41.5), "41.5"),
+        (torch.tensor([0.25, 0.0, 0.75]), "0.75 sea + 0.25 sky"),
+        (torch.zeros(8, 6), "8 x 6"),
+    ],
+)
+def test_a_target_of_any_kind_is_told_in_words(target, words):
+    assert preview.name_of(target, SimpleNamespace(classes=("sky", "land", "sea"))) == words

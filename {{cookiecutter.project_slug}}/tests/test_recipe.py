@@ -553,7 +553,7 @@ def test_a_stage_that_stops_early_says_so_and_the_run_goes_on_and_stays_finished
     config = dataclasses.replace(config, stages=stages, patience=1)
     end = command(config)
     assert end.code == 0, end.err
-    assert end.out.count("ends early: no better score in 1 epochs.") == 2
+    assert end.out.count("ends early: no better score in 1 epoch.") == 2
     lines = [json.loads(line) for line in (config.logdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["epoch"]) for line in lines] == [
         *(("stage0", 1), ("stage0", 2), ("stage1", 1), ("stage1", 2))

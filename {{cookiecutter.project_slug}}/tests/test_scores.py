@@ -3,8 +3,11 @@
 import csv
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -331,6 +334,18 @@ def test_without_a_ledger_the_table_says_how_to_begin(ledger):
     assert "no scores yet: python scores.py add" in call(scores, "show", "--ledger", ledger).out
 
 
+@pytest.mark.parametrize("flag", ["--ledger", "--help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # it is found out at the end, or at once
+def test_a_reader_that_has_gone_as_head_does_ends_it_quietly(ledger, flag, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "scores.py", "show", flag, *([str(ledger)] if flag == "--ledger" else [])]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    end = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (end.returncode, end.stderr) == (141, "")
+
+
 def test_pairs_in_another_order_are_named_the_widest_first():
     points = [Point("a", 0.9, 0.1), Point("b", 0.8, 0.5), Point("c", 0.1, 0.4), Point("d", 0.2, 0.9)]
     assert disagreements(points) == [("a", "d"), ("a", "c"), ("b", "d"), ("a", "b")]
@@ -362,3 +377,28 @@ def test_the_plot_names_the_runs_on_which_validation_and_leaderboard_disagree(tm
     assert "0.500 (Spearman, 3 submissions)" in end.out
     assert "disagree run0 has more accuracy than run1 in valid, and less in public" in end.out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_is_of_the_metric_that_most_lines_have_or_of_the_one_that_is_named(tmp_path, ledger):
+    for number, metric in enumerate(["loss", "accuracy", "accuracy", "loss", "accuracy", "f1"]):
+        line = entry(f"run{number}", valid=number / 9, public=number / 8)
+        add_entry(ledger, replace(line, metric=metric))
+    flags = "plot", "--ledger", ledger, "--output", tmp_path / "x.png"
+    end = call(scores, *flags)
+    assert end.code == 0, end.err
+    assert "(Spearman, 3 submissions)" in end.out
+    assert "left out 2 of loss, 1 of f1; --metric plots another than accuracy\n" in end.out
+    assert "(Spearman, 2 submissions)" in call(scores, *flags, "--metric", "loss").out
+    sentence = f"valid and public of one metric; {ledger} has 2 of loss, 3 of accuracy, 1 of f1."
+    refused(call(scores, *flags, "--metric", "f1"), sentence)
+    refused(call(scores, *flags, "--metric", "macro_f1"), sentence)
+
+
+def test_a_plot_of_equal_leaderboard_scores_says_in_words_that_they_rank_nothing(tmp_path, ledger):
+    for number in range(3):
+        add_entry(ledger, entry(f"猫 $x^$ {number}", valid=number / 3, public=0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        end = call(scores, "plot", "--ledger", ledger, "--output", tmp_path / "x.png")
+    assert end.code == 0, end.err
+    assert "correlation of valid and public: none, as all public scores are equal (Spearman, 3 sub" in end.out

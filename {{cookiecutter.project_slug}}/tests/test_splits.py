@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from processes import End, run_train
 import split
 from batteries import BadInput, SplitFile
 from batteries import splits as splits_module
+from batteries.errors import is_bad_input
 from batteries.pixels import channel_statistics, find_duplicates, look, look_at
 from batteries.splits import TEST, parse_folds, to_csv
 from experiment.splits import make_folds
@@ -201,6 +203,33 @@ def test_data_that_cannot_be_split_are_refused_with_the_reason(tmp_path, dataset
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("dataset", "share", "sentence"),
+    [
+        (
+            Samples(),
+            0.03,
+            "is 3 to test and 77 for the folds; both need 4 or more, one for each class: use 0.05 to 0.95, or 0.",
+        ),
+        (Samples(), 0.99, "--test-share 0.99 of 80 samples is 80 to test and 0 for the folds; both need 4 or more"),
+        (Samples(classes=None), 0.99, "--test-share 0.99 of 80 samples is 80 to test and 0 for the folds; both need 1"),
+        (Samples(), 0.8, "class north keeps 4 samples beside the test split, too few for 5 folds; bring more, or use"),
+        (
+            Samples(60, targets=np.arange(60) % 10, classes=tuple("abcdefghij")),
+            0.2,
+            "class a keeps 4 samples beside the test split, too few for 5 folds; bring more, or use fewer folds or a",
+        ),
+        (Samples(groups=groups_of(80)), 0.01, "19 groups are too few for 100 parts; bring more, or use fewer folds or"),
+        (Samples(groups=groups_of(80)), 0.99, "--test-share 0.99 leaves none of 19 groups; use a smaller one."),
+        (Samples(groups=range(80)), 0.02, "no class has more than 20 samples, too few for 50 parts; use another"),
+    ],
+)
+def test_a_test_share_that_leaves_too_little_on_either_side_is_refused(tmp_path, dataset, share, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        make_folds(dataset, test_share=share)
+    assert is_bad_input(error.value)
+
+
 @pytest.mark.parametrize(("where", "part"), [(0, "valid"), (1, "train"), (TEST, "train")])
 def test_a_class_in_one_part_only_is_refused_by_the_name_of_a_part_without_it(tmp_path, where, part):
     folds = np.random.default_rng(0).permutation(np.arange(80) % 6 - 1)
@@ -274,6 +303,15 @@ def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, t
     assert (tmp_path / "splits/x.csv").read_bytes() == before
 
 
+def test_a_file_with_equal_contents_is_the_same_split_however_it_was_saved(monkeypatch, tmp_path):
+    run_split(monkeypatch, tmp_path)
+    file = tmp_path / "splits/x.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    end = run_split(monkeypatch, tmp_path)
+    assert end.code == 0, end.err
+    assert "x.csv is there already, and the same" in end.out
+
+
 @pytest.mark.parametrize("flags", [["--fold", "9"], ["--statistics", "--fold", "9"]])
 def test_a_fold_that_is_not_there_is_refused_before_the_file_is_written(monkeypatch, tmp_path, flags):
     end = run_split(monkeypatch, tmp_path, *flags)
@@ -332,6 +370,12 @@ def test_hard_compression_hides_few_duplicates_and_makes_none():
     pairs = find_duplicates([look(image) for image in images], np.repeat([0, 1], 60))
     assert all(pair.second == pair.first + 60 for pair in pairs)
     assert len(pairs) > 45
+
+
+def test_files_that_a_data_set_left_out_are_told(monkeypatch, tmp_path):
+    end = run_split(monkeypatch, tmp_path, dataset=Samples(left_out="3 .bmp"))
+    assert "\nleft out: 3 .bmp\n" in end.out
+    assert "left out" not in run_split(monkeypatch, tmp_path).out
 
 
 def test_duplicates_are_counted_and_named_and_do_not_stop_the_split(monkeypatch, tmp_path):

@@ -74,6 +74,11 @@ def test_each_kind_of_values_fills_the_sample_in_its_own_order(hand_in, sample, 
         ),
         ([*ONE_COLUMN, "a,x"], [], "has more than one row of id a."),
         (["image", "a", "b", "c"], [], "needs a column of ids, one to fill in, and rows."),
+        (
+            ["image;what", "a;x", "b;x", "c;x"],
+            [],
+            "has one column, image;what, which looks like several with ; between them; save it with commas.",
+        ),
         (["image,what"], [], "needs a column of ids, one to fill in, and rows."),
         ([], [], "cannot be read as a table"),
         (
@@ -111,6 +116,30 @@ def test_a_submission_that_is_there_is_not_overwritten_by_another(hand_in):
     refused(end, "is there already, with other contents")
     assert after == before
     assert hand_in(ONE_COLUMN, "--values", "index", "--overwrite")[1] != before
+
+
+def test_several_names_in_one_cell_can_be_told_apart_again(tmp_path):
+    predictions = write_lines(tmp_path / "test.csv", "id,New York,Rome,Los Angeles", "a,1,0,0")
+    sample, output = write_lines(tmp_path / "sample.csv", "id,cities", "a,x"), tmp_path / "out.csv"
+    files = predictions, "--sample", sample, "--output", output
+    refused(
+        call(submit, *files, "--values", "labels"),
+        "--values labels sets names apart by spaces, which are in classes New York, Los Angeles themselves; "
+        "call them otherwise in the predictions, such as New_York.",
+    )
+    assert not output.exists()
+    assert call(submit, *files).code == 0
+    assert output.read_text() == "id,cities\na,New York\n"
+
+
+@pytest.mark.parametrize("name", ["sample", "test"])
+def test_neither_the_sample_nor_the_predictions_are_overwritten(tmp_path, name):
+    predictions = write_lines(tmp_path / "test.csv", *PREDICTIONS)
+    sample, given = write_lines(tmp_path / "sample.csv", *ONE_COLUMN), tmp_path / f"{name}.csv"
+    before = given.read_bytes()
+    end = call(submit, predictions, "--sample", sample, "--output", tmp_path / "." / f"{name}.csv", "--overwrite")
+    refused(end, f"--output {given} is what the submission is made from; give another.")
+    assert given.read_bytes() == before
 
 
 def test_a_sample_that_is_not_there_is_named(tmp_path):

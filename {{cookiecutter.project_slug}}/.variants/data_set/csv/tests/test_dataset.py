@@ -117,7 +117,12 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
         (lambda rows: [row.update(fold="0") for row in rows], "has the folds 0; number two or more from 0 on"),
         (
             lambda rows: [row.update(fold=str(index % 2)) for index, row in enumerate(rows)],
-            "has group owner0 in folds 0 and 1; a group stays in one.",
+            "samples.csv has group owner0 in folds 0 and 1 (lines 2 and 3); a group stays in one: mend these rows.",
+        ),
+        (
+            lambda rows: rows[6].update(label=""),
+            "samples.csv has group owner1 with a label (line 6) and without (line 8); rows without one are the test "
+            "split, and a group stays in one: label all of its rows or none, or give some another group.",
         ),
         (lambda rows: [row.update(group="all") for row in rows], "1 groups are too few"),
         (

@@ -8,6 +8,7 @@
 """
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +22,29 @@ PARTS = {"train": 1, "valid": 0, "val": 0, "test": -1}  # folders with a split o
 class ImageFolder:
     """Images as uint8 tensors (3, H, W), 0 to 255, of any sizes; targets as whole numbers, indices into `classes`.
 
-    An id is the path in `data_dir`. Files and folders whose names begin with a dot are left out.
+    An id is the path in `data_dir`. Files and folders whose names begin with a dot are left out. `left_out` says in
+    words which others are, and how many.
     """
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = Path(data_dir)
+        check_parts(self.data_dir)
         parts = [name for name in PARTS if (self.data_dir / name).is_dir()]
         roots = parts if "train" in parts else ["."]
         self.classes = tuple(sorted({folder.name for root in roots for folder in folders_in(self.data_dir / root)}))
-        files = [
+        there = [
             (root, number, path)
             for root in roots
             for number, name in enumerate(self.classes)
             for path in files_in(self.data_dir / root / name)
         ]
+        files = [file for file in there if is_image(file[2])]
+        self.left_out = count_others([path for *_, path in there], [self.data_dir / root for root in roots])
         if not files:
+            others = f"; left out: {self.left_out}" if self.left_out else ""
             raise ValueError(
-                f"--data-dir {data_dir} has no images; put a folder for each class there, such as "
-                f"{self.data_dir}/cats/1.jpg ({', '.join(SUFFIXES)})."
+                f"--data-dir {data_dir} has no images in folders of classes, such as "
+                f"{self.data_dir / roots[0]}/cats/1.jpg{others} (these are read: {', '.join(SUFFIXES)})."
             )
         self.ids = [path.relative_to(self.data_dir).as_posix() for _, _, path in files]
         self.targets = np.array([number for _, number, _ in files])
@@ -69,6 +75,24 @@ class ImageFolder:
         return digest.hexdigest()
 
 
+def check_parts(data_dir: Path) -> None:
+    """Raise ValueError where a folder beside train has images and is no part, or train is written otherwise."""
+    names = sorted(folder.name for folder in folders_in(data_dir))
+    if "train" not in map(str.lower, names):
+        return
+    wrong = [
+        name
+        for name in names
+        if name not in PARTS and (name.lower() in PARTS or any(map(is_image, files_in(data_dir / name))))
+    ]
+    if wrong:
+        raise ValueError(
+            f"--data-dir {data_dir} has a folder train and so is cut in parts, but {', '.join(wrong)} "
+            f"{'are' if len(wrong) > 1 else 'is'} none: these are called train, valid and test, in small letters; "
+            f"rename or move {'them' if len(wrong) > 1 else 'it'} or, where train is a class, call that otherwise."
+        )
+
+
 def folders_in(folder: Path) -> list[Path]:
     """The folders in `folder`, without hidden ones."""
     if not folder.is_dir():
@@ -77,9 +101,21 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The image files in `folder` and below, in the order of their names, without hidden ones and hidden folders."""
-    there = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    """The files in `folder` and below, in the order of their names, without hidden ones and hidden folders."""
+    there = (path for path in folder.rglob("*") if is_image(path) or path.is_file())
     return sorted(path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is called as those that `read_image` reads."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def count_others(paths: list[Path], roots: list[Path]) -> str:
+    """How many of `paths` are of each other type, and how many images lie in `roots` beside the folders of classes."""
+    kinds = Counter(path.suffix.lower() or path.name for path in paths if not is_image(path))
+    kinds["in no class's folder"] = sum(is_image(path) for root in roots for path in root.glob("[!.]*"))
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
 
 
 def load_dataset(data_dir: Path) -> ImageFolder:

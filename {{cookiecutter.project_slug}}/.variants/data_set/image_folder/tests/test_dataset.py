@@ -84,8 +84,55 @@ def test_an_empty_folder_is_refused(tmp_path, folders):
     for name in folders:
         (tmp_path / "data" / name).mkdir()
     assert_refused(
-        train_on(tmp_path / "data", tmp_path), f"--data-dir {tmp_path / 'data'} has no images; put a folder", tmp_path
+        train_on(tmp_path / "data", tmp_path), f"--data-dir {tmp_path / 'data'} has no images in folders of", tmp_path
     )
+
+
+@pytest.mark.parametrize(
+    ("folders", "sentence"),
+    [
+        (
+            ["train", "validation"],
+            "has a folder train and so is cut in parts, but validation is none: these are called",
+        ),
+        (["Train", "Test"], "but Test, Train are none: these are called train, valid and test, in small letters;"),
+    ],
+)
+def test_a_folder_beside_train_that_is_no_part_is_refused(tmp_path, folders, sentence):
+    for name in folders:
+        write_classes(tmp_path / "data" / name)
+    (tmp_path / "data/notes").mkdir()
+    assert_refused(train_on(tmp_path / "data", tmp_path), sentence, tmp_path)
+
+
+def test_a_class_that_is_called_train_is_refused_and_said_to_be_the_reason(tmp_path):
+    write_classes(tmp_path / "data").joinpath("dogs").rename(tmp_path / "data/train")
+    end = train_on(tmp_path / "data", tmp_path)
+    assert_refused(end, "but cats is none", tmp_path)
+    assert "or, where train is a class, call that otherwise." in end.err
+
+
+@pytest.mark.parametrize("folder", ["data", "data/train"])
+def test_images_in_no_folder_of_a_class_are_said_to_be_there(tmp_path, folder):
+    write_classes(tmp_path / "x").joinpath("dogs").rename(tmp_path / "y")
+    (tmp_path / folder).parent.mkdir(exist_ok=True)
+    (tmp_path / "y").rename(tmp_path / folder)
+    sentence = f"has no images in folders of classes, such as {tmp_path / folder}/cats/1.jpg; left out: 20 in no"
+    assert_refused(train_on(tmp_path / "data", tmp_path), sentence, tmp_path)
+
+
+def test_files_of_other_types_are_counted_and_named_where_there_is_nothing_else(tmp_path):
+    write_classes(tmp_path / "data")
+    for name in ("cats/1.bmp", "dogs/2.bmp", "dogs/3.TIF"):
+        (tmp_path / "data" / name).touch()
+    (tmp_path / "data/4.jpg").touch()
+    assert ImageFolder(tmp_path / "data").left_out == "2 .bmp, 1 .tif, 1 in no class's folder"
+    for path in (tmp_path / "data").rglob("*.jpg"):
+        path.unlink()
+    sentence = (
+        "data has no images in folders of classes, such as {}/cats/1.jpg; left out: 2 .bmp, 1 .tif (these are read:"
+    )
+    assert_refused(train_on(tmp_path / "data", tmp_path), sentence.format(tmp_path / "data"), tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
