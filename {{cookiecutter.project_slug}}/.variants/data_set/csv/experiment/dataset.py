@@ -62,28 +62,36 @@ class Table:
     def _check_groups(self) -> None:
         """Raise ValueError for a group in two folds, or with a label in some rows and none in others."""
         folds = self.official_test if self.folds is None else self.folds
+        if folds is None or self.groups is None:
+            return
         first: dict[str, int] = {}
-        for index, group in enumerate([] if folds is None else self.groups or []):
+        for index, group in enumerate(self.groups):
             other = first.setdefault(group, index)
-            if folds[other] != folds[index]:
-                raise ValueError(f"{self.data_dir / TABLE} has group {group} {self._say_torn(other, index)}.")
-
-    def _say_torn(self, one: int, other: int) -> str:
-        if self.folds is not None:
-            return (
-                f"in folds {self.folds[one]} and {self.folds[other]} (lines {self.lines[one]} and "
-                f"{self.lines[other]}); a group stays in one: mend these rows"
-            )
-        known, unknown = sorted((one, other), key=lambda index: self.targets[index] == UNKNOWN)
-        return (
-            f"with a label (line {self.lines[known]}) and without (line {self.lines[unknown]}); rows without one are "
-            f"the test split, and a group stays in one: label all of its rows or none, or give some another group"
-        )
+            if folds[other] == folds[index]:
+                continue
+            torn = say_unlabelled if self.folds is None else say_folds
+            rows = sorted((folds[place], self.lines[place]) for place in (other, index))
+            raise ValueError(f"{self.data_dir / TABLE} has group {group} {torn(rows)}.")
 
     def _refuse(self, indices: list[int], what: str) -> None:
         if indices:
             named = ", ".join(f"{self.ids[index]} (line {self.lines[index]})" for index in indices[:5])
             raise ValueError(f"{len(indices)} files of {self.data_dir / TABLE} are {what}: {named}; mend these rows.")
+
+
+def say_folds(rows: list[tuple[int, int]]) -> str:
+    """That rows of one group, each by its fold and line, are in two folds."""
+    (fold, line), (other_fold, other) = rows
+    return f"in folds {fold} and {other_fold} (lines {line} and {other}); a group stays in one: mend these rows"
+
+
+def say_unlabelled(rows: list[tuple[int, int]]) -> str:
+    """That of two rows of one group, each by whether it is tested and its line, the second has no label."""
+    (_, known), (_, unknown) = rows
+    return (
+        f"with a label (line {known}) and without (line {unknown}); rows without one are the test split, and a group "
+        f"stays in one: label all of its rows or none, or give some another group"
+    )
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
