@@ -62,8 +62,10 @@ class Table:
     def _check_groups(self) -> None:
         """Raise ValueError for a group in two folds, or with a label in some rows and none in others."""
         folds = self.official_test if self.folds is None else self.folds
+        if folds is None or self.groups is None:
+            return
         first: dict[str, int] = {}
-        for index, group in enumerate([] if folds is None else self.groups or []):
+        for index, group in enumerate(self.groups):
             other = first.setdefault(group, index)
             if folds[other] == folds[index]:
                 continue
