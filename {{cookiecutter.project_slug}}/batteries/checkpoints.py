@@ -145,7 +145,8 @@ def apply_checkpoint(
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint in `path`, on the CPU, after its bytes were compared with the ledger beside it."""
     if not path.is_file():
-        raise BadInput(f"{path} is not there; give the path of a checkpoint, such as logs/baseline/stage0/best.pth.")
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise BadInput(f"{path} {what}; give the path of a checkpoint, such as logs/baseline/stage0/best.pth.")
     _check_bytes(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

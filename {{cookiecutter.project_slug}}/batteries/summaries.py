@@ -62,7 +62,7 @@ def describe_stages(config: Mapping[str, Any]) -> str:
 def describe_code(record: Mapping[str, Any]) -> str:
     """The commit that runs, and what it was changed by."""
     commit = record["git_commit"]
-    code = "git without a commit" if commit is None else f"git {commit[:12]} on {record['git_branch'] or 'no branch'}"
+    code = "git without a commit" if commit is None else f"git {commit[:7]} on {record['git_branch'] or 'no branch'}"
     changes = ", changed as git.diff says" if record["git_dirty"] else ""
     return f"{code}{changes}; torch {torch.__version__}"
 

@@ -1,6 +1,7 @@
 """Where the curves go. A tracker that fails says so once, and the run goes on: its numbers are in metrics.jsonl too."""
 
 import logging
+import textwrap
 import threading
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +142,8 @@ class _Guard:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        [first, *_] = str(error).strip().splitlines() or [type(error).__name__]
+        reason = textwrap.shorten(first, 160, placeholder=" …")
         logger.warning(f"{self.name} failed ({reason}) and is left out from here on; metrics.jsonl has the rest.")
         self.backend = None
 

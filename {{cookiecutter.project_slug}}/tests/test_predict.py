@@ -250,6 +250,7 @@ def call_predict(*flags: object):
         (["--run", "{0}", "--stage", "tow"], "--stage tow is none of {0}; did you mean 'two'? It has: one, two."),
         (["--run", "{0}", "--checkpoint", "swa"], "--checkpoint swa: no swa.pth in {0}; run average.py first."),
         (["--run", "{0}", "--checkpoint", "no.pth"], "no.pth is not there; give the path of a checkpoint"),
+        (["--run", "{0}", "--checkpoint", "{0}"], " is a folder; give the path of a checkpoint"),
         (["--run", "{0}", "--split", "train"], "--split train is no choice"),
         (["--run", "{0}", "--batch-size", "0"], "--batch-size 0 must be at least 1."),
         (["--run", "{0}", "--images", "nowhere"], "--images nowhere has no images (.jpg, .jpeg, .png, .webp, .gif)"),
