@@ -105,6 +105,7 @@ TESTS = [
     "test_starter",
     "test_structure",
     "test_submit",
+    "test_tasks",
     "test_trackers",
     "test_train",
 ]
