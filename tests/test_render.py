@@ -273,6 +273,16 @@ def test_path_git_clone_with_a_tag_zip_and_cruft_give_equal_trees(render, releas
         assert os.access(tmp_path / output / "my-experiment/scripts/train_device.sh", os.X_OK)
 
 
+def test_files_of_your_own_are_there_still_after_rendering_over_them(template, run_cookiecutter, tmp_path):
+    assert run_cookiecutter(template, tmp_path).returncode == 0
+    own = [tmp_path / "my-experiment" / folder / "own.py" for folder in ("batteries", "experiment", "scripts", "tests")]
+    for path in own:
+        path.write_text("mine = True\n")
+    for flags in (["-f"], ["-f", "-s"]):
+        assert run_cookiecutter(template, tmp_path, *flags).returncode == 0
+        assert [path.read_text() for path in own] == ["mine = True\n"] * 4, flags
+
+
 def test_the_next_steps_name_commands_that_are_there(template, run_cookiecutter, tmp_path):
     said = run_cookiecutter(template, tmp_path, project_name="Two words").stdout
     assert "cd two-words" in said
