@@ -204,7 +204,6 @@ def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(r
     assert made.probabilities == pytest.approx(wanted.probabilities, abs=1e-6)
 
 
-@UNSIZED
 def test_a_table_of_images_without_a_name_in_a_row_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "photos.csv").write_text("id,path\none,a.png\n,a.png\n")
@@ -212,6 +211,7 @@ def test_a_table_of_images_without_a_name_in_a_row_is_refused_before_anything_is
         ImageFiles(tmp_path / "photos.csv", 3)
 
 
+@UNSIZED
 def test_images_of_different_sizes_for_a_model_that_takes_one_are_refused_by_name(runs, tmp_path):
     for size in (8, 9):
         write_png(torch.zeros(CHANNELS, size, size, dtype=torch.uint8), str(tmp_path / f"{size}.png"))
