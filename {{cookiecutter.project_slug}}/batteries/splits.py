@@ -182,9 +182,11 @@ def check_files(dataset: SplitSource, split: Split) -> None:
 
 
 def has_classes(dataset: SplitSource) -> bool:
-    """Whether a sample's target is one of the data set's `classes`; a single one names a number that is learned."""
-    targets = getattr(dataset, "targets", None)
-    return len(getattr(dataset, "classes", None) or ()) > 1 and targets is not None and np.ndim(targets) == 1
+    """Whether a sample's target is one of the data set's `classes`; a single one may name a number that is learned."""
+    targets, classes = getattr(dataset, "targets", None), getattr(dataset, "classes", None)
+    if classes is None or targets is None or np.ndim(targets) != 1:
+        return False
+    return len(classes) > 1 or not np.issubdtype(np.asarray(targets).dtype, np.floating)
 
 
 def _check_columns(columns: Sequence[str], dataset: SplitSource, name: str) -> None:

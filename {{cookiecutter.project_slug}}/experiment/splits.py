@@ -51,10 +51,11 @@ def make_folds(dataset: Any, num_folds: int = NUM_FOLDS, test_share: float = TES
 
 def stratify_by(dataset: Any) -> np.ndarray | None:
     """What folds are stratified by, whole numbers (N,): the classes; None for targets of another kind."""
-    targets = getattr(dataset, "targets", None)
-    if targets is None or len(getattr(dataset, "classes", None) or ()) < 2 or np.ndim(targets) != 1:
+    targets, classes = getattr(dataset, "targets", None), getattr(dataset, "classes", None)
+    if classes is None or targets is None or np.ndim(targets) != 1:
         return None
-    return np.asarray(targets)
+    is_number = len(classes) == 1 and np.issubdtype(np.asarray(targets).dtype, np.floating)
+    return None if is_number else np.asarray(targets)
 
 
 def leave_test(indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None, share: float) -> np.ndarray:

@@ -369,6 +369,7 @@ def test_rank_0_alone_writes_to_a_tracker(config, tmp_path):
 def test_wandb_without_an_account_works_offline_and_says_so(config, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("UV", raising=False)  # of a test that uv runs
     monkeypatch.setenv("HOME", str(tmp_path))
     config = dataclasses.replace(config, logdir=tmp_path / "run", tracker=("wandb",))
     assert run(config) == 0
