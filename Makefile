@@ -29,7 +29,7 @@ environment: $(UV)
 PYTEST := pytest -p no:cacheprovider --numprocesses auto --dist worksteal
 
 .PHONY: test
-test: environment  ## all tests, of the template and of what it renders (12 minutes on 2 cores)
+test: environment  ## all tests, of the template and of what it renders (18 minutes on 2 cores)
 	uv run $(PYTEST)
 
 .PHONY: test-fast

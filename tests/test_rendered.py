@@ -29,11 +29,13 @@ def assert_tests_pass(folder: Path, marker: str, *which: str) -> None:
     assert done.returncode == 0, done.stdout[-20_000:]
 
 
-def test_the_default_repository_passes_its_own_fast_tests(render):
-    assert_tests_pass(render(), "not slow")
+@pytest.mark.parametrize("half", [0, 1])  # side by side
+def test_the_default_repository_passes_its_own_fast_tests(render, half):
+    files = sorted(path.name for path in (render() / "tests").glob("test_*.py"))
+    assert_tests_pass(render(), "not slow", *(f"tests/{name}" for name in files[half::2]))
 
 
-# The road of the README takes as long as all others: as two tests they run side by side.
+# The road of the README is a test of its own, so that it runs beside the others.
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["tests/test_road.py", "--ignore=tests/test_road.py"])
 def test_the_default_repository_passes_its_own_slow_tests_with_each_launch_script(render, which):
