@@ -192,12 +192,18 @@ def _one_sentence(panel: str) -> str:
     return f"{text.removeprefix('Error parsing ')}. {see}"
 
 
+def drop_output(stream: Any) -> None:
+    """Let what is written to stdout or stderr go nowhere: python flushes both once more at its end."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def _nobody_listens() -> bool:
     """Whether the reader of stdout has gone; what it did not take is then dropped."""
     try:
         print(flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes it once more at its end
+        drop_output(sys.stdout)
         return True
     return False
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from batteries.cli import drop_output
 from batteries.data import Batch
 from batteries.ranks import is_main, rank
 from batteries.timing import Stopwatch
@@ -172,8 +173,7 @@ class _Outlet:
             self._fall_silent(0)
 
     def _fall_silent(self, written: int) -> int:
-        with open(os.devnull, "w") as nowhere:  # in place of the pipe, for what is buffered still, too
-            os.dup2(nowhere.fileno(), self._stream.fileno())
+        drop_output(self._stream)
         logger.warning("Nobody reads the output any more: the run goes on, and train.log has what it says.")
         return written
 

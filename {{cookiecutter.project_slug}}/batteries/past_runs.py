@@ -35,11 +35,14 @@ def find_checkpoint(folder: Path, stages: Sequence[str], stage: str | None, whic
     if which not in ("best", "last", "swa"):
         return Path(which)
     name = AVERAGE if which == "swa" else f"{which}.pth"
-    there = [one for one in ([stage] if stage else stages) if (folder / one / name).is_file()]
+    looked_in = [stage] if stage else stages
+    there = [one for one in looked_in if (folder / one / name).is_file()]
     if not there:
-        has_last = any((folder / one / "last.pth").is_file() for one in ([stage] if stage else stages))
-        hint = "use --checkpoint last" if has_last else "train it first"
-        hint = "run average.py first" if which == "swa" else hint
+        hint = "train it first"
+        if which == "swa":
+            hint = "run average.py first"
+        elif any((folder / one / "last.pth").is_file() for one in looked_in):
+            hint = "use --checkpoint last"
         raise BadInput(f"--checkpoint {which}: no {name} in {folder / stage if stage else folder}; {hint}.")
     if which == "last":
         return folder / there[-1] / name

@@ -407,8 +407,8 @@ class Run:
         label = f"{stage['name']} {epoch}/{stage['epochs']}"
         logger.info(epoch_line(label, metrics, self.timing["seconds"], improvement(score, before, is_best)))
         if is_over:
-            epochs = f"{(patience := self.config['patience'])} epoch{'s' * (patience != 1)}"
-            logger.info(f"{stage['name']} ends early: no better score in {epochs}.")
+            patience = self.config["patience"]
+            logger.info(f"{stage['name']} ends early: no better score in {patience} epoch{'s' * (patience > 1)}.")
 
     def _log_point(self, line: Mapping[str, Any], total_step: int) -> None:
         """A line of metrics.jsonl as a point on each curve of the trackers."""

@@ -30,10 +30,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def freeze(model: nn.Module, names: Sequence[str], flag: str = "--stages.0.freeze") -> None:
     """Let all parameters learn but those of the modules with these names (`layer1`, `layer4.0`); errors name `flag`."""
-    modules = dict(bare(model).named_modules())
+    modules = {name: module for name, module in bare(model).named_modules() if name}  # the model itself has no name
     for name in names:
-        if not name or name not in modules:
-            raise BadInput(f"{flag} {name!r} is no module of the model{(name and near(name, modules)) or '.'}")
+        if name not in modules:
+            raise BadInput(f"{flag} {name!r} is no module of the model{near(name, modules) or '.'}")
     model.requires_grad_(True)
     for name in names:
         modules[name].requires_grad_(False)
