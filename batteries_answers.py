@@ -1,7 +1,7 @@
 """Jinja filters that refuse a bad answer at once: one line, exit code 1, and nothing on disk.
 
 They run right after their question, from private variables of cookiecutter.json; a pre_gen hook would run after folders
-were made, and its message would drown in a traceback.
+were made, and its message would drown in a traceback. Plain texts pass by jinja's compiler, for speed.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import click
 from jinja2 import Environment
@@ -30,6 +31,14 @@ DEPENDENCIES = {
 }
 
 
+class PlainText(str):
+    """A template without marks. Most names of files are, and jinja would compile each to a Python module of its own."""
+
+    def render(self, **_context: Any) -> str:
+        """The text."""
+        return str(self)
+
+
 class Answers(Extension):
     """Adds the filters to cookiecutter's environment, and keeps answers from being run as jinja."""
 
@@ -38,12 +47,24 @@ class Answers(Extension):
         environment.filters.update(
             check_text=check_text, check_slug=check_slug, escape_text=escape_text, absolute_path=os.path.abspath
         )
+        compile_text = environment.from_string
+        environment.from_string = lambda text: PlainText(text) if is_plain(text) else compile_text(text)
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
         """`source` as it is. Cookiecutter would run an answer of the command line or of a config file that is jinja."""
-        if name is None and any(mark in source for mark in MARKS) and not is_own(source):
+        if name is None and has_marks(source) and not is_own(source):
             raise click.ClickException(f"the answer {source!r} has template marks such as {{{{ or {{%; leave them out.")
         return source
+
+
+def has_marks(text: str) -> bool:
+    """Whether jinja would do something with `text`."""
+    return any(mark in text for mark in MARKS)
+
+
+def is_plain(text: str) -> bool:
+    """Whether jinja would give `text` back as it is; it changes line ends, and drops the last."""
+    return not has_marks(text) and "\n" not in text and "\r" not in text
 
 
 def is_own(source: str) -> bool:
@@ -60,7 +81,7 @@ def check_text(text: str, question: str) -> str:
         raise click.ClickException(f"{question} is empty; give some text.")
     if len(text) > LONGEST_TEXT:
         raise click.ClickException(f"{question} has {len(text)} characters; give at most {LONGEST_TEXT}.")
-    if any(mark in text for mark in MARKS):
+    if has_marks(text):
         raise click.ClickException(f"{question} {text!r} has template marks such as {{{{ or {{%; leave them out.")
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
         raise click.ClickException(f"{question} {text!r} has a line break or control character; give one line of text.")

@@ -26,6 +26,7 @@ from pathlib import Path
 TEMPLATE = Path(__file__).parent.parent
 sys.path.insert(0, str(TEMPLATE / "{{cookiecutter.project_slug}}"))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import train as rendered  # noqa: E402
 from torch import nn  # noqa: E402
@@ -56,9 +57,10 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.images[index], self.targets[index]
 
-    def get_batch(self, indices: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """As the rendered data sets have it."""
-        return self.images[indices], self.targets[indices]
+        rows = torch.from_numpy(indices)
+        return self.images.index_select(0, rows), self.targets.index_select(0, rows)
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -245,14 +245,14 @@ class Epoch:
 
     def __iter__(self) -> Iterator[Batch]:
         loader = self.loader
-        model_seeds = stream_seeds(len(loader), *self.key, Stream.MODEL)
-        mixing_seeds = stream_seeds(len(loader), *self.key, Stream.MIXING)
+        model_seeds = stream_seeds(len(loader), *self.key, Stream.MODEL).tolist()
+        mixing_seeds = stream_seeds(len(loader), *self.key, Stream.MIXING).tolist()
         cuts = list(cut_epoch(loader.size, *loader.cutting, self.first_step))
         loader.requests[:] = [self._request(cut.start, cut.stop) for cut in cuts]
         for cut, loaded in zip(cuts, loader.batches, strict=True):
             step, place = divmod(cut.start, loader.batch_size)
-            images, targets = self._receive(loaded, int(mixing_seeds[step]))
-            yield Batch(images, targets, cut.share, cut.ends_step, seed=(int(model_seeds[step]) + place) % 2**64)
+            images, targets = self._receive(loaded, mixing_seeds[step])
+            yield Batch(images, targets, cut.share, cut.ends_step, seed=(model_seeds[step] + place) % 2**64)
 
     def peek(self, count: int) -> tuple[list[Any], Any, Any]:
         """The first `count` samples of the epoch: as the data set has them, and their images and targets in training.
@@ -273,18 +273,17 @@ class Epoch:
         )
         return images[0], targets[0]
 
-    def _plain(self, positions: np.ndarray) -> Request:
+    def _plain(self, positions: np.ndarray | slice) -> Request:
         seeds = None if self.sample_seeds is None else self.sample_seeds[positions]
         return Request(self.order[positions], seeds)
 
     def _request(self, start: int, stop: int) -> Request:
         """Positions [start, stop) of the order; where samples are mixed, after the one before them in their step."""
-        positions = np.arange(start, stop)
-        if self.loader.mixer is not None:
-            begin = start - start % self.loader.batch_size
-            end = min(begin + self.loader.batch_size, self.loader.size)
-            positions = np.append(start - 1 if start > begin else end - 1, positions)
-        return self._plain(positions)
+        if self.loader.mixer is None:
+            return self._plain(slice(start, stop))
+        begin = start - start % self.loader.batch_size
+        end = min(begin + self.loader.batch_size, self.loader.size)
+        return self._plain(np.append(start - 1 if start > begin else end - 1, np.arange(start, stop)))
 
     def _receive(self, loaded: Any, seed: int) -> tuple[Any, Any]:
         """What was loaded, on the device, and mixed under the stream `seed` of its step."""

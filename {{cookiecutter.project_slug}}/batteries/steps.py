@@ -102,7 +102,6 @@ class Buffers:
         """Take them as they are now."""
         self._before = {dtype: _flat(buffers) for dtype, buffers in self._groups.items()}
 
-    @torch.no_grad()
     def settle(self, norm: torch.Tensor) -> None:
         """After a step: put them back where the gradient's `norm`, shape (), is not finite; else keep them.
 
@@ -110,7 +109,11 @@ class Buffers:
         """
         if norm.device.type == "cpu" and math.isfinite(norm):
             self.keep()
-            return
+        else:
+            self._put_back(norm)
+
+    @torch.no_grad()
+    def _put_back(self, norm: torch.Tensor) -> None:
         for dtype, buffers in self._groups.items():
             kept = torch.where(torch.isfinite(norm), _flat(buffers), self._before[dtype])
             parts = kept.split([buffer.numel() for buffer in buffers])

