@@ -1,17 +1,17 @@
 """After rendering: put the files of the chosen answers in place, make scripts executable, and say what comes next.
 
 Runs from a temporary file, in the rendered folder, with cookiecutter's own Python: standard library only, no network.
+Most of its time goes into imports, so there are few, and what git needs is imported where there is git.
 """
 
 import json
+import os
 import re
-import shutil
 import sys
-from pathlib import Path
 
 # Hooks are rendered in the template's folder, whose path is relative in _repo_dir where it was given so.
 ANSWERS, TEMPLATE = json.loads(r"""[{{ cookiecutter | tojson }}, {{ '.' | absolute_path | tojson }}]""")
-VARIANTS = Path(".variants")
+VARIANTS = ".variants"
 QUESTIONS = ("license", "data_set", "tracker", "ci")
 FOUNDATIONS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an answer whose files lie over those of another
 
@@ -38,12 +38,9 @@ def main() -> None:
     for question in QUESTIONS:
         answer = ANSWERS[question]
         for layer in (FOUNDATIONS.get(answer, answer), answer):
-            if (VARIANTS / question / layer).is_dir():
-                shutil.copytree(VARIANTS / question / layer, ".", dirs_exist_ok=True)
-    shutil.rmtree(VARIANTS)
-    for script in Path("scripts").glob("*.sh"):
-        if script.read_text(encoding="utf-8").startswith("#!"):
-            script.chmod(0o755)  # a template from a zip file has lost its run bits
+            lay_over(f"{VARIANTS}/{question}/{layer}")
+    remove(VARIANTS)
+    make_executable("scripts")
     if "_repo_dir" not in ANSWERS:
         return  # cruft renders, to compare: it keeps its own record
     sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a hook: that deletes the project
@@ -53,10 +50,39 @@ def main() -> None:
         print(f"`cruft update` will not find the template: {missing}. README.md says how to name it.\n")
 
 
+def lay_over(folder: str) -> None:
+    """Move the files of a folder, where there is one, to their places in the repository."""
+    for source, _, names in os.walk(folder):
+        place = os.path.relpath(source, folder)
+        os.makedirs(place, exist_ok=True)
+        for name in names:
+            os.replace(f"{source}/{name}", f"{place}/{name}")
+
+
+def remove(folder: str) -> None:
+    """Delete a folder with all that is in it."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            os.remove(f"{place}/{name}")
+        os.rmdir(place)
+
+
+def make_executable(folder: str) -> None:
+    """Give the run bits back that a template from a zip file has lost."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(f"{place}/{name}", "rb") as file:
+                is_program = file.read(2) == b"#!"
+            if is_program:
+                os.chmod(f"{place}/{name}", 0o755)  # noqa: S103 (as git has them)
+
+
 def record_origin() -> str | None:
     """Write .cruft.json, by which `cruft update` finds the template again; or say why it cannot be written."""
-    if not Path(TEMPLATE, ".git").exists():
+    if not os.path.exists(f"{TEMPLATE}/.git"):
         return "it is no git repository"
+    import shutil
+
     if shutil.which("git") is None:
         return "git is not installed"
     if ask_git("status", "--porcelain"):
@@ -73,7 +99,8 @@ def record_origin() -> str | None:
         "directory": None,
     }
     text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-    Path(".cruft.json").write_text(text, encoding="utf-8")
+    with open(".cruft.json", "w", encoding="utf-8") as file:
+        file.write(text)
     return None
 
 
@@ -87,7 +114,7 @@ def find_address() -> str:
 
 def ask_git(*command: str) -> str:
     """What git says of the template."""
-    import subprocess  # 5 ms of a rendering that needs no git
+    import subprocess
 
     return subprocess.run(["git", "-C", TEMPLATE, *command], capture_output=True, text=True).stdout.strip()
 

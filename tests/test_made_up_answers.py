@@ -32,7 +32,7 @@ def small_template(template, tmp_path_factory) -> Path:
     """The template without the files that are copied as they are, which no answer can change."""
     folder = tmp_path_factory.mktemp("small") / "batteries"
     wanted = ("cookiecutter.json", "batteries_answers.py", "hooks/post_gen_project.py")
-    parts = ("README.md", "pyproject.toml", ".pre-commit-config.yaml", ".variants/license/MIT/LICENSE")
+    parts = ("README.md", "pyproject.toml", ".variants/license/MIT/LICENSE")
     for name in (*wanted, *(f"{SLUG}/{part}" for part in parts)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(template / name, folder / name)
