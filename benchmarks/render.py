@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SLUG = "{{cookiecutter.project_slug}}"
-MEMORY = Path("/dev/shm")  # noqa: S108 (a folder of its own is made in it)
+MEMORY = Path("/dev/shm")
 
 
 def main() -> None:
