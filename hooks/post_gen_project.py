@@ -7,6 +7,7 @@ Most of its time goes into imports, so there are few, and what git needs is impo
 import json
 import os
 import re
+import shlex
 import sys
 
 # Hooks are rendered in the template's folder, whose path is relative in _repo_dir where it was given so.
@@ -18,7 +19,7 @@ FOUNDATIONS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an answe
 NEXT_STEPS = """
 {name} is ready.
 
-  cd {slug}
+  cd {folder}
   scripts/train_device.sh        # train on one device; {expectation}
   make test                      # the promises of this repository, each as a test
 
@@ -43,25 +44,59 @@ def main() -> None:
     make_executable("scripts")
     if "_repo_dir" not in ANSWERS:
         return  # cruft renders, to compare: it keeps its own record
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a hook: that deletes the project
     expectation = EXPECTATIONS[ANSWERS["data_set"]]
-    print(NEXT_STEPS.format(name=ANSWERS["project_name"], slug=ANSWERS["project_slug"], expectation=expectation))
-    if missing := record_origin():
-        print(f"`cruft update` will not find the template: {missing}. README.md says how to name it.\n")
+    said = NEXT_STEPS.format(name=ANSWERS["project_name"], folder=folder_from_here(), expectation=expectation)
+    try:
+        missing = record_origin()
+    except (OSError, UnicodeError) as error:  # names that are no UTF-8
+        missing = str(error)
+    if missing:
+        said += f"\n`cruft update` will not find the template: {missing}. README.md says how to name it.\n"
+    say(said)
+
+
+def folder_from_here() -> str:
+    """The repository as the shell that called cookiecutter would find it."""
+    here = os.getcwd()
+    path = os.path.relpath(here, os.environ.get("PWD", os.path.dirname(here)))
+    return shlex.quote(here if path.startswith("..") else path)
+
+
+def say(text: str) -> None:
+    """Print. A terminal that is closed or without UTF-8 must not end a hook: cookiecutter would delete the project."""
+    try:
+        sys.stdout.reconfigure(errors="replace")
+        print(text, flush=True)
+    except AttributeError:  # closed before the start
+        pass
+    except OSError:  # closed since, or full; python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def lay_over(folder: str) -> None:
     """Move the files of a folder, where there is one, to their places in the repository."""
     for source, _, names in os.walk(folder):
+        os.chmod(source, 0o700)  # a template that is read-only was copied as such
         place = os.path.relpath(source, folder)
         os.makedirs(place, exist_ok=True)
         for name in names:
-            os.replace(f"{source}/{name}", f"{place}/{name}")
+            move(f"{source}/{name}", f"{place}/{name}")
+
+
+def move(source: str, target: str) -> None:
+    """Move a file; a folder of the repository may be a link to another disk."""
+    try:
+        os.replace(source, target)
+    except OSError:
+        import shutil
+
+        shutil.move(source, target)
 
 
 def remove(folder: str) -> None:
     """Delete a folder with all that is in it."""
     for place, _, names in os.walk(folder, topdown=False):
+        os.chmod(place, 0o700)
         for name in names:
             os.remove(f"{place}/{name}")
         os.rmdir(place)
@@ -70,11 +105,17 @@ def remove(folder: str) -> None:
 def make_executable(folder: str) -> None:
     """Give the run bits back that a template from a zip file has lost."""
     for place, _, names in os.walk(folder):
-        for name in names:
-            with open(f"{place}/{name}", "rb") as file:
-                is_program = file.read(2) == b"#!"
-            if is_program:
-                os.chmod(f"{place}/{name}", 0o755)  # noqa: S103 (as git has them)
+        for path in [f"{place}/{name}" for name in names if name.endswith(".sh")]:
+            if is_program(path):
+                os.chmod(path, 0o755)  # noqa: S103 (as git has them)
+
+
+def is_program(path: str) -> bool:
+    """Whether a file says what runs it."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(2) == b"#!"
 
 
 def record_origin() -> str | None:
@@ -94,7 +135,7 @@ def record_origin() -> str | None:
     record = {
         "template": address,
         "commit": commit,
-        "checkout": ANSWERS["_checkout"],
+        "checkout": ANSWERS.get("_checkout"),
         "context": {"cookiecutter": answers | {"_template": address, "_commit": commit}},
         "directory": None,
     }
@@ -116,7 +157,9 @@ def ask_git(*command: str) -> str:
     """What git says of the template."""
     import subprocess
 
-    return subprocess.run(["git", "-C", TEMPLATE, *command], capture_output=True, text=True).stdout.strip()
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    done = subprocess.run(["git", "-C", TEMPLATE, *command], env=environment, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 main()

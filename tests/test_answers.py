@@ -30,6 +30,9 @@ LONG = "x" * 61
         ({"project_slug": "lpt1"}, "is a reserved name"),
         ({"project_slug": "class"}, "is a reserved name"),
         ({"project_slug": "torch"}, "is a reserved name"),
+        ({"project_slug": "scikit_learn"}, "is a reserved name; use another, such as scikit_learn-experiment."),
+        ({"project_slug": "packaging"}, "is a reserved name"),
+        ({"project_slug": "node_modules"}, "is a reserved name"),
         ({"project_name": " "}, "project_name is empty; give some text."),
         ({"project_name": "🙂"}, "project_slug '' is no good name for a folder"),
         ({"project_name": "x" * 201}, "project_name has 201 characters; give at most 200."),
@@ -55,6 +58,17 @@ def test_a_bad_answer_is_refused_in_one_line_with_nothing_left_on_disk(template,
     assert len(done.output.strip().splitlines()) == 1
     assert not list(output.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("value", ["", "true", "2026"])
+def test_an_answer_of_a_config_file_that_is_no_text_is_refused(template, run_cookiecutter, tmp_path, value):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"default_context:\n  author: {value}\n")
+    done = run_cookiecutter(template, tmp_path, "--config-file", str(config))
+    assert done.returncode == 1
+    assert "is no text; put it in quotes." in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize("answers", [{"license": "GPL"}, {"data_set": "imagenet"}, {"tracker": "paper"}])
@@ -95,6 +109,16 @@ def test_a_terminal_that_cannot_show_the_name_is_no_reason_to_end(template, run_
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = run_cookiecutter(template, tmp_path, project_name="Leaf spots 🙂")
     assert (done.returncode, "Leaf spots ? is ready." in done.stdout) == (0, True), done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="written for a shell of Unix")
+@pytest.mark.parametrize("outlet", [">&-", "| true", ">/dev/full"])
+def test_an_output_that_is_closed_or_full_is_no_reason_to_end(template, tmp_path, outlet):
+    command = f'"{sys.executable}" -m cookiecutter "{template}" --no-input -o "{tmp_path}" {outlet}'
+    environment = os.environ | {"HOME": str(tmp_path / "home")}
+    subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert (tmp_path / "my-experiment/LICENSE").is_file()
+    assert not (tmp_path / "my-experiment/.variants").exists()
 
 
 @pytest.mark.parametrize(

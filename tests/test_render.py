@@ -3,17 +3,24 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import SLUG, files_in, git, run_cruft
 from options import CHOICES, all_pairs, pairs_in, pairwise
+from packaging.requirements import Requirement
 
-from batteries_answers import DEPENDENCIES, WINDOWS_DEVICES
+import batteries_answers
+from batteries_answers import DEPENDENCIES, RESERVED, WINDOWS_DEVICES
 
 VERBS = ["split", "preview", "check", "train", "report", "predict", "average", "blend", "submit", "scores"]
 EXPERIMENT = ["__init__", "augmentations", "dataset", "model", "splits"]
@@ -211,6 +218,21 @@ def test_the_name_of_no_dependency_can_be_the_projects(render, combination):
     assert (combination["tracker"] in names) == (combination["tracker"] != "none")
 
 
+def test_the_name_of_what_a_dependency_needs_cannot_be_the_projects():
+    found, left = set(), list(DEPENDENCIES)
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        found.add(name)
+        with suppress(PackageNotFoundError):  # of another system
+            wanted = [Requirement(text) for text in requires(name) or []]
+            wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+            left += [re.sub(r"[-_.]+", "-", one.name).lower() for one in wanted]
+    assert len(found) > 100
+    assert {name for name in found if batteries_answers.SLUG.fullmatch(name)} <= RESERVED
+
+
 def test_every_name_is_legal_on_windows_and_on_systems_that_do_not_tell_case(render, combination):
     names = list(files_in(render(**combination)))
     assert len({name.lower() for name in names}) == len(names)
@@ -283,11 +305,42 @@ def test_files_of_your_own_are_there_still_after_rendering_over_them(template, r
         assert [path.read_text() for path in own] == ["mine = True\n"] * 4, flags
 
 
-def test_the_next_steps_name_commands_that_are_there(template, run_cookiecutter, tmp_path):
-    said = run_cookiecutter(template, tmp_path, project_name="Two words").stdout
-    assert "cd two-words" in said
+@pytest.fixture
+def another_disk() -> Iterator[Path]:
+    """A folder on a file system of its own, where there is one."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        yield Path(name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes of Unix")
+def test_rendering_over_a_repository_passes_by_what_is_no_file_and_follows_links(
+    template, run_cookiecutter, tmp_path, another_disk
+):
+    assert run_cookiecutter(template, tmp_path).returncode == 0
+    folder = tmp_path / "my-experiment"
+    (folder / "scripts/.#train_device.sh").symlink_to("nobody@nowhere.1:2")  # an editor's lock
+    os.mkfifo(folder / "scripts/pipe.sh")
+    shutil.move(folder / ".github", another_disk / "github")
+    (folder / ".github").symlink_to(another_disk / "github")
+    workflow = another_disk / "github/workflows/ci.yml"
+    wanted = workflow.read_text()
+    workflow.write_text("old")
+    done = run_cookiecutter(template, tmp_path, "-f")
+    assert done.returncode == 0, done.stderr
+    assert workflow.read_text() == wanted
+    assert not (folder / ".variants").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell tells where it is by PWD")
+@pytest.mark.parametrize(("flags", "folder"), [("", "two-words"), ("-o out", "out/two-words")])
+def test_the_next_steps_name_commands_that_are_there(template, tmp_path, flags, folder):
+    command = f'"{sys.executable}" -m cookiecutter "{template}" --no-input {flags} project_name="Two words"'
+    environment = os.environ | {"HOME": str(tmp_path / "home")}
+    run = ["bash", "-c", f'cd "{tmp_path}" && {command}']
+    said = subprocess.run(run, env=environment, capture_output=True, text=True).stdout
+    assert f"  cd {folder}\n" in said
     for script in re.findall(r"scripts/\w+\.sh", said):
-        assert (tmp_path / "two-words" / script).is_file()
+        assert (tmp_path / folder / script).is_file()
 
 
 def test_rendering_over_a_folder_that_is_there_is_refused_and_changes_nothing(template, run_cookiecutter, tmp_path):

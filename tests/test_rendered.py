@@ -62,9 +62,15 @@ def run_hooks(folder: Path, skip: str = "") -> subprocess.CompletedProcess[str]:
 
 @NEEDS_UV
 @pytest.mark.slow
-@pytest.mark.parametrize(("data_set", "tracker"), [("digits", "tensorboard"), ("csv", "none")])
-def test_every_hook_of_pre_commit_passes_right_after_git_init(render, tmp_path, data_set, tracker):
-    folder = shutil.copytree(render(data_set=data_set, tracker=tracker), tmp_path / "project")
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"author": "Nam Nguyen", "project_name": "Ein Modell teh", "description": "Als Adress oder `Ist` recieve"},
+        {"data_set": "csv", "tracker": "none"},
+    ],
+)
+def test_every_hook_of_pre_commit_passes_right_after_git_init(render, tmp_path, answers):
+    folder = shutil.copytree(render(**answers), tmp_path / "project")
     done = run_hooks(folder)
     assert done.returncode == 0, done.stdout
 

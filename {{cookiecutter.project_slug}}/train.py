@@ -8,6 +8,7 @@ batteries/; what is learned, and from what, is in experiment/. One process is th
 Relative paths count from the folder that holds this file when you use scripts/.
 """
 
+import math
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +229,10 @@ def train_stage(
         metrics["valid"] = valid_fn(state.model, valid_loader, run, config)
         if state.ema is not None:
             metrics["valid_ema"] = valid_fn(state.ema.model, valid_loader, run, config)
-        score = metrics["valid" if state.ema is None else "valid_ema"][config.main_metric]
+        scored = metrics["valid" if state.ema is None else "valid_ema"]
+        score = (
+            scored[config.main_metric] if math.isfinite(scored["loss"]) else math.nan
+        )  # NaN outputs have an accuracy
         step = epoch * len(train_loader)
         state.scheduler.end_epoch(score)
         is_over = state.stopping.update(score) and epoch < stage.epochs

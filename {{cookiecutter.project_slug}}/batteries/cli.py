@@ -118,7 +118,8 @@ def from_json(config_class: type[Config], values: Any, where: str = "the config"
     Raises BadInput for a name that is no field and for a value of another type.
     """
     if not isinstance(values, dict):
-        raise BadInput(f'{where} must be an object of knobs, such as {{"batch_size": 32}}, not {values!r}.')
+        names = ", ".join(f'"{field.name}"' for field in dataclasses.fields(config_class)[:3])  # type: ignore[arg-type]
+        raise BadInput(f"{where} must be an object with {names} and so on, not {values!r}.")
     types = get_type_hints(config_class)
     for name in values:
         if name not in types:

@@ -26,6 +26,8 @@ def check_stages(stages: Sequence[Any]) -> None:
     names = [stage.name for stage in stages]
     if not names or len(set(names)) < len(names):
         raise BadInput(f"--stages need one or more, of different names, not {', '.join(names) or 'none'}.")
+    if stages[0].start == "last":
+        raise BadInput("--stages.0.start last has no stage before it to start from; leave it out.")
     for number, stage in enumerate(stages):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", stage.name) or stage.name in RESERVED:
             raise BadInput(

@@ -31,10 +31,13 @@ class Averages:
         """Add `count` samples; a value is one number per sample, shape (count,), or their mean, shape ()."""
         self.count += count
         for name, value in values.items():
-            shape = tuple(value.shape)
-            if shape not in ((), (count,)):
+            if value.ndim == 0:
+                unread = value.detach(), count
+            elif value.shape == (count,):
+                unread = _sum(value.detach()), 1
+            else:
+                shape = tuple(value.shape)
                 raise ValueError(f"metric {name} has shape {shape} for {count} samples; give () or ({count},)")
-            unread = (_sum(value.detach()), 1) if shape else (value.detach(), count)
             self._unread.setdefault(name, []).append(unread)
 
     def compute(self, expected_count: int | None = None) -> dict[str, float]:

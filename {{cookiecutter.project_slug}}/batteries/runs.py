@@ -56,7 +56,7 @@ from batteries.summaries import (
 )
 from batteries.timing import Stopwatch, profile_steps
 from batteries.trackers import TrackedRun, Trackers, check_trackers
-from batteries.weights import load_pretrained
+from batteries.weights import Pretrained, load_pretrained
 
 SAVE = 1  # the wish for a checkpoint; that for an end by a signal is SAVE and its number
 LOG_EVERY = 20  # steps between two reads of the metrics for the progress bar: each waits for the device
@@ -99,7 +99,7 @@ class Run:
         self.saved_at = time.monotonic()
         self.writer = Writer()
         self.gradients, self.profiled, self.lr = GradientWatch(), False, math.nan
-        self.not_pretrained: list[str] = []
+        self.pretrained: Pretrained | None = None
         self.skipped: dict[str, list[str]] = {}  # the steps of the present row of skipped ones, and their samples
         self.lock = Lock(self.logdir / ".lock")
         check_trackers(self.config["tracker"])
@@ -164,12 +164,12 @@ class Run:
             self._log_point(line, offset + last)
 
     def _how_to_fit(self) -> str:
-        """What to do where the device has not enough memory: the same steps in smaller pieces."""
+        """What to do where the device has not enough memory: steps in smaller pieces, of two samples or more."""
         batch_size, pieces = self.config["batch_size"], self.config["accumulation_steps"]
         legal = [
             more
-            for more in range(pieces + 1, batch_size // world_size() + 1)
-            if batch_size % (more * world_size()) == 0 and more >= 2 * pieces
+            for more in range(2 * pieces, batch_size // world_size() // 2 + 1)
+            if batch_size % (more * world_size()) == 0
         ]
         said = (
             f"{self.device} has not enough memory for micro-batches of {batch_size // pieces // world_size()} samples"
@@ -178,7 +178,8 @@ class Run:
             return f"{said}; use a smaller model or images, or --precision bf16."
         return (
             f"{said}; give --accumulation-steps {legal[0]} beside --batch-size {batch_size}: micro-batches of "
-            f"{batch_size // legal[0] // world_size()}, and the same steps. --valid-batch-size can be less, too."
+            f"{batch_size // legal[0] // world_size()}, and still {batch_size} samples a step. "
+            "--valid-batch-size can be less, too."
         )
 
     def _finish_writing(self) -> None:
@@ -195,7 +196,7 @@ class Run:
         if self.config["init_from"] is not None:
             load_weights(self.config["init_from"], self.model)
         if self.config["pretrained"] is not None:
-            self.not_pretrained = load_pretrained(self.model, self.config["pretrained"])
+            self.pretrained = load_pretrained(self.model, self.config["pretrained"])
 
     def say_start(self, samples: Mapping[str, int]) -> None:
         """What will run, before the first step; `samples` counts each split."""
@@ -205,7 +206,7 @@ class Run:
         logger.info(f"device   {describe_device(self.device, self.config)}")
         logger.info(f"data     {', '.join(f'{name} {count:,}' for name, count in samples.items())}")
         logger.info(f"model    {describe_model(self.model)}")
-        logger.info(f"weights  {describe_weights(self.config, self.found, self.not_pretrained)}")
+        logger.info(f"weights  {describe_weights(self.config, self.found, self.pretrained)}")
         logger.info(f"stages   {describe_stages(self.config)}")
         logger.info(f"code     {describe_code(self.record.values)}")
         parts = "train/valid/valid_ema" if self.config["ema_decay"] is not None else "train/valid"

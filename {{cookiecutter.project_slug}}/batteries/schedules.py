@@ -10,6 +10,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from batteries.errors import BadInput
 from batteries.ranks import is_main
 
+MILESTONES = (0.5, 0.75)  # where multi-step drops, as shares of the steps of a stage
+
 Schedule = Literal["one-cycle", "cosine", "multi-step", "constant", "plateau"]
 
 
@@ -27,7 +29,7 @@ class ScheduleByStep:
         shape: Schedule,
         steps: int,
         warmup: int = 0,
-        milestones: Sequence[float] = (0.5, 0.75),
+        milestones: Sequence[float] = MILESTONES,
     ) -> None:
         self.optimizer = optimizer
         self.highest = [group["lr"] for group in optimizer.param_groups]
@@ -154,5 +156,7 @@ def check_warmup(number: int, stage: Any) -> None:
         raise BadInput(
             f"{flag} has no place in --stages.{number}.schedule {stage.schedule}; leave it out, or use cosine."
         )
+    if stage.schedule == "multi-step" and stage.warmup_epochs > MILESTONES[0] * stage.epochs:
+        raise BadInput(f"{flag} goes on after the first drop, at {MILESTONES[0] * stage.epochs:g} epochs; use less.")
     if stage.warmup_epochs >= stage.epochs:
         raise BadInput(f"{flag} is as long as the stage or longer ({stage.epochs} epochs); use less.")

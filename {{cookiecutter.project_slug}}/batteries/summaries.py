@@ -13,6 +13,7 @@ from batteries.errors import BadInput, RunFailed, shorten
 from batteries.interrupts import Stopped
 from batteries.ranks import world_size
 from batteries.resume import Found
+from batteries.weights import Pretrained
 
 Metrics = Mapping[str, Mapping[str, float]]
 
@@ -36,12 +37,16 @@ def describe_model(model: nn.Module) -> str:
     return f"{type(model).__name__}, {total:,} parameters{frozen}"
 
 
-def describe_weights(config: Mapping[str, Any], found: Found, not_pretrained: Sequence[str]) -> str:
+def describe_weights(config: Mapping[str, Any], found: Found, pretrained: Pretrained | None) -> str:
     """Where the first weights come from, and where a resumed run goes on."""
     if found.checkpoint is None:
         random = f"random, from seed {config['seed']}"
-        other = config["init_from"] or config["pretrained"]
-        return f"{other}; {random}: {shorten(list(not_pretrained))}" if not_pretrained else other or random
+        if pretrained is None:
+            return config["init_from"] or random
+        said = [config["pretrained"]]
+        said += [f"{random}: {shorten(pretrained.left)}"] if pretrained.left else []
+        said += [f"not in the model: {shorten(pretrained.unused)}"] if pretrained.unused else []
+        return "; ".join(said)
     stages, (stage, epoch, step) = config["stages"], found.cursor
     if epoch <= stages[stage]["epochs"]:
         return f"resumed from {found.name}, in {stages[stage]['name']} epoch {epoch} after {step} steps"

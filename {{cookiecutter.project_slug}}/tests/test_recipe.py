@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +148,16 @@ def test_an_average_of_the_weights_equals_a_slow_one_and_counters_are_taken_over
         np.testing.assert_allclose(value.double(), slow[name], rtol=1e-5, atol=1e-7)
 
 
+def test_an_average_leaves_buffers_that_are_no_statistics_as_they_are():
+    model = batchnorm_model()
+    model.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+    ema = EMA(model, decay=0.9)
+    ema.update(model)
+    model.mask.mul_(2)
+    ema.update(model)
+    assert torch.equal(ema.model.mask, model.mask)
+
+
 @pytest.mark.parametrize(
     ("scores", "minimize", "min_delta", "stops_after"),
     [
@@ -182,6 +193,36 @@ def test_weight_decay_is_for_kernels_and_matrices_alone():
     assert {parameter.ndim for parameter in others["params"]} == {1}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_norms_and_biases_of_any_dimension_have_no_weight_decay():
+    norm, odd = nn.LayerNorm([4, 6, 6]), nn.Linear(3, 3)
+    odd.my_bias = nn.Parameter(torch.zeros(3, 3))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Embedding(5, 3), nn.GroupNorm(2, 4), odd)
+    decayed, others = decay_groups(model, 0.5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(one)] for one in decayed["params"]] == ["0.weight", "2.weight", "4.weight"]
+    spared = {"0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.bias", "4.my_bias"}
+    assert {names[id(one)] for one in others["params"]} == spared
+
+
+def test_what_the_model_itself_fixes_learns_in_no_stage(config, monkeypatch):
+    def build(num_classes: int) -> nn.Module:
+        model = nn.Sequential(*tiny_network(num_classes), nn.Linear(num_classes, num_classes), nn.PReLU())
+        model[3].requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(train, "build_model", build)
+    stages = (Stage("stage0", 1, 1e-2, freeze=("2",)), Stage("stage1", 1, 1e-2))
+    end = command(dataclasses.replace(config, stages=stages, ema_decay=0.9))
+    assert end.code == 0, end.err
+    states = [
+        torch.load(config.logdir / f"stage{number}/last.pth", weights_only=True)["model_state_dict"]
+        for number in (0, 1)
+    ]
+    for name in ("3.weight", "3.bias"):
+        assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0]["2.weight"], states[1]["2.weight"])  # the next stage lets it learn
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -608,8 +649,11 @@ def test_out_of_memory_says_how_the_same_steps_fit(config, monkeypatch):
     assert end.code == 2
     assert end.err.startswith(
         "error: cpu has not enough memory for micro-batches of 24 samples; give --accumulation-steps 4 beside "
-        "--batch-size 48: micro-batches of 12, and the same steps."
+        "--batch-size 48: micro-batches of 12, and still 48 samples a step."
     )
+    shutil.rmtree(config.logdir)
+    end = command(dataclasses.replace(config, batch_size=4, accumulation_steps=2))  # one sample is no micro-batch
+    assert "for micro-batches of 2 samples; use a smaller model or images, or --precision bf16." in end.err
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
@@ -683,9 +727,19 @@ def test_pretrained_weights_go_in_where_they_fit_and_the_rest_is_named(tmp_path)
         model = plain_model()
         nn.init.zeros_(model[1].weight)
         head = model[-1].weight.clone()
-        assert load_pretrained(model, str(tmp_path / file)) == ["4.weight", "4.bias"]
+        assert load_pretrained(model, str(tmp_path / file)) == (["4.weight", "4.bias"], [])
         assert torch.equal(model[1].weight, other[1].weight)
         assert torch.equal(model[-1].weight, head)
+
+
+def test_pretrained_weights_without_a_place_are_named_and_a_prefix_of_data_parallel_is_taken_off(tmp_path, config):
+    model = nn.Sequential(*tiny_network(10), nn.Linear(10, 10))
+    torch.save(nn.DataParallel(model).state_dict(), tmp_path / "deeper.pth")
+    found = load_pretrained(nn.Sequential(*tiny_network(10)), str(tmp_path / "deeper.pth"))
+    assert found == ([], ["3.weight", "3.bias"])
+    end = command(config, "--pretrained", str(tmp_path / "deeper.pth"))
+    assert end.code == 0, end.err
+    assert "; not in the model: 3.weight, 3.bias\n" in end.out
 
 
 def test_pretrained_weights_of_another_architecture_or_of_no_source_are_refused_on_all_ranks(tmp_path):
@@ -716,6 +770,6 @@ def test_pretrained_weights_by_name_come_through_torchvision(tmp_path, monkeypat
     monkeypatch.setattr(models, "get_weight", lambda wanted: {"Small_Weights.DEFAULT": weights}[wanted])
     model = plain_model()
     nn.init.zeros_(model[1].weight)
-    assert load_pretrained(model, "Small_Weights.DEFAULT") == []
+    assert load_pretrained(model, "Small_Weights.DEFAULT") == ([], [])
     assert torch.equal(model[1].weight, plain_model()[1].weight)
     assert (tmp_path / "home/hub/checkpoints/small.pth").exists()
