@@ -37,7 +37,8 @@ FIRST_STEP = """
 import os, runpy, sys
 from batteries import runs
 runs.Run.log_step = lambda *_: os._exit(0)
-sys.argv = ["train.py", "--device", "cpu", "--tracker", "none", "--logdir", sys.argv[1]]
+split_file = sys.argv[1] + ".csv"
+sys.argv = ["train.py", "--device", "cpu", "--tracker", "none", "--logdir", sys.argv[1], "--split-file", split_file]
 runpy.run_path("train.py", run_name="__main__")
 """
 

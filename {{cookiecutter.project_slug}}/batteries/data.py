@@ -444,8 +444,8 @@ def explain_lost_worker(error: BaseException) -> str | None:
     ):
         return (
             f"a loader's worker (process {lost[1]}) {lost[2].replace('is killed by signal:', 'was ended by signal')}: "
-            "most often memory is short; use fewer --num-workers, or 0 to see an error of its own. If shared memory is "
-            "short, another --sharing-strategy helps."
+            "most often memory is short: use fewer --num-workers, or 0 to see an error of its own. If shared memory is "
+            "short, another --sharing-strategy helps; after a segmentation fault it may be a damaged file."
         )
     return None
 

@@ -1,5 +1,6 @@
 """Images that are no part of a data set: a folder of files, or a table that names them."""
 
+import zlib
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from batteries.errors import BadInput
 from batteries.predictions import doubles, read_table, some
 from batteries.splits import UNKNOWN
 
+PNG = b"\x89PNG\r\n\x1a\n"  # how these files begin
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
@@ -30,14 +32,36 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One image (C, H, W) and ()."""
-        from torchvision.io import decode_image
+        from torchvision.io import decode_image, read_file
 
         try:
-            image = decode_image(str(self.paths[index]), self.mode, apply_exif_orientation=True)
+            data = read_file(str(self.paths[index]))
+            image = decode_image(data, self.mode, apply_exif_orientation=True) if _may_be_decoded(data) else None
         except (RuntimeError, OSError):
-            raise BadInput(f"{self.paths[index]} cannot be read as an image: it is empty, damaged or none.") from None
+            image = None
+        if image is None:
+            raise BadInput(f"{self.paths[index]} cannot be read as an image: it is empty, damaged or none.")
         image = image[0] if image.ndim == 4 else image  # the first picture of an animation
         return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8), torch.tensor(UNKNOWN)
+
+
+def _may_be_decoded(file: torch.Tensor) -> bool:
+    """Whether the bytes (N,) of a file are no PNG, or a whole one: torchvision (0.29) crashes on some damaged ones."""
+    data = file.numpy().data
+    return bytes(data[: len(PNG)]) != PNG or _is_whole_png(data)
+
+
+def _is_whole_png(data: memoryview) -> bool:
+    """Whether all chunks are there and have their checksums (PNG Specification, third edition, section 5.3)."""
+    place = len(PNG)
+    while place + 12 <= len(data):
+        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        if data[place + 4 : place + 8] == b"IEND":
+            return True
+        place = end + 4
+    return False
 
 
 def _read_folder(folder: Path) -> tuple[list[str], list[Path]]:

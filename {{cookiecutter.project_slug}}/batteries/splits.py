@@ -43,6 +43,9 @@ class SplitSource(Protocol):
     def __len__(self) -> int: ...
 
 
+COLUMNS = ("id", "target", "fold", "group")  # of a split file
+
+
 class Split(NamedTuple):
     """Indices into the data set, each part in ascending order."""
 
@@ -160,7 +163,7 @@ def parse_folds(text: str, dataset: SplitSource, name: str) -> np.ndarray:
     reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
     columns = list(reader.fieldnames or [])
     _check_columns(columns, dataset, name)
-    rows = list(reader)
+    rows = [row for row in reader if any(value for value in row.values())]  # spreadsheets leave empty ones at the end
     order = _match_ids([row["id"] for row in rows], [str(sample) for sample in dataset.ids], name)
     rows = [rows[place] for place in order]
     folds = np.array([_whole_number(row["fold"], row["id"], name) for row in rows], dtype=np.int64)
@@ -190,6 +193,11 @@ def has_classes(dataset: SplitSource) -> bool:
 
 
 def _check_columns(columns: Sequence[str], dataset: SplitSource, name: str) -> None:
+    if repeated := [column for column, count in Counter(columns).items() if count > 1]:
+        raise BadInput(f"{name} has column {repeated[0]} more than once; leave one.")
+    for column in columns:
+        if column not in COLUMNS and (meant := column.strip().lower()) in COLUMNS:
+            raise BadInput(f"{name} has a column {column!r}, which is not read; call it {meant!r}, or remove it.")
     wanted = ["id", "fold"]
     wanted += ["target"] if _target_texts(dataset) is not None else []
     wanted += ["group"] if _group_texts(dataset) is not None else []
@@ -282,7 +290,8 @@ def _check_classes(split: Split, fold: int, dataset: SplitSource, name: str) -> 
             everywhere = int((targets == classes.index(missing[0])).sum())
             raise BadInput(
                 f"the {part} split of fold {fold} has no sample of class {shorten(missing, most=5)} ({everywhere} of "
-                f"{missing[0]} in all, {name}); bring more of it, leave it out, or use fewer folds."
+                f"{missing[0]} in all, {name}); bring more of it (of more groups, where there are any), leave it out, "
+                "or use fewer folds."
             )
 
 

@@ -211,6 +211,18 @@ def test_a_table_of_images_without_a_name_in_a_row_is_refused_before_anything_is
         ImageFiles(tmp_path / "photos.csv", 3)
 
 
+@pytest.mark.parametrize("place", [20, 60, -30])
+def test_a_png_with_a_changed_byte_is_refused_by_name(tmp_path, place):
+    file = tmp_path / "a.png"
+    write_png(torch.arange(3 * 64, dtype=torch.uint8).view(3, 8, 8), str(file))
+    assert ImageFiles(tmp_path, 3)[0][0].shape == (3, 8, 8)
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0xFF  # torchvision would crash on some
+    file.write_bytes(data)
+    with pytest.raises(BadInput, match=r"a\.png cannot be read as an image: it is empty, damaged or none\."):
+        ImageFiles(tmp_path, 3)[0]
+
+
 @UNSIZED
 def test_images_of_different_sizes_for_a_model_that_takes_one_are_refused_by_name(runs, tmp_path):
     for size in (8, 9):

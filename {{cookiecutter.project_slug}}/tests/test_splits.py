@@ -154,6 +154,11 @@ def edit(text: str, row: int, column: int, value: str) -> str:
         (lambda text: edit(text, 1, 2, "4"), "x.csv has group g0 in folds 4 and "),
         (lambda text: edit(text, 1, 2, "1.5"), "has fold '1.5' for picture 0, a; give a whole number from 0, or -1"),
         (lambda text: edit(text, 1, 2, "-2"), "has fold '-2' for picture 0, a"),
+        (
+            lambda text: text.replace("group", " Group"),
+            "x.csv has a column ' Group', which is not read; call it 'group'",
+        ),
+        (lambda text: text.replace("target", "fold"), "x.csv has column fold more than once; leave one."),
         (lambda text: text.replace("fold", "part"), "x.csv has no column fold; it has id, target, part, group."),
         (lambda text: text.replace(",4,", ",5,"), "x.csv has the folds 0, 1, 2, 3, 5; number two or more from 0 on"),
         (lambda text: "", "x.csv has no column id, fold, target, group; it has none."),

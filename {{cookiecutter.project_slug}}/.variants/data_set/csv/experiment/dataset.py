@@ -10,6 +10,7 @@ A column `fold` (0, 1, …, and -1 for test) decides the split where there is on
 import csv
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from experiment.images import check_files, file_size, read_image
 
 TABLE = "samples.csv"
+COLUMNS = ("path", "label", "group", "fold")  # those that are read
 UNKNOWN = -1  # the target of a row without a label
 
 
@@ -37,6 +39,7 @@ class Table:
         self.folds = np.array([fold_of(row) for row in rows]) if "fold" in rows[0] else None
         self.official_test = self.targets == UNKNOWN if (self.targets == UNKNOWN).any() else None
         self._check_groups()
+        self._check_paths()
         self.sizes = [file_size(self.data_dir / name) for name in self.ids]
         self._refuse([index for index, size in enumerate(self.sizes) if size <= 0], "missing or empty")
 
@@ -73,6 +76,17 @@ class Table:
             rows = sorted((folds[place], self.lines[place]) for place in (other, index))
             raise ValueError(f"{self.data_dir / TABLE} has group {group} {torn(rows)}.")
 
+    def _check_paths(self) -> None:
+        """Raise ValueError for a file that is there under two paths, such as a.jpg and ./a.jpg."""
+        first: dict[str, int] = {}
+        for index, name in enumerate(self.ids):
+            other = first.setdefault(os.path.normpath(name), index)
+            if self.ids[other] != name:
+                lines = f"{self.lines[other]} and {self.lines[index]}"
+                raise ValueError(
+                    f"{self.data_dir / TABLE} names one file twice, by other paths (lines {lines}); leave one."
+                )
+
     def _refuse(self, indices: list[int], what: str) -> None:
         if indices:
             named = ", ".join(f"{self.ids[index]} (line {self.lines[index]})" for index in indices[:5])
@@ -103,7 +117,13 @@ def read_table(path: Path) -> list[dict[str, str]]:
             f"{path} cannot be read ({error}); put a table with the columns path and label there."
         ) from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = reader.fieldnames or []
+    columns = list(reader.fieldnames or [])
+    for number, name in enumerate(columns):
+        meant = name.strip().lower()
+        if name in columns[:number]:
+            raise ValueError(f"{path} has column {name} more than once; leave one.")
+        if meant in COLUMNS and name != meant:
+            raise ValueError(f"{path} has a column {name!r}, which is not read; call it {meant!r}, or remove it.")
     if missing := [name for name in ("path", "label") if name not in columns]:
         raise ValueError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}.")
     rows = []

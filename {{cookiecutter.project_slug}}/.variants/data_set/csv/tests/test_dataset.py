@@ -111,6 +111,14 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
         ),
         (lambda rows: rows[3].update(path="00.jpg"), "the data set's ids repeat: 00.jpg"),
         (
+            lambda rows: rows[3].update(path="./00.jpg"),
+            "names one file twice, by other paths (lines 2 and 5); leave one.",
+        ),
+        (
+            lambda rows: [row.update({" Group": row.pop("group")}) for row in rows],
+            "has a column ' Group', which is not read; call it 'group', or remove it.",
+        ),
+        (
             lambda rows: [row.update(fold="one") for row in rows],
             "line 2 has fold 'one'; give a whole number, -1 for test",
         ),
@@ -139,6 +147,13 @@ def test_a_table_that_is_wrong_is_refused_with_the_row(tmp_path, change, sentenc
     for row in range(SIZE):  # the files that the rows above name are missing, not those that train
         assert (root / f"{row:02d}.jpg").exists()
     assert_refused(train_on(root, tmp_path), sentence, tmp_path)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    table = write_data(tmp_path / "data") / "samples.csv"
+    table.write_text(table.read_text().replace("path,label,group", "path,label,label"))
+    end = train_on(tmp_path / "data", tmp_path)
+    assert_refused(end, "samples.csv has column label more than once; leave one.", tmp_path)
 
 
 def test_a_row_that_is_too_short_is_refused_by_its_line(tmp_path):

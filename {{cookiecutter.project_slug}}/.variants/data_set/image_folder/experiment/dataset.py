@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -46,7 +47,14 @@ class ImageFolder:
                 f"--data-dir {data_dir} has no images in folders of classes, such as "
                 f"{self.data_dir / roots[0]}/cats/1.jpg{others} (these are read: {', '.join(SUFFIXES)})."
             )
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"--data-dir {data_dir} has one class alone, {self.classes[0]}; give a folder for each of two or more"
+                f"{look_below(self.data_dir / roots[0] / self.classes[0])}."
+            )
         self.ids = [path.relative_to(self.data_dir).as_posix() for _, _, path in files]
+        if odd := [name for name in self.ids if not is_text(name)]:
+            raise ValueError(f"--data-dir {data_dir} has a file called {odd[0]!r}, which no table can hold; rename it.")
         self.targets = np.array([number for _, number, _ in files])
         folds = np.array([PARTS.get(root, 0) for root, _, _ in files])
         self.official_test = folds == -1 if "test" in roots else None
@@ -79,6 +87,11 @@ def check_parts(data_dir: Path) -> None:
     """Raise ValueError where a folder beside train has images and is no part, or train is written otherwise."""
     names = sorted(folder.name for folder in folders_in(data_dir))
     if "train" not in map(str.lower, names):
+        if names and {name.lower() for name in names} <= {*PARTS, "training", "testing", "validation"}:
+            raise ValueError(
+                f"--data-dir {data_dir} has the folders {', '.join(names)}, which are no classes but parts of a split; "
+                f"call them train, valid and test, of which train is needed."
+            )
         return
     wrong = [
         name
@@ -101,14 +114,39 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files in `folder` and below, in the order of their names, without hidden ones and hidden folders."""
-    there = (path for path in folder.rglob("*") if is_image(path) or path.is_file())
-    return sorted(path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """The files in `folder` and below, in the order of their names, without hidden ones and hidden folders.
+
+    Links are followed, and a folder that is reached twice is read once.
+    """
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(place, name) for name in (*names, *folders) if not name.startswith(".")]
+        found += [path for path in paths if is_image(path) or path.is_file()]
+    return sorted(found)
 
 
 def is_image(path: Path) -> bool:
     """Whether a file is called as those that `read_image` reads."""
     return path.suffix.lower() in SUFFIXES
+
+
+def is_text(name: str) -> bool:
+    """Whether a split file can hold `name`: as UTF-8, and without a carriage return."""
+    try:
+        return "\r" not in name and bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def look_below(folder: Path) -> str:
+    """Where the classes may be, if `folder` has folders of images itself."""
+    below = [path.name for path in folders_in(folder) if any(map(is_image, files_in(path)))]
+    return f", such as those in it, by --data-dir {folder}" if len(below) > 1 else ""
 
 
 def count_others(paths: list[Path], roots: list[Path]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import torch
 from torchvision.io import ImageReadMode, decode_image, read_file
 
+PNG = b"\x89PNG\r\n\x1a\n"  # how these files begin
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 # How files begin and end; of WebP, which begins with RIFF, the length stands in its first bytes.
-ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82", b"GIF87a": b";", b"GIF89a": b";"}
+ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", PNG: b"IEND\xaeB`\x82", b"GIF87a": b";", b"GIF89a": b";"}
 BEGINNINGS = (*ENDINGS, b"RIFF")
 
 
@@ -23,12 +25,34 @@ def read_image(path: str | Path) -> torch.Tensor:
     has changed within a JPEG can go unnoticed.
     """
     try:
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB, apply_exif_orientation=True)
+        data = read_file(str(path))
+        if not may_be_decoded(data):
+            raise ValueError(f"{path} cannot be read as an image (it is cut short or damaged).")
+        image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read as an image ({reason(path, error)}).") from error
     if image.ndim == 4:
         image = image[0]
     return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
+
+
+def may_be_decoded(file: torch.Tensor) -> bool:
+    """Whether the bytes (N,) of a file are no PNG, or a whole one: torchvision (0.29) crashes on some damaged ones."""
+    data = file.numpy().data
+    return bytes(data[: len(PNG)]) != PNG or is_whole_png(data)
+
+
+def is_whole_png(data: memoryview) -> bool:
+    """Whether all chunks are there and have their checksums (PNG Specification, third edition, section 5.3)."""
+    place = len(PNG)
+    while place + 12 <= len(data):
+        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return False
+        if data[place + 4 : place + 8] == b"IEND":
+            return True
+        place = end + 4
+    return False
 
 
 def reason(path: str | Path, error: RuntimeError) -> str:

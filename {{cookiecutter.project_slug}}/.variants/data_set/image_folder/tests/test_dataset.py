@@ -1,5 +1,7 @@
 """Folders of images: splits of their own, what is wrong with them, and test files that training never opens."""
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,42 @@ def test_images_in_no_folder_of_a_class_are_said_to_be_there(tmp_path, folder):
     (tmp_path / "y").rename(tmp_path / folder)
     sentence = f"has no images in folders of classes, such as {tmp_path / folder}/cats/1.jpg; left out: 20 in no"
     assert_refused(train_on(tmp_path / "data", tmp_path), sentence, tmp_path)
+
+
+def test_one_class_is_refused_and_folders_in_it_are_said(tmp_path):
+    write_classes(tmp_path / "data/archive")
+    sentence = (
+        "has one class alone, archive; give a folder for each of two or more, such as those in it, by --data-dir "
+    )
+    assert_refused(train_on(tmp_path / "data", tmp_path), sentence, tmp_path)
+
+
+@pytest.mark.parametrize("parts", [["Testing", "Training"], ["test", "valid"]])
+def test_parts_of_a_split_without_train_are_no_classes(tmp_path, parts):
+    for part in parts:
+        write_classes(tmp_path / "data" / part)
+    sentence = f"has the folders {parts[0]}, {parts[1]}, which are no classes but parts of a split; call them train,"
+    assert_refused(train_on(tmp_path / "data", tmp_path), sentence, tmp_path)
+
+
+def test_a_link_to_a_folder_is_followed_once(tmp_path):
+    write_classes(tmp_path / "data")
+    write_classes(tmp_path / "elsewhere", [0] * 3)
+    (tmp_path / "data/cats/more").symlink_to(tmp_path / "elsewhere/cats", target_is_directory=True)
+    (tmp_path / "data/cats/itself").symlink_to(tmp_path / "data/cats", target_is_directory=True)
+    dataset = ImageFolder(tmp_path / "data")
+    assert np.bincount(dataset.targets).tolist() == [23, 20]
+    assert "cats/more/00.jpg" in dataset.ids
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("name", [b"\xff.jpg", b"a\rb.jpg"])
+def test_a_name_that_no_table_can_hold_is_refused(tmp_path, name):
+    root = write_classes(tmp_path / "data")
+    (root / "cats/00.jpg").rename(root / "cats" / os.fsdecode(name))
+    end = train_on(root, tmp_path)
+    said = repr(f"cats/{os.fsdecode(name)}")
+    assert_refused(end, f"has a file called {said}, which no table can hold; rename it.", tmp_path)
 
 
 def test_files_of_other_types_are_counted_and_named_where_there_is_nothing_else(tmp_path):

@@ -89,6 +89,18 @@ def test_a_file_that_is_cut_short_is_named(tmp_path, name, share):
         read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("byte", [0x01, 0xFF])
+def test_a_png_with_a_changed_byte_is_named_wherever_it_is(tmp_path, byte):
+    save(tmp_path / "a.png")
+    sound = (tmp_path / "a.png").read_bytes()
+    for place in range(8, len(sound), max(1, len(sound) // 40)):
+        data = bytearray(sound)
+        data[place] ^= byte
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.png cannot be read as an image \(it is cut short or damaged\)"):
+            read_image(tmp_path / "a.png")
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
