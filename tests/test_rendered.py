@@ -60,15 +60,12 @@ def run_hooks(folder: Path, skip: str = "") -> subprocess.CompletedProcess[str]:
     return run_in(folder, sys.executable, "-m", "pre_commit", "run", "--all-files", **environment)
 
 
+THEIRS = {"author": "Nam", "project_name": "Ein Modell", "description": "Als `Adress`"}  # words of another language
+
+
 @NEEDS_UV
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "answers",
-    [
-        {"author": "Nam Nguyen", "project_name": "Ein Modell teh", "description": "Als Adress oder `Ist` recieve"},
-        {"data_set": "csv", "tracker": "none"},
-    ],
-)
+@pytest.mark.parametrize("answers", [THEIRS, {"data_set": "csv", "tracker": "none"}])
 def test_every_hook_of_pre_commit_passes_right_after_git_init(render, tmp_path, answers):
     folder = shutil.copytree(render(**answers), tmp_path / "project")
     done = run_hooks(folder)
