@@ -230,9 +230,8 @@ def train_stage(
         if state.ema is not None:
             metrics["valid_ema"] = valid_fn(state.ema.model, valid_loader, run, config)
         scored = metrics["valid" if state.ema is None else "valid_ema"]
-        score = (
-            scored[config.main_metric] if math.isfinite(scored["loss"]) else math.nan
-        )  # NaN outputs have an accuracy
+        # Outputs that are NaN have an accuracy all the same; their epoch is never the best.
+        score = scored[config.main_metric] if math.isfinite(scored["loss"]) else math.nan
         step = epoch * len(train_loader)
         state.scheduler.end_epoch(score)
         is_over = state.stopping.update(score) and epoch < stage.epochs
