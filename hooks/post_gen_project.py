@@ -76,7 +76,7 @@ def say(text: str) -> None:
 def lay_over(folder: str) -> None:
     """Move the files of a folder, where there is one, to their places in the repository."""
     for source, _, names in os.walk(folder):
-        os.chmod(source, 0o700)  # a template that is read-only was copied as such
+        os.chmod(source, 0o700)
         place = os.path.relpath(source, folder)
         os.makedirs(place, exist_ok=True)
         for name in names:
@@ -95,8 +95,9 @@ def move(source: str, target: str) -> None:
 
 def remove(folder: str) -> None:
     """Delete a folder with all that is in it."""
+    for place, _, _ in os.walk(folder):
+        os.chmod(place, 0o700)  # a template that is read-only was copied as such
     for place, _, names in os.walk(folder, topdown=False):
-        os.chmod(place, 0o700)
         for name in names:
             os.remove(f"{place}/{name}")
         os.rmdir(place)
