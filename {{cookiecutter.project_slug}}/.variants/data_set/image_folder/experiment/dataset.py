@@ -47,10 +47,11 @@ class ImageFolder:
                 f"--data-dir {data_dir} has no images in folders of classes, such as "
                 f"{self.data_dir / roots[0]}/cats/1.jpg{others} (these are read: {', '.join(SUFFIXES)})."
             )
-        if len(self.classes) < 2:
+        only, *others = self.classes
+        if not others:
             raise ValueError(
-                f"--data-dir {data_dir} has one class alone, {self.classes[0]}; give a folder for each of two or more"
-                f"{look_below(self.data_dir / roots[0] / self.classes[0])}."
+                f"--data-dir {data_dir} has one class alone, {only}; give a folder for each of two or more"
+                f"{look_below(self.data_dir / roots[0] / only)}."
             )
         self.ids = [path.relative_to(self.data_dir).as_posix() for _, _, path in files]
         if odd := [name for name in self.ids if not is_text(name)]:
