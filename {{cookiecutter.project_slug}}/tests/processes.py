@@ -6,11 +6,12 @@ Processes are forked from this one, which has imported torch already, so each co
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,9 @@ def _run_command(main: Any, config_class: type, command: tuple[str, ...], out: P
 
 
 def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that no system gives by itself, as gloo's are given: of another suite on this machine, gloo could take it."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
