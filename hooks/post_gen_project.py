@@ -36,6 +36,7 @@ EXPECTATIONS = {
 
 def main() -> None:
     """Choose, clean up, and speak."""
+    open_up(VARIANTS)
     for question in QUESTIONS:
         answer = ANSWERS[question]
         for layer in (FOUNDATIONS.get(answer, answer), answer):
@@ -73,10 +74,15 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def open_up(folder: str) -> None:
+    """Let files be moved out of a folder and those in it: of a read-only template they are read-only copies."""
+    for place, _, _ in os.walk(folder):
+        os.chmod(place, 0o700)
+
+
 def lay_over(folder: str) -> None:
     """Move the files of a folder, where there is one, to their places in the repository."""
     for source, _, names in os.walk(folder):
-        os.chmod(source, 0o700)
         place = os.path.relpath(source, folder)
         os.makedirs(place, exist_ok=True)
         for name in names:
@@ -95,8 +101,6 @@ def move(source: str, target: str) -> None:
 
 def remove(folder: str) -> None:
     """Delete a folder with all that is in it."""
-    for place, _, _ in os.walk(folder):
-        os.chmod(place, 0o700)  # a template that is read-only was copied as such
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             os.remove(f"{place}/{name}")

@@ -28,7 +28,7 @@ def meet(processes: int, device_type: str, seconds: float) -> str | None:
     """
     with ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
-        port = _free_port()
+        port = free_port()
         ranks = [_start(rank, processes, device_type, port, file) for rank, file in enumerate(said)]
         try:
             return _wait(ranks, said, seconds)
@@ -83,8 +83,8 @@ def _last_line(file: IO[bytes]) -> str:
     return lines[-1].strip()[:300] if lines else "without a word"
 
 
-def _free_port() -> int:
-    """One that no system gives by itself, as gloo's are given: of another run on this machine, gloo could take it."""
+def free_port() -> int:
+    """One that no system gives by itself, as gloo's are given: in another run on this machine, gloo could take it."""
     while True:
         port = random.SystemRandom().randrange(15_000, 30_000)
         with socket.socket() as probe, suppress(OSError):

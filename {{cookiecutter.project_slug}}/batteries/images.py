@@ -46,7 +46,10 @@ class ImageFiles:
 
 
 def _may_be_decoded(file: torch.Tensor) -> bool:
-    """Whether the bytes (N,) of a file are no PNG, or a whole one: torchvision (0.29) crashes on some damaged ones."""
+    """Whether the bytes (N,) of a file are no PNG, or a whole one: torchvision (0.29) crashes on some damaged ones.
+
+    experiment/images.py, where there is one, has the same for itself: neither package imports the other.
+    """
     data = file.numpy().data
     return bytes(data[: len(PNG)]) != PNG or _is_whole_png(data)
 

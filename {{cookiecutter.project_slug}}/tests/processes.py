@@ -6,12 +6,10 @@ Processes are forked from this one, which has imported torch already, so each co
 import multiprocessing
 import os
 import pickle
-import random
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ import torch
 
 from batteries.cli import run_command
 from batteries.distributed import process_group
+from batteries.handshake import free_port
 
 SECONDS = 120  # a rank that takes longer hangs
 
@@ -89,12 +88,3 @@ def _run_command(main: Any, config_class: type, command: tuple[str, ...], out: P
     finally:
         sys.stdout.close()
         sys.stderr.close()
-
-
-def free_port() -> int:
-    """One that no system gives by itself, as gloo's are given: of another suite on this machine, gloo could take it."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 30_000)
-        with closing(socket.socket()) as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import CHANNELS
-from processes import End, free_port, join_ranks, run_train
+from processes import End, join_ranks, run_train
 from small_data import change_one_sample, make_data
 from torch import nn
 
@@ -23,6 +23,7 @@ import train
 from batteries import cli, interrupts
 from batteries.cli import to_json
 from batteries.files import Lock
+from batteries.handshake import free_port
 from batteries.records import hash_code
 from train import Config, Stage
 

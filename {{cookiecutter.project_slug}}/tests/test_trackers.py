@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_network
-from processes import free_port, run_ranks, run_train
+from processes import run_ranks, run_train
 from small_data import make_data
 from torchvision.io import write_png
 
@@ -26,6 +26,7 @@ import train
 from batteries import trackers
 from batteries.backends import ROOT
 from batteries.errors import BadInput
+from batteries.handshake import free_port
 from batteries.trackers import check_trackers
 from train import Config, Stage
 

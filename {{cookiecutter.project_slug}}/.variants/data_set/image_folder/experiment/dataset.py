@@ -91,7 +91,7 @@ def check_parts(data_dir: Path) -> None:
         if names and {name.lower() for name in names} <= {*PARTS, "training", "testing", "validation"}:
             raise ValueError(
                 f"--data-dir {data_dir} has the folders {', '.join(names)}, which are no classes but parts of a split; "
-                f"call them train, valid and test, of which train is needed."
+                "call them train, valid and test, of which train is needed."
             )
         return
     wrong = [
@@ -139,9 +139,10 @@ def is_image(path: Path) -> bool:
 def is_text(name: str) -> bool:
     """Whether a split file can hold `name`: as UTF-8, and without a carriage return."""
     try:
-        return "\r" not in name and bool(name.encode())
+        name.encode()
     except UnicodeEncodeError:
         return False
+    return "\r" not in name
 
 
 def look_below(folder: Path) -> str:
