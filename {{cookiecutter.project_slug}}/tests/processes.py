@@ -80,8 +80,6 @@ def run_train(main: Callable[[Any], object], config_class: type, *flags: str, na
 
 def _run_command(main: Any, config_class: type, command: tuple[str, ...], out: Path, err: Path) -> None:
     sys.argv = [*command]
-    # Mends torch's own thread pool, which a fork breaks, before several threads want it at once.
-    torch.set_num_threads(1)
     sys.stdout, sys.stderr = out.open("w"), err.open("w")
     try:
         run_command(main, config_class, repeats=command[0] in ("train.py", "check.py"))

@@ -1,9 +1,11 @@
 """L2, elastic-close: one device, many ranks and accumulation end with the same weights. The oracle is a bare loop."""
 
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -161,6 +163,19 @@ def test_our_batch_norm_takes_statistics_of_halves_in_float32_as_torch_does(dtyp
         assert rank[0] == dtype
         np.testing.assert_allclose(rank[2], module.running_mean, rtol=1e-6)
         np.testing.assert_allclose(rank[3], module.running_var, rtol=1e-5)
+
+
+def test_no_rank_goes_on_before_all_have_joined(monkeypatch):
+    joined, init = get_context("fork").Event(), torch.distributed.init_process_group
+
+    def init_slowly(backend: str) -> None:
+        init(backend)
+        if os.environ["RANK"] == "1":
+            time.sleep(0.5)  # long enough for a rank that would not wait
+            joined.set()
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_slowly)
+    assert run_ranks(2, joined.is_set) == [True, True]
 
 
 def test_a_rank_whose_launcher_was_killed_while_it_started_ends(monkeypatch):

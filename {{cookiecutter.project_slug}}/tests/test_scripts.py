@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -95,16 +97,25 @@ def test_bad_input_under_ddp_is_said_once_with_exit_code_2(flags, sentence, data
     assert not (tmp_path / "run").exists()
 
 
-def start_script(script: str, *flags: str) -> subprocess.Popen[str]:
-    """A script that trains for long, as a job of its own; its messages can be read."""
-    return subprocess.Popen(
-        [ROOT / "scripts" / script, *flags, "--device", "cpu", "--limit-batches", "1", "--stages.0.epochs", "1000"],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+LONG = ["--device", "cpu", "--limit-batches", "1", "--stages.0.epochs", "1000"]
+
+
+@contextmanager
+def start_job(*command: Path | str, **extra: str) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own, whose messages can be read; killed at the end, if it is still there."""
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment(**extra), start_new_session=True, **streams)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def start_script(script: str, *flags: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A launch script that trains for long."""
+    return start_job(ROOT / "scripts" / script, *flags, *LONG)
 
 
 def wait_for_metrics(logdir: Path) -> None:
@@ -207,17 +218,11 @@ def test_folds_that_were_cut_go_on_and_finished_ones_are_not_trained_again(data_
     SplitFile(splits, dataset, lambda data: make_folds(data, num_folds=2)).write()
     flags = [*SMOKE, *data_flags, "--split-file", str(splits), "--tracker", "none", "--save-n-best", "1"]
     logdir = tmp_path / "folds"
-    with subprocess.Popen(
-        [ROOT / "scripts/train_folds.sh", *flags, f"--logdir={logdir}"],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
+    with start_job(ROOT / "scripts/train_folds.sh", *flags, f"--logdir={logdir}"):
         for _ in range(1200):
             if (logdir / "fold_1/stage0/last.pth").exists():
                 break
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)
     finished = (logdir / "fold_0/metrics.jsonl").read_bytes(), (logdir / "fold_0/stage1/last.pth").stat().st_mtime_ns
     again = run_script("train_folds.sh", *flags, "--logdir", str(logdir), folder=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -267,14 +272,8 @@ def slurm(tmp_path) -> dict[str, str]:
 
 
 def test_a_slurm_job_whose_time_is_nearly_over_saves_the_run_and_is_queued_again(data_flags, slurm, tmp_path):
-    flags = [*data_flags, "--device", "cpu", "--limit-batches", "1", "--stages.0.epochs", "1000", "--tracker", "none"]
-    with subprocess.Popen(
-        ["bash", tmp_path / "slurm_script", *flags, "--logdir", str(tmp_path / "run")],
-        env=environment(**slurm),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    flags = [*data_flags, *LONG, "--tracker", "none", "--logdir", str(tmp_path / "run")]
+    with start_job("bash", tmp_path / "slurm_script", *flags, **slurm) as process:
         wait_for_metrics(tmp_path / "run")
         process.send_signal(signal.SIGUSR1)
         _, messages = process.communicate(timeout=30)

@@ -393,7 +393,7 @@ def mlflow_server(tmp_path):
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     for _ in range(600):
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health").read()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).read()
             break
         except OSError:
             time.sleep(0.2)
