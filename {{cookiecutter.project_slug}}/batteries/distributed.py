@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -27,8 +28,20 @@ def process_group(device: torch.device) -> Iterator[None]:
     # gloo carries the objects of `on_main` and runs on a CPU; NCCL carries the gradients between GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     sum_over_ranks(torch.zeros(()))  # wait for all: one that left before another has connected would make that one fail
+    if sys.version_info < (3, 11, 8) and hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_wait_for_threads)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that have gone
+
+
+def _wait_for_threads() -> None:
+    """Wait, before a fork, until no thread of gloo is about to enter Python.
+
+    It has a lock of the interpreter for a moment then, and a loader's worker that is forked in that moment waits for it
+    for ever, and the run for the worker. Python 3.11.8 mended that: github.com/python/cpython/issues/112275
+    """
+    time.sleep(0.01)  # gives those that are there Python's global lock, so that they end what they want
+    sys._current_frames()  # takes that lock of the interpreter, and so waits for the thread that has it
 
 
 def _end_with_launcher() -> None:

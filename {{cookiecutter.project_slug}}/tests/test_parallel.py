@@ -1,6 +1,7 @@
 """L2, elastic-close: one device, many ranks and accumulation end with the same weights. The oracle is a bare loop."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -176,6 +177,19 @@ def test_no_rank_goes_on_before_all_have_joined(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "init_process_group", init_slowly)
     assert run_ranks(2, joined.is_set) == [True, True]
+
+
+def test_a_rank_forks_only_when_no_thread_is_about_to_enter_python_where_python_does_not_see_to_that(monkeypatch):
+    def fork() -> int:
+        waits = []
+        monkeypatch.setattr(sys, "_current_frames", lambda: waits.append(1))
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        return len(waits)
+
+    assert run_ranks(1, fork) == [1 if sys.version_info < (3, 11, 8) else 0]
 
 
 def test_a_rank_whose_launcher_was_killed_while_it_started_ends(monkeypatch):

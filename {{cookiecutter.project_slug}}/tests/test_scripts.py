@@ -39,7 +39,8 @@ def data_flags(tmp_path_factory) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1"} | extra
+    own = {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return os.environ | own | extra
 
 
 def run_script(script: Path | str, *flags: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -118,18 +119,20 @@ def start_script(script: str, *flags: str) -> AbstractContextManager[subprocess.
     return start_job(ROOT / "scripts" / script, *flags, *LONG)
 
 
-def wait_for_metrics(logdir: Path) -> None:
-    """Wait until the first epoch is over."""
-    for _ in range(1200):
-        if (logdir / "metrics.jsonl").exists():
-            return
+def wait_for_metrics(process: subprocess.Popen[str], logdir: Path) -> None:
+    """Wait until the first epoch is over. Where it never is, the error says where each process was."""
+    until = time.monotonic() + 120
+    while not (logdir / "metrics.jsonl").exists():
+        if time.monotonic() > until or process.poll() is not None:
+            for one in processes_of(logdir):
+                os.kill(one, signal.SIGABRT)  # python's faulthandler prints the stacks
+            raise AssertionError(f"the run does not start: {process.poll()} {process.communicate(timeout=30)[1]}")
         time.sleep(0.1)
-    raise AssertionError("the run does not start")
 
 
 def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
     with start_script("train_ddp.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
-        wait_for_metrics(tmp_path / "run")
+        wait_for_metrics(process, tmp_path / "run")
         found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
         os.kill(int(found.split()[-1]), signal.SIGKILL)
         _, messages = process.communicate(timeout=30)
@@ -141,7 +144,7 @@ def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
 def test_ranks_save_the_run_and_end_when_their_launcher_is_killed(data_flags, tmp_path):
     with start_script("train_ddp.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
-        wait_for_metrics(tmp_path / "run")
+        wait_for_metrics(process, tmp_path / "run")
         assert len(processes_of(tmp_path / "run")) == 3  # the launcher and two ranks
         os.kill(process.pid, signal.SIGKILL)
         until = time.monotonic() + 60
@@ -189,7 +192,7 @@ def test_a_rank_that_fails_ends_all_with_its_cause_once(data_flags, tmp_path):
 def test_a_signal_saves_the_run_ends_all_processes_and_is_said_once(script, name, whom, data_flags, tmp_path):
     number = getattr(signal, name)
     with start_script(script, *data_flags, "--logdir", str(tmp_path / "run"), "--num-workers", "1") as process:
-        wait_for_metrics(tmp_path / "run")
+        wait_for_metrics(process, tmp_path / "run")
         for receiver in [process.pid] if whom == "launcher" else processes_of(tmp_path / "run"):
             os.kill(receiver, number)
         _, messages = process.communicate(timeout=20)
@@ -274,7 +277,7 @@ def slurm(tmp_path) -> dict[str, str]:
 def test_a_slurm_job_whose_time_is_nearly_over_saves_the_run_and_is_queued_again(data_flags, slurm, tmp_path):
     flags = [*data_flags, *LONG, "--tracker", "none", "--logdir", str(tmp_path / "run")]
     with start_job("bash", tmp_path / "slurm_script", *flags, **slurm) as process:
-        wait_for_metrics(tmp_path / "run")
+        wait_for_metrics(process, tmp_path / "run")
         process.send_signal(signal.SIGUSR1)
         _, messages = process.communicate(timeout=30)
     assert messages == "stopped by SIGUSR1; the run is saved, --resume goes on with it.\n"
