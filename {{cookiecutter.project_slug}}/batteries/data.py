@@ -467,4 +467,5 @@ class _WorkerStart:
             signal.signal(number, signal.SIG_IGN)
         if hasattr(signal, "alarm"):  # python ends workers that are left over with SIGTERM, and waits for them
             signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_LIVE))
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # its end, whatever it is for the main process
         torch.multiprocessing.set_sharing_strategy(self.sharing_strategy)
