@@ -4,7 +4,9 @@ import hashlib
 import os
 import random
 import signal
+import time
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from batteries import BadInput, EvalLoader, SplitFile, TrainLoader
-from batteries.data import InThisProcess, cut_epoch, explain_lost_worker
+from batteries.data import InThisProcess, _WorkerStart, cut_epoch, explain_lost_worker
 from batteries.randomness import Stream, reseed, stream_seeds
 from experiment.augmentations import batch_transform
 from experiment.splits import make_folds
@@ -379,6 +381,21 @@ def test_a_worker_that_dies_ends_the_run_with_one_sentence_that_says_why():
     assert "was ended by signal Killed" in end.err or "exited unexpectedly" in end.err  # torch notices it in two ways
     for word in ("memory is short", "--num-workers", "--sharing-strategy"):
         assert word in end.err
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="there are no alarms")
+def test_a_worker_that_is_left_over_ends_by_its_alarm_whatever_the_main_process_does_at_one(monkeypatch):
+    def be_left_over() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # as of the main process
+        _WorkerStart()(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("batteries.data.SECONDS_TO_LIVE", 1)
+    worker = get_context("fork").Process(target=be_left_over)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == -signal.SIGALRM
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -103,7 +103,7 @@ LONG = ["--device", "cpu", "--limit-batches", "1", "--stages.0.epochs", "1000"]
 
 @contextmanager
 def start_job(*command: Path | str, **extra: str) -> Iterator[subprocess.Popen[str]]:
-    """A command in a session of its own, whose messages can be read; killed at the end, if it is still there."""
+    """A command whose messages can be read, in a session of its own, which is killed at the end."""
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=environment(**extra), start_new_session=True, **streams)
     try:
@@ -119,20 +119,20 @@ def start_script(script: str, *flags: str) -> AbstractContextManager[subprocess.
     return start_job(ROOT / "scripts" / script, *flags, *LONG)
 
 
-def wait_for_metrics(process: subprocess.Popen[str], logdir: Path) -> None:
-    """Wait until the first epoch is over. Where it never is, the error says where each process was."""
+def wait_for(name: str, process: subprocess.Popen[str], logdir: Path) -> None:
+    """Wait until the run has made this file. Where it never does, the error says where each process was."""
     until = time.monotonic() + 120
-    while not (logdir / "metrics.jsonl").exists():
+    while not (logdir / name).exists():
         if time.monotonic() > until or process.poll() is not None:
             for one in processes_of(logdir):
                 os.kill(one, signal.SIGABRT)  # python's faulthandler prints the stacks
-            raise AssertionError(f"the run does not start: {process.poll()} {process.communicate(timeout=30)[1]}")
+            raise AssertionError(f"there is no {name}: {process.poll()} {process.communicate(timeout=30)[1]}")
         time.sleep(0.1)
 
 
 def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
     with start_script("train_ddp.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
-        wait_for_metrics(process, tmp_path / "run")
+        wait_for("metrics.jsonl", process, tmp_path / "run")
         found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
         os.kill(int(found.split()[-1]), signal.SIGKILL)
         _, messages = process.communicate(timeout=30)
@@ -144,7 +144,7 @@ def test_a_rank_that_is_killed_ends_all_and_it_is_said(data_flags, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
 def test_ranks_save_the_run_and_end_when_their_launcher_is_killed(data_flags, tmp_path):
     with start_script("train_ddp.sh", *data_flags, "--logdir", str(tmp_path / "run")) as process:
-        wait_for_metrics(process, tmp_path / "run")
+        wait_for("metrics.jsonl", process, tmp_path / "run")
         assert len(processes_of(tmp_path / "run")) == 3  # the launcher and two ranks
         os.kill(process.pid, signal.SIGKILL)
         until = time.monotonic() + 60
@@ -192,7 +192,7 @@ def test_a_rank_that_fails_ends_all_with_its_cause_once(data_flags, tmp_path):
 def test_a_signal_saves_the_run_ends_all_processes_and_is_said_once(script, name, whom, data_flags, tmp_path):
     number = getattr(signal, name)
     with start_script(script, *data_flags, "--logdir", str(tmp_path / "run"), "--num-workers", "1") as process:
-        wait_for_metrics(process, tmp_path / "run")
+        wait_for("metrics.jsonl", process, tmp_path / "run")
         for receiver in [process.pid] if whom == "launcher" else processes_of(tmp_path / "run"):
             os.kill(receiver, number)
         _, messages = process.communicate(timeout=20)
@@ -221,11 +221,8 @@ def test_folds_that_were_cut_go_on_and_finished_ones_are_not_trained_again(data_
     SplitFile(splits, dataset, lambda data: make_folds(data, num_folds=2)).write()
     flags = [*SMOKE, *data_flags, "--split-file", str(splits), "--tracker", "none", "--save-n-best", "1"]
     logdir = tmp_path / "folds"
-    with start_job(ROOT / "scripts/train_folds.sh", *flags, f"--logdir={logdir}"):
-        for _ in range(1200):
-            if (logdir / "fold_1/stage0/last.pth").exists():
-                break
-            time.sleep(0.1)
+    with start_job(ROOT / "scripts/train_folds.sh", *flags, f"--logdir={logdir}") as process:
+        wait_for("fold_1/stage0/last.pth", process, logdir)
     finished = (logdir / "fold_0/metrics.jsonl").read_bytes(), (logdir / "fold_0/stage1/last.pth").stat().st_mtime_ns
     again = run_script("train_folds.sh", *flags, "--logdir", str(logdir), folder=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -277,7 +274,7 @@ def slurm(tmp_path) -> dict[str, str]:
 def test_a_slurm_job_whose_time_is_nearly_over_saves_the_run_and_is_queued_again(data_flags, slurm, tmp_path):
     flags = [*data_flags, *LONG, "--tracker", "none", "--logdir", str(tmp_path / "run")]
     with start_job("bash", tmp_path / "slurm_script", *flags, **slurm) as process:
-        wait_for_metrics(process, tmp_path / "run")
+        wait_for("metrics.jsonl", process, tmp_path / "run")
         process.send_signal(signal.SIGUSR1)
         _, messages = process.communicate(timeout=30)
     assert messages == "stopped by SIGUSR1; the run is saved, --resume goes on with it.\n"
