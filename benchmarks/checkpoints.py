@@ -18,11 +18,12 @@ from pathlib import Path
 TEMPLATE = Path(__file__).parent.parent
 sys.path.insert(0, str(TEMPLATE / "{{cookiecutter.project_slug}}"))
 
-import torch  # noqa: E402
-from torchvision.models import resnet50  # noqa: E402
+import torch
+from torchvision.models import resnet50
 
-from batteries import CheckpointManager, make_checkpoint  # noqa: E402
-from batteries.background import Writer  # noqa: E402
+from batteries.checkpoint.async_writer import AsyncWriter
+from batteries.checkpoint.io import make_checkpoint
+from batteries.checkpoint.manager import CheckpointManager
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def make_contenders(folder: Path, device: torch.device) -> dict[str, Callable[[]
     tensors = find_tensors(state)
     buffers = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
     print(f"the state: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors) / 1e6:.0f} MB")
-    writer = Writer()
+    writer = AsyncWriter()
     ours = CheckpointManager(folder / "ours", save_n_best=1, writer=writer)
     waiting = CheckpointManager(folder / "waiting", save_n_best=1)
     epochs = iter(range(1, 1_000_000))

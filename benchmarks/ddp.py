@@ -22,19 +22,19 @@ from typing import Any
 TEMPLATE = Path(__file__).parent.parent
 sys.path.insert(0, str(TEMPLATE / "{{cookiecutter.project_slug}}"))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import train as rendered  # noqa: E402
+import numpy as np
+import torch
 
-from batteries.data import TrainLoader  # noqa: E402
-from batteries.devices import keep_freed_memory  # noqa: E402
-from batteries.distributed import process_group  # noqa: E402
-from batteries.parallel import place_model, share_model  # noqa: E402
-from batteries.runs import Run  # noqa: E402
-from batteries.state import TrainState  # noqa: E402
-from experiment.augmentations import normalize  # noqa: E402
-from experiment.dataset import load_dataset  # noqa: E402
-from experiment.model import build_criterion, build_model  # noqa: E402
+import train as rendered
+from batteries.core.memory import keep_freed_memory
+from batteries.data.loaders import TrainLoader
+from batteries.distributed.process_group import process_group
+from batteries.run.run import Run
+from batteries.training.state import TrainState
+from batteries.training.wrap import prepare_model, wrap_model
+from experiment.augmentations import normalize
+from experiment.dataset import load_dataset
+from experiment.model import build_criterion, build_model
 
 CPU = torch.device("cpu")
 STEPS, BATCH_SIZE = 20, 32
@@ -49,8 +49,8 @@ def ours() -> float:
         logdir = Path(folder) / "run"
         config = replace(rendered.Config(tracker=("none",)), stages=stages, logdir=logdir)
         batches = TrainLoader(dataset, range(STEPS * BATCH_SIZE), None, CPU, seed=0, batch_size=BATCH_SIZE)
-        model = place_model(build_model(num_classes=10), CPU, sync_batchnorm=False)
-        shared = share_model(model, CPU)
+        model = prepare_model(build_model(num_classes=10), CPU, sync_batchnorm=False)
+        shared = wrap_model(model, CPU)
         optimizer = torch.optim.AdamW(shared.parameters(), lr=1e-3, fused=True)
         state = TrainState(shared, optimizer, rendered.make_schedule(optimizer, stages[0], STEPS))
         with Run(logdir, config, CPU, model, model_args={}, data="", split={}, may_change=()) as run:

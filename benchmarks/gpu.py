@@ -19,15 +19,15 @@ from pathlib import Path
 TEMPLATE = Path(__file__).parent.parent
 sys.path.insert(0, str(TEMPLATE / "{{cookiecutter.project_slug}}"))
 
-import torch  # noqa: E402
-import train as rendered  # noqa: E402
-from torch import nn  # noqa: E402
-from torchvision.models import resnet50  # noqa: E402
+import torch
+from torch import nn
+from torchvision.models import resnet50
 
-from batteries.data import Batch  # noqa: E402
-from batteries.parallel import place_model, share_model  # noqa: E402
-from batteries.runs import Run  # noqa: E402
-from batteries.state import TrainState  # noqa: E402
+import train as rendered
+from batteries.data.loaders import Batch
+from batteries.run.run import Run
+from batteries.training.state import TrainState
+from batteries.training.wrap import prepare_model, wrap_model
 
 
 class OnDevice:
@@ -53,11 +53,11 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 def build(device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The compiled network and its optimizer."""
-    model = place_model(resnet50(), device, channels_last=True)
-    return share_model(model, device, compiled=True), torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model = prepare_model(resnet50(), device, channels_last=True)
+    return wrap_model(model, device, compiled=True), torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
 
-def bare(epoch: OnDevice) -> Callable[[], None]:
+def unwrap_model(epoch: OnDevice) -> Callable[[], None]:
     """The floor."""
     model, optimizer = build(epoch.images.device)
     criterion = nn.CrossEntropyLoss()
@@ -105,7 +105,7 @@ def main() -> None:
     targets = torch.randint(0, 1000, (arguments.batch_size,), device=device)
     epoch = OnDevice(images, targets, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
-        contenders = {"bare compiled loop": bare(epoch), "rendered train_fn": ours(epoch, Path(folder))}
+        contenders = {"bare compiled loop": unwrap_model(epoch), "rendered train_fn": ours(epoch, Path(folder))}
         rates: dict[str, list[float]] = {name: [] for name in contenders}
         for number in range(arguments.rounds + 1):  # the first round compiles
             for name in random.Random(number).sample(list(contenders), len(contenders)):

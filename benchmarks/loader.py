@@ -34,8 +34,8 @@ from torchvision.transforms import v2
 PROJECT = Path(__file__).parent.parent / "{{cookiecutter.project_slug}}"
 sys.path.insert(0, str(PROJECT))
 
-from batteries import TrainLoader  # noqa: E402 (found by the line above)
-from batteries.devices import keep_freed_memory, return_freed_memory  # noqa: E402
+from batteries.core.memory import keep_freed_memory, return_freed_memory
+from batteries.data.loaders import TrainLoader
 
 WORKERS, BATCH_SIZE, SIZE = 2, 64, 224
 WARM_UP = 8  # passes of each that are not counted: workers start, and memory finds its places

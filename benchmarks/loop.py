@@ -28,16 +28,16 @@ from pathlib import Path
 TEMPLATE = Path(__file__).parent.parent
 sys.path.insert(0, str(TEMPLATE / "{{cookiecutter.project_slug}}"))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import train as rendered  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from batteries.data import TrainLoader  # noqa: E402
-from batteries.runs import Run  # noqa: E402
-from batteries.state import TrainState  # noqa: E402
-from experiment.augmentations import normalize  # noqa: E402
+import train as rendered
+from batteries.data.loaders import TrainLoader
+from batteries.run.run import Run
+from batteries.training.state import TrainState
+from experiment.augmentations import normalize
 
 STEPS, BATCH_SIZE, EPOCHS = 1000, 64, 3
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def ours() -> Iterator[None]:
                 yield
 
 
-def bare() -> Iterator[None]:
+def unwrap_model() -> Iterator[None]:
     """The floor: nothing but the steps, and no wait for a number."""
     model, optimizer = build()
     batches = loader()
@@ -252,7 +252,7 @@ class Normalize(nn.Module):
 
 
 CONTENDERS: dict[str, tuple[Callable[[], Iterator], str | None]] = {
-    "bare loop over a plain DataLoader": (bare, None),
+    "bare loop over a plain DataLoader": (unwrap_model, None),
     "rendered train_fn, progress bar and logging on": (ours, None),
     "bare loop with .item() and tqdm": (bare_with_tqdm, "tqdm"),
     "timm-style loop": (timm_style, "timm"),

@@ -35,8 +35,8 @@ optimizer.step()
 # The rendered program, ended by its own loop right after the first step.
 FIRST_STEP = """
 import os, runpy, sys
-from batteries import runs
-runs.Run.log_step = lambda *_: os._exit(0)
+from batteries.run.run import Run
+Run.log_step = lambda *_: os._exit(0)
 split_file = sys.argv[1] + ".csv"
 sys.argv = ["train.py", "--device", "cpu", "--tracker", "none", "--logdir", sys.argv[1], "--split-file", split_file]
 runpy.run_path("train.py", run_name="__main__")

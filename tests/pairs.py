@@ -23,11 +23,11 @@ def train_two_epochs(folder: Path, logdir: Path, out: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    import train
     from models import tiny_network
     from small_data import make_data
 
-    from batteries.cli import run_command
+    import train
+    from batteries.core.command_line import run_command
 
     train.build_model = tiny_network
     flags = ["--limit-batches", "1", "--batch-size", "8", "--stages.0.epochs", "1", "--stages.1.epochs", "1"]

@@ -7,4 +7,4 @@
 #
 # --batch-size stays the number of samples per optimizer step, over all processes.
 source "$(dirname "$0")/common.sh"
-run "${python[@]}" -m batteries.launch train.py "$@"
+run "${python[@]}" -m batteries.distributed.launch train.py "$@"

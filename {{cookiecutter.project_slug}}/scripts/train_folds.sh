@@ -42,5 +42,5 @@ done
 runs=()
 for ((fold = 0; fold < folds; fold++)); do runs+=("$logdir/fold_$fold"); done
 # Each sample as the run predicts it that did not train on it.
-"${python[@]}" predict.py --run "${runs[@]}" --split valid --output "$logdir/predictions" --overwrite
-run "${python[@]}" -m batteries.folds "$logdir"
+"${python[@]}" -m tools.predict --run "${runs[@]}" --split valid --output "$logdir/predictions" --overwrite
+run "${python[@]}" -m batteries.evaluation.cross_validation "$logdir"

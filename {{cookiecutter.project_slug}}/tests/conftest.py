@@ -30,7 +30,7 @@ for module in (
 def no_report() -> Iterator[None]:
     """Runs of tests make no page: it takes seconds, and imports of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("batteries.runs.make_report", lambda *_: None)
+        patch.setattr("batteries.run.run.make_reports", lambda *_: None)
         yield
 
 

@@ -5,9 +5,9 @@ from models import CHANNELS
 from pictures import Pictures, Shake
 from torch import nn
 
-from batteries import TrainLoader
-from batteries.parallel import place_model, share_model
-from batteries.state import TrainState
+from batteries.data.loaders import TrainLoader
+from batteries.training.state import SilentLogger, TrainState
+from batteries.training.wrap import prepare_model, wrap_model
 from train import Config
 
 SIZE, BATCH_SIZE, EPOCHS = 57, 16, 3  # the last step of an epoch has 9 samples
@@ -15,16 +15,7 @@ CPU = torch.device("cpu")
 CONFIG = Config(tracker=("none",))
 
 
-class Run:
-    """As much of a run as train_fn and valid_fn ask for."""
-
-    device = CPU
-
-    def track(self, batches, metrics):
-        return batches
-
-    def log_step(self, lr, gradient_norm):
-        pass
+LOGGER = SilentLogger(CPU)
 
 
 def make_optimizer(model: nn.Module) -> tuple:
@@ -40,8 +31,8 @@ class ExponentialLR(torch.optim.lr_scheduler.ExponentialLR):
 
 
 def make_state(model: nn.Module, data_parallel: bool = False, sync_batchnorm: bool = True) -> TrainState:
-    model = place_model(model, CPU, sync_batchnorm=sync_batchnorm)
-    return TrainState(share_model(model, CPU, data_parallel=data_parallel), *make_optimizer(model))
+    model = prepare_model(model, CPU, sync_batchnorm=sync_batchnorm)
+    return TrainState(wrap_model(model, CPU, data_parallel=data_parallel), *make_optimizer(model))
 
 
 def make_loader(accumulation_steps: int = 1) -> TrainLoader:

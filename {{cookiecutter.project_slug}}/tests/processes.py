@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from batteries.cli import run_command
-from batteries.distributed import process_group
-from batteries.handshake import free_port
+from batteries.core.command_line import run_command
+from batteries.distributed.connectivity import find_free_port
+from batteries.distributed.process_group import process_group
 
 SECONDS = 120  # a rank that takes longer hangs
 
@@ -28,7 +28,7 @@ def run_ranks(world_size: int, function: Callable[[], Any], join: bool = True) -
     `join=False` leaves it to `function`, such as train.main, to join the process group.
     """
     context = multiprocessing.get_context("fork")
-    port = free_port()
+    port = find_free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
@@ -82,7 +82,7 @@ def _run_command(main: Any, config_class: type, command: tuple[str, ...], out: P
     sys.argv = [*command]
     sys.stdout, sys.stderr = out.open("w"), err.open("w")
     try:
-        run_command(main, config_class, repeats=command[0] in ("train.py", "check.py"))
+        run_command(main, config_class, repeats=command[0] in ("train.py", "tools/check.py"))
     finally:
         sys.stdout.close()
         sys.stderr.close()

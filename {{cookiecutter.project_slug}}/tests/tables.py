@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from processes import End
 
-from batteries.cli import run_command
-from batteries.predictions import Predictions
+from batteries.core.command_line import run_command
+from batteries.evaluation.predictions import Predictions
 
 CLASSES = ("cat", "dog", "0")
 

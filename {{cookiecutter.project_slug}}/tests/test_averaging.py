@@ -12,15 +12,19 @@ from hypothesis import strategies as st
 from models import CHANNELS, batchnorm_model, plain_model
 from torch import nn
 
-from average import Variant, choose, name_files
-from batteries import (
-    BadInput,
-    CheckpointManager,
+from batteries.checkpoint.averaging import (
+    add_to_mean,
     average_checkpoints,
-    make_checkpoint,
-    save_checkpoint,
+    choose_files,
+    greedy,
+    narrow,
+    renew_batchnorm,
+    widen,
 )
-from batteries.averaging import add_to_mean, choose_files, greedy, narrow, renew_batchnorm, widen
+from batteries.checkpoint.io import make_checkpoint, save_checkpoint
+from batteries.checkpoint.manager import CheckpointManager
+from batteries.core.errors import UserError
+from tools.average import Variant, choose, name_files
 
 
 def save(path: Path, model: nn.Module) -> Path:
@@ -97,7 +101,7 @@ def test_the_running_mean_is_the_mean(numbers):
 )
 def test_a_checkpoint_of_another_model_is_refused_with_the_names(tmp_path, other, sentence):
     first, second = save(tmp_path / "a.pth", nn.Sequential(nn.Linear(2, 3))), save(tmp_path / "b.pth", other)
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(UserError) as error:
         average_checkpoints([first, second])
     assert str(error.value).startswith(f"{second} is not of the same model as {first}: ")
     assert sentence in str(error.value)

@@ -21,24 +21,27 @@ from processes import End, run_ranks, run_train
 from small_data import make_data
 
 import train
-from batteries import BadInput, CheckpointManager, checkpoints, load_checkpoint, make_checkpoint
-from batteries.background import HostBuffers, Writer
-from batteries.cli import to_json
-from batteries.files import append_text
-from batteries.lines import Lines
+from batteries.checkpoint import manager
+from batteries.checkpoint.async_writer import AsyncWriter, HostBuffers
+from batteries.checkpoint.io import load_checkpoint, make_checkpoint
+from batteries.checkpoint.manager import CheckpointManager
+from batteries.core.config_io import to_json
+from batteries.core.errors import UserError
+from batteries.core.files import append_text
+from batteries.core.jsonl import JsonlWriter
 from train import Config, Stage
 
 
 @pytest.fixture
 def gate(monkeypatch) -> threading.Event:
     """Nothing is written until it is set."""
-    gate, write = threading.Event(), checkpoints.save_checkpoint
+    gate, write = threading.Event(), manager.save_checkpoint
 
     def wait_and_write(path, checkpoint):
         assert gate.wait(30)
         return write(path, checkpoint)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", wait_and_write)
+    monkeypatch.setattr(manager, "save_checkpoint", wait_and_write)
     return gate
 
 
@@ -53,7 +56,7 @@ def some_checkpoint(model: torch.nn.Module, epoch: int) -> dict:
 def test_a_save_returns_before_it_is_written_and_holds_the_state_of_its_call(tmp_path, gate):
     model = torch.nn.Linear(3, 3)
     wanted = model.weight.detach().clone()
-    manager = CheckpointManager(tmp_path, writer=Writer())
+    manager = CheckpointManager(tmp_path, writer=AsyncWriter())
     manager.process(score=0.5, epoch=1, checkpoint=some_checkpoint(model, 1))
     assert list(tmp_path.glob("*")) == []
     with torch.no_grad():
@@ -65,7 +68,7 @@ def test_a_save_returns_before_it_is_written_and_holds_the_state_of_its_call(tmp
 
 def test_each_of_many_saves_holds_the_state_of_its_call(tmp_path):
     model = torch.nn.Linear(300, 300)
-    manager = CheckpointManager(tmp_path, save_n_best=10, writer=Writer())
+    manager = CheckpointManager(tmp_path, save_n_best=10, writer=AsyncWriter())
     for epoch in range(1, 9):
         torch.nn.init.constant_(model.weight, float(epoch))
         manager.process(score=epoch / 10, epoch=epoch, checkpoint=some_checkpoint(model, epoch))
@@ -75,7 +78,7 @@ def test_each_of_many_saves_holds_the_state_of_its_call(tmp_path):
 
 
 def test_the_best_path_is_that_of_a_save_still_under_way(tmp_path, gate):
-    manager = CheckpointManager(tmp_path, writer=Writer())
+    manager = CheckpointManager(tmp_path, writer=AsyncWriter())
     manager.process(score=0.5, epoch=1, checkpoint=some_checkpoint(torch.nn.Linear(2, 2), 1))
     threading.Timer(0.1, gate.set).start()
     assert load_checkpoint(manager.best_path(), torch.nn.Linear(2, 2))["epoch"] == 1
@@ -109,13 +112,13 @@ def test_an_error_in_the_writer_is_raised_by_the_next_save_on_all_ranks(tmp_path
         raise RuntimeError("the disk is on fire")
 
     def save_twice() -> str:
-        manager = CheckpointManager(tmp_path, writer=Writer())
+        manager = CheckpointManager(tmp_path, writer=AsyncWriter())
         manager.process(score=0.5, epoch=1, checkpoint=some_checkpoint(torch.nn.Linear(2, 2), 1))
         with pytest.raises(RuntimeError) as error:
             manager.process(score=0.6, epoch=2, checkpoint=some_checkpoint(torch.nn.Linear(2, 2), 2))
         return str(error.value)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", fail)
+    monkeypatch.setattr(manager, "save_checkpoint", fail)
     assert run_ranks(2, save_twice) == ["the disk is on fire"] * 2
 
 
@@ -145,7 +148,7 @@ def test_an_error_in_the_writer_ends_the_run_with_its_cause(config, monkeypatch)
     def fail(path, checkpoint):
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", fail)
+    monkeypatch.setattr(manager, "save_checkpoint", fail)
     end = command(config)
     assert end.code == 1
     assert "RuntimeError: the disk is on fire" in end.err
@@ -186,7 +189,7 @@ def check_ledger(folder: Path) -> dict:
 
 
 def test_a_full_disk_is_forgiven_once_and_best_is_what_is_there(small_disk, caplog):
-    manager = CheckpointManager(small_disk / "stage0", writer=Writer())
+    manager = CheckpointManager(small_disk / "stage0", writer=AsyncWriter())
     model = torch.nn.Linear(100, 100)
 
     def save(epoch: int, score: float) -> bool:
@@ -209,7 +212,7 @@ def test_a_full_disk_is_forgiven_once_and_best_is_what_is_there(small_disk, capl
 
 
 def test_a_disk_that_stays_full_ends_the_run_and_says_how_much_was_needed(small_disk):
-    manager = CheckpointManager(small_disk / "stage0", writer=Writer())
+    manager = CheckpointManager(small_disk / "stage0", writer=AsyncWriter())
     model = torch.nn.Linear(100, 100)  # 40.4 kB
     for epoch in (1, 2):
         manager.process(score=0.5, epoch=epoch, checkpoint=some_checkpoint(model, epoch))
@@ -218,17 +221,17 @@ def test_a_disk_that_stays_full_ends_the_run_and_says_how_much_was_needed(small_
             fill(small_disk)
     assert manager.is_better(0.6)
     manager.process(score=0.6, epoch=3, checkpoint=some_checkpoint(model, 3))
-    with pytest.raises(BadInput, match=r"epoch_3\.pth cannot be written: it needs 40\.4 kB and 0 bytes are free"):
+    with pytest.raises(UserError, match=r"epoch_3\.pth cannot be written: it needs 40\.4 kB and 0 bytes are free"):
         manager.is_better(0.7)
     assert [row["epoch"] for row in check_ledger(small_disk / "stage0")["checkpoints"]] == [1]
 
 
 def test_the_last_save_is_not_forgiven(small_disk):
-    manager = CheckpointManager(small_disk / "stage0", writer=Writer())
+    manager = CheckpointManager(small_disk / "stage0", writer=AsyncWriter())
     (small_disk / "stage0").mkdir()
     fill(small_disk)
     manager.process(score=0.5, epoch=1, checkpoint=some_checkpoint(torch.nn.Linear(100, 100), 1))
-    with pytest.raises(BadInput, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         manager.wait()
     assert manager.best_score is None
 
@@ -274,7 +277,7 @@ def test_lines_that_found_no_room_come_back_with_a_resumed_run(config, small_dis
     command(config)
     wanted = final_state(config.logdir)
     config = dataclasses.replace(config, logdir=small_disk / "run")
-    write, process = Lines.write, train.CheckpointManager.process
+    write, process = JsonlWriter.write, train.CheckpointManager.process
 
     def process_and_die(self, score, epoch, checkpoint):
         process(self, score, epoch, checkpoint)
@@ -282,11 +285,11 @@ def test_lines_that_found_no_room_come_back_with_a_resumed_run(config, small_dis
             self.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(Lines, "write", lambda *_, **__: None)  # as on a full disk, with room for checkpoints
+    monkeypatch.setattr(JsonlWriter, "write", lambda *_, **__: None)  # as on a full disk, with room for checkpoints
     monkeypatch.setattr(train.CheckpointManager, "process", process_and_die)
     assert command(config).code == -signal.SIGKILL
     assert not (config.logdir / "metrics.jsonl").exists()
-    monkeypatch.setattr(Lines, "write", write)
+    monkeypatch.setattr(JsonlWriter, "write", write)
     monkeypatch.setattr(train.CheckpointManager, "process", process)
     assert command(config, "--resume").code == 0
     assert final_state(config.logdir) == wanted
@@ -322,7 +325,7 @@ LARGE = 2_000_000  # weights: 8 MB a file, so that most of a save's time is writ
 def save_for_ever(folder: Path, started: object) -> None:
     """A run that does nothing but save."""
     os.setpgrp()
-    manager = CheckpointManager(folder, save_n_best=2, writer=Writer())
+    manager = CheckpointManager(folder, save_n_best=2, writer=AsyncWriter())
     if (folder / "checkpoints.json").exists():
         manager.restore(torch.load(folder / "last.pth", weights_only=True))
     model = torch.nn.Linear(LARGE, 1)

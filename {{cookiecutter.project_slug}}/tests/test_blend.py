@@ -5,6 +5,7 @@ import math
 import warnings
 from dataclasses import replace
 
+import blend as verb
 import numpy as np
 import pytest
 import scipy.special
@@ -15,11 +16,10 @@ from hypothesis.extra.numpy import arrays
 from sklearn.metrics import log_loss
 from tables import CLASSES, call, random_table, refused, write_lines
 
-import blend as verb
-from batteries import BadInput
-from batteries.blends import blend, fit_weights, ranks
-from batteries.predictions import Predictions, match_predictions, read_predictions, write_predictions
-from batteries.scoring import bootstrap_gap, score
+from batteries.core.errors import UserError
+from batteries.evaluation.predictions import Predictions, match_predictions, read_predictions, write_predictions
+from batteries.evaluation.scoring import bootstrap_gap, score
+from batteries.submission.blending import blend, fit_weights, ranks
 
 probability = st.floats(0, 1, allow_subnormal=True)
 coarse = st.sampled_from([0.0, 0.25, 0.5, 1.0])  # for ties
@@ -211,7 +211,7 @@ def test_a_table_that_does_not_fit_is_refused_by_name_and_nothing_is_written(tmp
         (["--fit-on", "tests", "tests"], "tests is a folder; give a file of predictions"),
         (["--fit-on", "x.csv", "x.csv"], "x.csv is not there; give a file of predictions"),
         (["--weights", "1,1", "--weights", "2,1"], "--weights is given twice; give it once, with all its values."),
-        (["--wieghts", "1,1"], "--wieghts is no flag; did you mean '--weights'? See python blend.py --help."),
+        (["--wieghts", "1,1"], "--wieghts is no flag; did you mean '--weights'? See python tools/blend.py --help."),
     ],
 )
 def test_flags_that_cannot_be_meant_get_a_sentence(tmp_path, flags, sentence):
@@ -388,5 +388,5 @@ def test_the_bootstrap_interval_is_scipys_and_the_same_each_time():
 
 def test_a_row_that_is_longer_than_the_header_is_refused_and_not_cut(tmp_path):
     (tmp_path / "a.csv").write_text("id,x,y\none,0.5,0.5,0.1\ntwo,0.5,0.5,0.1\n")
-    with pytest.raises(BadInput, match=r"a\.csv cannot be read as a table \(its rows are longer than its header\)"):
+    with pytest.raises(UserError, match=r"a\.csv cannot be read as a table \(its rows are longer than its header\)"):
         read_predictions(tmp_path / "a.csv")

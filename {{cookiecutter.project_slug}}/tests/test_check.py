@@ -6,6 +6,7 @@ import re
 import time
 import warnings
 from collections import Counter, namedtuple
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,22 +18,37 @@ from small_data import make_data
 from torch import nn
 from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 
-import check
 import train
-from batteries import CheckpointManager, handshake, machine_checks, make_checkpoint, save_checkpoint
-from batteries.checkpoints import count_bytes
-from batteries.checks import Row, attempt, refuse_failed, try_all
-from batteries.data_checks import (
-    classes_are_there,
-    no_duplicates,
+from batteries.checkpoint.io import count_bytes, make_checkpoint, save_checkpoint
+from batteries.checkpoint.manager import CheckpointManager
+from batteries.core.errors import RunError
+from batteries.core.text import format_duration
+from batteries.data.splits import SplitFile, to_csv
+from batteries.distributed import connectivity
+from batteries.preflight import machine_checks
+from batteries.preflight.data_checks import (
+    check_class_counts,
+    check_duplicates,
+    check_normalization,
     open_samples,
     some_of_each_class,
-    values_are_normal,
 )
-from batteries.errors import RunFailed
-from batteries.machine_checks import Length, Speed, duration, kept_checkpoints, loader_keeps_up, run_takes, seconds_each
-from batteries.model_checks import checkpoint_comes_back, differences, learns_by_heart, nearest_folder
-from batteries.splits import SplitFile, to_csv
+from batteries.preflight.machine_checks import (
+    Length,
+    Speed,
+    check_loader_throughput,
+    estimate_run_time,
+    kept_checkpoints,
+    seconds_each,
+)
+from batteries.preflight.model_checks import (
+    check_checkpoint_roundtrip,
+    check_overfit_one_batch,
+    differences,
+    nearest_folder,
+)
+from batteries.preflight.results import CheckResult, raise_if_failed, run_checks, run_one_check
+from tools import check
 
 SIZE = 160
 LABELS = np.arange(SIZE) % 4
@@ -66,7 +82,7 @@ def small_model(num_classes: int) -> nn.Module:
 def make_bench(monkeypatch, tmp_path, cpu):
     """A Bench of small parts in place of this experiment's."""
 
-    def make(dataset=None, model=small_model, **knobs) -> check.Bench:
+    def make(dataset=None, model=small_model, **knobs) -> check.CheckContext:
         dataset = dataset or Samples()
         for module in (check, train):
             monkeypatch.setattr(module, "normalize", lambda images: images / 64 - 2)
@@ -75,7 +91,7 @@ def make_bench(monkeypatch, tmp_path, cpu):
         monkeypatch.setattr(check, "load_dataset", lambda folder: dataset)
         monkeypatch.setattr(check, "build_model", model)
         values = {"batch_size": 16, "tracker": ("none",), "device": "cpu", "logdir": tmp_path / "logs/run"}
-        return check.Bench(check.Options(**{**values, "split_file": tmp_path / "splits/x.csv", **knobs}), cpu)
+        return check.make_context(check.Options(**{**values, "split_file": tmp_path / "splits/x.csv", **knobs}), cpu)
 
     return make
 
@@ -87,8 +103,8 @@ def test_sound_data_and_a_sound_model_pass_all_checks_of_this_process(make_bench
             return super().forward(images)
 
     bench = make_bench(model=lambda num_classes: Slow(*small_model(num_classes)))
-    rows = {name: attempt(trial) for name, trial in bench.checks().items() if name != "processes"}
-    assert {name: row for name, row in rows.items() if row.outcome != "pass" or row.mend} == {}
+    rows = {name: run_one_check(partial(trial, bench)) for name, trial in check.CHECKS if name != "processes"}
+    assert {name: row for name, row in rows.items() if row.outcome != "pass" or row.hint} == {}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,16 +128,16 @@ def test_a_truncated_file_is_named_whatever_its_reader_raises(make_bench, tmp_pa
     dataset = Files(tmp_path)
     path = tmp_path / dataset.ids[77]
     path.write_bytes(path.read_bytes()[:300])
-    row = attempt(make_bench(dataset).data_opens)
+    row = run_one_check(partial(check.samples_load, make_bench(dataset)))
     assert row.outcome == "fail"
-    assert row.seen.startswith(f"tried all {SIZE} samples; of 1 this is wrong: picture77: RuntimeError: ")
+    assert row.details.startswith(f"tried all {SIZE} samples; of 1 this is wrong: picture77: RuntimeError: ")
 
 
 def test_of_many_samples_as_many_as_were_asked_for_are_opened(make_bench):
     bench = make_bench(samples=40)
-    assert bench.data_opens() == Row("pass", f"40 of {SIZE} samples, by chance, open")
+    assert check.samples_load(bench) == CheckResult("pass", f"40 of {SIZE} samples, by chance, open")
     bench.dataset.left_out = "3 .bmp"
-    assert bench.data_opens().seen == f"40 of {SIZE} samples, by chance, open; left out: 3 .bmp"
+    assert check.samples_load(bench).details == f"40 of {SIZE} samples, by chance, open; left out: 3 .bmp"
     assert len(set(bench.opened[0].tolist())) == 40
     assert len(bench.opened[1]) == 40
 
@@ -131,17 +147,17 @@ def test_a_sample_with_another_target_than_the_split_was_made_for_fails(make_ben
         def __getitem__(self, index):
             return self.images[index], (int(self.targets[index]) + (index == 9)) % 4
 
-    row = attempt(make_bench(Shifted()).data_opens)
+    row = run_one_check(partial(check.samples_load, make_bench(Shifted())))
     assert row.outcome == "fail"
-    assert "picture9: its target is 2, and 1 in the data set's targets." in row.seen
+    assert "picture9: its target is 2, and 1 in the data set's targets." in row.details
 
 
 def test_an_image_that_is_not_finite_fails(make_bench):
     dataset = Samples()
     dataset.images = dataset.images.float()
     dataset.images[3, 0, 2, 2] = torch.nan
-    row = attempt(make_bench(dataset).data_opens)
-    assert (row.outcome, "picture3: it has values that are not finite" in row.seen) == ("fail", True)
+    row = run_one_check(partial(check.samples_load, make_bench(dataset)))
+    assert (row.outcome, "picture3: it has values that are not finite" in row.details) == ("fail", True)
 
 
 def test_a_data_sets_own_look_at_its_files_counts_too(make_bench):
@@ -150,17 +166,17 @@ def test_a_data_sets_own_look_at_its_files_counts_too(make_bench):
             assert len(indices) < SIZE  # the test split is left alone
             raise ValueError("three files are no images")
 
-    row = attempt(make_bench(Checked()).data_opens)
+    row = run_one_check(partial(check.samples_load, make_bench(Checked())))
     assert row.outcome == "fail"
-    assert "three files are no images" in row.seen
+    assert "three files are no images" in row.details
 
 
 def test_samples_that_are_no_images_open_and_have_no_duplicates_to_look_for(make_bench):
     dataset = Samples()
     dataset.images = dataset.images.float().flatten(1)
     bench = make_bench(dataset)
-    assert bench.data_opens().outcome == "pass"
-    assert bench.duplicates() == Row("warning", "not tried: no sample is an image (C, H, W) that opens")
+    assert check.samples_load(bench).outcome == "pass"
+    assert check.duplicates(bench) == CheckResult("warning", "not tried: no sample is an image (C, H, W) that opens")
 
 
 def test_a_class_that_is_missing_in_train_fails_and_the_other_checks_go_on(make_bench, tmp_path):
@@ -169,10 +185,14 @@ def test_a_class_that_is_missing_in_train_fails_and_the_other_checks_go_on(make_
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits/x.csv").write_text(to_csv(dataset, folds))
     bench = make_bench(dataset)
-    row = attempt(bench.classes)
+    row = run_one_check(partial(check.class_counts, bench))
     assert row.outcome == "fail"
-    assert row.seen.startswith("the train split of fold 0 has no sample of class south (40 of south in all")
-    assert attempt(bench.data_opens).outcome == attempt(bench.normalisation).outcome == "pass"
+    assert row.details.startswith("the train split of fold 0 has no sample of class south (40 of south in all")
+    assert (
+        run_one_check(partial(check.samples_load, bench)).outcome
+        == run_one_check(partial(check.normalization, bench)).outcome
+        == "pass"
+    )
 
 
 @pytest.mark.parametrize(("of_rare", "outcome"), [(20, "warning"), (24, "pass")])
@@ -186,22 +206,24 @@ def test_a_rare_class_is_a_warning_and_all_counts_are_right(tmp_path, of_rare, o
 
     folds = np.where(Skewed.targets == 1, np.arange(SIZE) % 4 > 1, np.arange(SIZE) % 4 > 2).astype(int)  # 1 validates
     splits = SplitFile(tmp_path / "x.csv", Skewed(), lambda dataset: folds)
-    row = classes_are_there(splits, 1)
+    row = check_class_counts(splits, 1)
     train, valid = (sorted(Counter(Skewed.targets[folds == fold]).values()) for fold in (0, 1))
     assert row.outcome == outcome
     assert (
         f"train {sum(train)} ({train[0]} to {train[1]}), valid {sum(valid)} ({valid[0]} to {valid[1]}), test 0"
-        in row.seen
+        in row.details
     )
     assert max(valid) < 10 * min(valid)
-    assert ("times as many common as rare" in row.seen) == (max(train) >= 10 * min(train)) == (outcome == "warning")
+    assert ("times as many common as rare" in row.details) == (max(train) >= 10 * min(train)) == (outcome == "warning")
 
 
 def test_targets_that_are_no_classes_are_not_counted(tmp_path):
     dataset = Samples()
     dataset.targets, dataset.classes = np.linspace(0, 1, SIZE), None
-    row = classes_are_there(SplitFile(tmp_path / "x.csv", dataset, lambda dataset: np.arange(SIZE) % 2), 0)
-    assert row == Row("pass", "train 80, valid 80, test 0 samples; their targets are no classes, so none are counted")
+    row = check_class_counts(SplitFile(tmp_path / "x.csv", dataset, lambda dataset: np.arange(SIZE) % 2), 0)
+    assert row == CheckResult(
+        "pass", "train 80, valid 80, test 0 samples; their targets are no classes, so none are counted"
+    )
 
 
 @pytest.mark.parametrize(("copies", "outcome"), [(0, "pass"), (1, "fail"), (3, "fail")])
@@ -211,12 +233,12 @@ def test_an_image_on_both_sides_of_the_split_is_named(make_bench, copies, outcom
     train, test = bench.split.train, bench.split.test
     for number in range(copies):
         dataset.images[test[number]] = dataset.images[train[number]]
-    row = bench.duplicates()
+    row = check.duplicates(bench)
     assert row.outcome == outcome
     if copies:
-        assert f"{copies} equal and 0 nearly equal images, of {SIZE}" in row.seen
+        assert f"{copies} equal and 0 nearly equal images, of {SIZE}" in row.details
         pair = sorted([(train[0], "train"), (test[0], "test")])
-        assert " and ".join(f"picture{index} ({part})" for index, part in pair) in row.seen
+        assert " and ".join(f"picture{index} ({part})" for index, part in pair) in row.details
 
 
 def test_duplicates_are_named_right_though_another_sample_does_not_open(make_bench):
@@ -228,9 +250,9 @@ def test_duplicates_are_named_right_though_another_sample_does_not_open(make_ben
     bench = make_bench(dataset)
     train, test = bench.split.train[-1], bench.split.test[-1]
     dataset.images[test] = dataset.images[train]
-    row = bench.duplicates()
-    assert f"of {SIZE - 1}: " in row.seen
-    assert {f"picture{train}", f"picture{test}"} == set(re.findall(r"picture\d+", row.seen))
+    row = check.duplicates(bench)
+    assert f"of {SIZE - 1}: " in row.details
+    assert {f"picture{train}", f"picture{test}"} == set(re.findall(r"picture\d+", row.details))
 
 
 def test_few_duplicates_are_a_warning_and_those_within_one_part_none():
@@ -248,10 +270,10 @@ def test_few_duplicates_are_a_warning_and_those_within_one_part_none():
     dataset.images[1] = dataset.images[0]
     split = check.data_checks.Split(np.arange(200), np.arange(200, 400), np.arange(400, 600))
     everything = np.arange(600)
-    assert no_duplicates(dataset, split, everything, open_samples(dataset, everything)).outcome == "pass"
+    assert check_duplicates(dataset, split, everything, open_samples(dataset, everything)).outcome == "pass"
     dataset.images[599] = dataset.images[0]
-    row = no_duplicates(dataset, split, everything, open_samples(dataset, everything))
-    assert (row.outcome, "0 (train) and 599 (test)" in row.seen) == ("warning", True)
+    row = check_duplicates(dataset, split, everything, open_samples(dataset, everything))
+    assert (row.outcome, "0 (train) and 599 (test)" in row.details) == ("warning", True)
 
 
 @pytest.mark.parametrize(
@@ -263,18 +285,18 @@ def test_few_duplicates_are_a_warning_and_those_within_one_part_none():
 )
 def test_normalised_values_far_from_0_and_1_are_told_with_numpys_numbers(scale, shift, outcome):
     values = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * scale + shift
-    row = values_are_normal(values.split(7))
+    row = check_normalization(values.split(7))
     assert row.outcome == outcome
     wanted = [" ".join(f"{number:.2f}" for number in f(values.double().numpy(), (0, 2, 3))) for f in (np.mean, np.std)]
     if scale == scale:
-        assert row.seen.startswith(f"mean {wanted[0]}, deviation {wanted[1]}, values {values.min():.2f} to ")
+        assert row.details.startswith(f"mean {wanted[0]}, deviation {wanted[1]}, values {values.min():.2f} to ")
 
 
 def test_a_normalisation_that_forgets_to_divide_fails(make_bench, monkeypatch):
     bench = make_bench()
     monkeypatch.setattr(check, "normalize", lambda images: (images - 0.5) / 0.25)
-    row = bench.normalisation()
-    assert (row.outcome, "python split.py --keep --statistics" in row.mend) == ("fail", True)
+    row = check.normalization(bench)
+    assert (row.outcome, "python tools/split.py --keep --statistics" in row.hint) == ("fail", True)
 
 
 def test_a_few_samples_are_of_as_many_classes_as_there_are():
@@ -309,17 +331,17 @@ class Shuffled(Samples):
 
 
 def test_one_batch_is_learned_by_a_sound_model_from_sound_labels(make_bench):
-    row = make_bench().one_batch()
+    row = check.overfit_one_batch(make_bench())
     assert row.outcome == "pass"
-    first, last = map(float, re.match(r"loss ([\d.]+) to ([\d.]+) in \d+ steps", row.seen).groups())
+    first, last = map(float, re.match(r"loss ([\d.]+) to ([\d.]+) in \d+ steps", row.details).groups())
     assert last <= first / 10
 
 
 @pytest.mark.parametrize("broken", [{"dataset": Shuffled()}, {"model": Constant}])
 def test_one_batch_is_not_learned_from_shuffled_labels_or_by_a_model_that_cannot(make_bench, broken):
-    row = make_bench(**broken).one_batch()
-    assert (row.outcome, "in 60 steps on the same 8 samples" in row.seen) == ("fail", True)
-    assert "it does not learn them" in row.seen
+    row = check.overfit_one_batch(make_bench(**broken))
+    assert (row.outcome, "in 60 steps on the same 8 samples" in row.details) == ("fail", True)
+    assert "it does not learn them" in row.details
 
 
 def test_one_batch_is_learned_though_training_mixes_smooths_and_drops(make_bench):
@@ -327,7 +349,7 @@ def test_one_batch_is_learned_though_training_mixes_smooths_and_drops(make_bench
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(CHANNELS * 64, num_classes))
 
     bench = make_bench(model=model, mixup=0.5, label_smoothing=0.3, stages=(check.Stage("one", 1, 0.02),))
-    assert bench.one_batch().outcome == "pass"
+    assert check.overfit_one_batch(bench).outcome == "pass"
 
 
 @pytest.mark.parametrize(
@@ -342,12 +364,12 @@ def test_one_batch_is_learned_though_training_mixes_smooths_and_drops(make_bench
     ],
 )
 def test_how_far_a_loss_has_to_fall(losses, knows, outcome):
-    assert learns_by_heart(losses, 8, 0.1, knows=knows).outcome == outcome
+    assert check_overfit_one_batch(losses, 8, 0.1, knows=knows).outcome == outcome
 
 
 def test_no_more_steps_are_taken_than_are_needed():
     losses = iter([1.0, 0.09, 0.08])
-    assert "in 2 steps" in learns_by_heart(losses, 8, 0.1).seen
+    assert "in 2 steps" in check_overfit_one_batch(losses, 8, 0.1).details
     assert next(losses) == 0.08
 
 
@@ -375,9 +397,9 @@ class Branches(nn.Module):
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # where a step is skipped
 def test_parameters_that_no_gradient_reaches_are_named(make_bench, join, outcome, words):
-    row = make_bench(model=lambda num_classes: Branches(num_classes, join)).gradients()
+    row = check.gradients(make_bench(model=lambda num_classes: Branches(num_classes, join)))
     assert row.outcome == outcome
-    assert words in row.seen
+    assert words in row.details
 
 
 def test_what_is_frozen_in_all_stages_needs_no_gradient_and_what_learns_in_one_does(make_bench):
@@ -386,9 +408,9 @@ def test_what_is_frozen_in_all_stages_needs_no_gradient_and_what_learns_in_one_d
 
     def gradients(*frozen):
         stages = tuple(check.Stage(f"s{number}", 1, 0.1, freeze=names) for number, names in enumerate(frozen))
-        return make_bench(model=lambda num_classes: Branches(num_classes, unused), stages=stages).gradients()
+        return check.gradients(make_bench(model=lambda num_classes: Branches(num_classes, unused), stages=stages))
 
-    assert gradients(("branch",), ("branch", "trunk.1")) == Row(
+    assert gradients(("branch",), ("branch", "trunk.1")) == CheckResult(
         "pass", "all 7 parameters have one; 6 are frozen in all stages"
     )
     assert gradients(("branch",), ()).outcome == "fail"
@@ -406,7 +428,7 @@ def test_a_branch_behind_a_gate_that_opens_in_a_later_stage_is_reached(make_benc
             return self.trunk(images) + self.gate(self.branch(images))
 
     stages = check.Stage("one", 1, 0.1, freeze=("gate",)), check.Stage("two", 1, 0.1)
-    assert make_bench(model=Gated, stages=stages).gradients() == Row("pass", "all 13 parameters have one")
+    assert check.gradients(make_bench(model=Gated, stages=stages)) == CheckResult("pass", "all 13 parameters have one")
 
 
 class Forgetful(nn.Sequential):
@@ -446,7 +468,9 @@ class Momentum(torch.optim.SGD):
     [("buffer", "pass"), ("attribute", "fail"), ("temporary", "fail"), ("only in validation", "fail")],
 )
 def test_a_model_whose_state_does_not_survive_its_checkpoint_fails(make_bench, tmp_path, how, outcome):
-    row = attempt(make_bench(model=lambda num_classes: Forgetful(num_classes, how)).checkpoint)
+    row = run_one_check(
+        partial(check.checkpoint_roundtrip, make_bench(model=lambda num_classes: Forgetful(num_classes, how)))
+    )
     assert row.outcome == outcome, row
     assert list(tmp_path.iterdir()) == []
 
@@ -461,17 +485,19 @@ def test_what_is_loaded_otherwise_than_it_was_saved_is_named_even_where_no_two_r
         return model
 
     bench = make_bench(model=forgetful)
-    row = checkpoint_comes_back(tmp_path, lambda stream: bench.make_state(bench.first, 1, stream), bench.pack, None)
-    assert (row.outcome, row.seen) == ("fail", "loaded otherwise than saved: model_state_dict.3.weight")
+    row = check_checkpoint_roundtrip(
+        tmp_path, lambda stream: bench.make_state(bench.first_stage, 1, stream), bench.pack, None
+    )
+    assert (row.outcome, row.details) == ("fail", "loaded otherwise than saved: model_state_dict.3.weight")
 
 
 def test_an_optimizer_whose_state_does_not_survive_its_checkpoint_fails(make_bench, monkeypatch):
     bench = make_bench(ema_decay=0.9)
-    assert bench.checkpoint().outcome == "pass"
-    monkeypatch.setattr(check, "build_optimizer", lambda model, stage, config: Momentum(model.parameters(), stage.lr))
-    row = bench.checkpoint()
+    assert check.checkpoint_roundtrip(bench).outcome == "pass"
+    monkeypatch.setattr(train, "build_optimizer", lambda model, stage, config: Momentum(model.parameters(), stage.lr))
+    row = check.checkpoint_roundtrip(bench)
     assert row.outcome == "fail"
-    assert row.seen.startswith("it loads, and a step later these differ: result.train.")
+    assert row.details.startswith("it loads, and a step later these differ: result.train.")
 
 
 def test_the_checkpoint_is_tried_beside_where_the_logdir_will_be(make_bench, monkeypatch, tmp_path):
@@ -481,10 +507,10 @@ def test_the_checkpoint_is_tried_beside_where_the_logdir_will_be(make_bench, mon
         seen.append(path)
         return save_checkpoint(path, checkpoint)
 
-    monkeypatch.setattr("batteries.model_checks.save_checkpoint", save)
+    monkeypatch.setattr("batteries.preflight.model_checks.save_checkpoint", save)
     (tmp_path / "disk").mkdir()
     bench = make_bench(logdir=tmp_path / "disk/not/yet/there")
-    assert bench.checkpoint().outcome == "pass"
+    assert check.checkpoint_roundtrip(bench).outcome == "pass"
     assert seen[0].parent.parent == tmp_path / "disk" == nearest_folder(bench.options.logdir)
     assert list((tmp_path / "disk").iterdir()) == []
 
@@ -512,9 +538,9 @@ def test_a_slow_data_set_makes_the_loader_the_limit(make_bench):
             time.sleep(0.005)
             return super().__getitem__(index)
 
-    row = make_bench(Slow(), limit_batches=4).loader()
-    assert (row.outcome, "the loader is the limit (no workers" in row.seen) == ("warning", True)
-    assert row.mend.startswith("--num-workers ")
+    row = check.loader_throughput(make_bench(Slow(), limit_batches=4))
+    assert (row.outcome, "the loader is the limit (no workers" in row.details) == ("warning", True)
+    assert row.hint.startswith("--num-workers ")
 
 
 def test_times_are_those_between_events_but_for_the_first_and_do_not_go_on_for_ever():
@@ -535,32 +561,35 @@ def test_the_time_of_a_run_is_that_of_its_steps_and_validations(workers, loading
                 clock += max(one, other) if workers else one + other
             clock += stage.validations * stage.speed.validation
     assert sum(stage.seconds for stage in stages) == pytest.approx(clock)
-    row = run_takes(stages, 5_000_000)
-    assert row.seen.startswith(f"about {duration(clock)} for 5 epochs, 40 steps; ")
-    assert row.seen.endswith("; peak memory so far 5.0 MB")
-    assert run_takes(stages, 0, patient=False).seen.startswith("at most about")
+    row = estimate_run_time(stages, 5_000_000)
+    assert row.details.startswith(f"about {format_duration(clock)} for 5 epochs, 40 steps; ")
+    assert row.details.endswith("; peak memory so far 5.0 MB")
+    assert estimate_run_time(stages, 0, patient=False).details.startswith("at most about")
 
 
 def test_times_are_said_in_the_unit_that_fits():
-    said = [duration(seconds) for seconds in (0.25, 42.4, 600, 3 * 3600, 30 * 3600, 72 * 3600)]
+    said = [format_duration(seconds) for seconds in (0.25, 42.4, 600, 3 * 3600, 30 * 3600, 72 * 3600)]
     assert said == ["0.2 s", "42 s", "10 min", "3.0 hours", "30 hours", "3.0 days"]
 
 
 def test_the_stage_in_which_loading_is_the_largest_share_of_a_step_is_told():
     fast, slow = Speed(1.0, 4.0, 0.0, 2), Speed(1.0, 0.5, 0.0, 2)
-    assert loader_keeps_up({"a": fast, "b": fast}, 8) == Row(
+    assert check_loader_throughput({"a": fast, "b": fast}, 8) == CheckResult(
         "pass", "samples a second: loader 8, model 2: the model is the limit (2 workers)"
     )
-    assert loader_keeps_up({"a": fast, "b": slow}, 8).seen.startswith(
+    assert check_loader_throughput({"a": fast, "b": slow}, 8).details.startswith(
         "samples a second: loader 8, model 16, in b: the l"
     )
 
 
 def test_the_time_of_a_run_counts_all_its_steps_and_validations(make_bench, monkeypatch):
     bench = make_bench(ema_decay=0.9, stages=(check.Stage("a", 3, 0.1), check.Stage("b", 2, 0.1)))
-    monkeypatch.setattr(bench, "speed_of", lambda stage: Speed(0.25, 0.75, 2.0, 0))
+    monkeypatch.setattr(check.CheckContext, "_measure", lambda bench, stage: Speed(0.25, 0.75, 2.0, 0))
     steps = len(bench.split.train) // 16
-    assert f"about {5 * (steps + 2 * 2.0):.0f} s for 5 epochs, {5 * steps} steps; 1 s a step" in bench.whole_run().seen
+    assert (
+        f"about {5 * (steps + 2 * 2.0):.0f} s for 5 epochs, {5 * steps} steps; 1 s a step"
+        in check.run_time(bench).details
+    )
 
 
 Disk = namedtuple("Disk", "total used free")  # as shutil's
@@ -569,7 +598,7 @@ Disk = namedtuple("Disk", "total used free")  # as shutil's
 @pytest.mark.parametrize(("room", "outcome"), [(0.99, "fail"), (1.01, "warning"), (2, "pass")])
 def test_a_disk_that_is_too_small_for_the_checkpoints_fails(make_bench, monkeypatch, tmp_path, room, outcome):
     bench = make_bench(save_n_best=2, checkpoint_every_minutes=None)  # stages of 6 and 3 epochs
-    state = bench.make_state(bench.first, 1)
+    state = bench.make_state(bench.first_stage, 1)
     machine_checks.count_state_bytes(state, bench.pack)
     needed = (4 + 3 + 1) * count_bytes(bench.pack(state))
     asked = []
@@ -579,8 +608,8 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_fails(make_bench, monkeypa
         return Disk(0, 0, int(room * needed))
 
     monkeypatch.setattr("shutil.disk_usage", disk_usage)
-    row = bench.disk()
-    assert (row.outcome, "4 + 3 + 1 checkpoints" in row.seen) == (outcome, True)
+    row = check.disk_space(bench)
+    assert (row.outcome, "4 + 3 + 1 checkpoints" in row.details) == (outcome, True)
     assert asked == [tmp_path]
 
 
@@ -624,33 +653,33 @@ def test_a_logdir_with_a_run_is_a_warning_and_one_that_is_a_file_fails(make_benc
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.json").write_text("{}")
     (tmp_path / "file").write_text("x")
-    assert make_bench(logdir=tmp_path / "old").logdir().outcome == "warning"
-    assert make_bench(logdir=tmp_path / "old", resume=True).logdir().outcome == "pass"
-    assert attempt(make_bench(logdir=tmp_path / "file/run").logdir).outcome == "fail"
-    assert make_bench(logdir=tmp_path / "new").logdir().outcome == "pass"
+    assert check.logdir(make_bench(logdir=tmp_path / "old")).outcome == "warning"
+    assert check.logdir(make_bench(logdir=tmp_path / "old", resume=True)).outcome == "pass"
+    assert run_one_check(partial(check.logdir, make_bench(logdir=tmp_path / "file/run"))).outcome == "fail"
+    assert check.logdir(make_bench(logdir=tmp_path / "new")).outcome == "pass"
 
 
 @pytest.mark.slow
 def test_processes_meet_here_and_where_they_cannot_the_reason_is_told(make_bench, monkeypatch):
     monkeypatch.setenv("NPROC", "2")
-    assert make_bench().processes() == Row("pass", "2 processes met (gloo)")
-    row = make_bench(batch_size=15).processes()
-    assert (row.outcome, "--batch-size 15 does not divide over 2 x" in row.seen) == ("warning", True)
+    assert check.processes(make_bench()) == CheckResult("pass", "2 processes met (gloo)")
+    row = check.processes(make_bench(batch_size=15))
+    assert (row.outcome, "--batch-size 15 does not divide over 2 x" in row.details) == ("warning", True)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    row = make_bench().processes()
+    row = check.processes(make_bench())
     assert row.outcome in ("warning", "fail")  # fail with several GPUs, which wait for DDP
-    assert re.search(r"2 processes \(gloo\) cannot meet: .*nosuch0", row.seen)
+    assert re.search(r"2 processes \(gloo\) cannot meet: .*nosuch0", row.details)
 
 
 def test_processes_that_never_come_are_not_waited_for_and_none_is_left(monkeypatch):
-    started, start = [], handshake._start
+    started, start = [], connectivity._start
 
     def start_first_alone(*arguments):
         started.append(start(*arguments))
         return started[-1]
 
-    monkeypatch.setattr(handshake, "_start", start_first_alone)
-    assert handshake.meet(2, "cpu", 0.2) == "no answer from process 0, 1 of 2 in 0.2 s"
+    monkeypatch.setattr(connectivity, "_start", start_first_alone)
+    assert connectivity.check_process_group(2, "cpu", 0.2) == "no answer from process 0, 1 of 2 in 0.2 s"
     assert [process.poll() for process in started] == [-9, -9]
 
 
@@ -661,24 +690,24 @@ def test_what_a_check_raises_is_its_row_and_the_others_go_on(capsys):
     def broken():
         raise KeyError("weight")
 
-    rows = try_all({"a": broken, "b": lambda: Row("warning", "[red]so[/red] so.", "mend it")})
+    rows = run_checks({"a": broken, "b": lambda: CheckResult("warning", "[red]so[/red] so.", "mend it")})
     assert rows["a"].outcome == "fail"
-    assert "KeyError: 'weight'" in rows["a"].seen
-    assert rows["a"].seen.endswith(f"line {broken.__code__.co_firstlineno + 1})")
+    assert "KeyError: 'weight'" in rows["a"].details
+    assert rows["a"].details.endswith(f"line {broken.__code__.co_firstlineno + 1})")
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("fail     a  KeyError")
     assert out[1] == "warning  b  [red]so[/red] so. Mend: mend it."
     assert re.fullmatch(r"2 checks in \d+ s: 1 warning, 1 fail\.", out[2])
-    with pytest.raises(RunFailed, match=r"^1 of 2 checks failed: a\.$"):
-        refuse_failed(rows)
-    refuse_failed({"b": rows["b"]})
+    with pytest.raises(RunError, match=r"^1 of 2 checks failed: a\.$"):
+        raise_if_failed(rows)
+    raise_if_failed({"b": rows["b"]})
 
 
 def test_out_of_memory_has_a_mend():
     def greedy():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert attempt(greedy).mend == "more --accumulation-steps, or less --batch-size"
+    assert run_one_check(greedy).hint == "more --accumulation-steps, or less --batch-size"
 
 
 def test_on_a_terminal_the_table_fits_into_80_columns_and_loses_no_word(monkeypatch, capsys):
@@ -686,8 +715,11 @@ def test_on_a_terminal_the_table_fits_into_80_columns_and_loses_no_word(monkeypa
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
     words = [f"word{number}" for number in range(40)]
-    try_all(
-        {"a check": lambda: Row("fail", " ".join(words[:20]), " ".join(words[20:])), "b": lambda: Row("pass", "[x]")}
+    run_checks(
+        {
+            "a check": lambda: CheckResult("fail", " ".join(words[:20]), " ".join(words[20:])),
+            "b": lambda: CheckResult("pass", "[x]"),
+        }
     )
     out = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).replace("\r", "\n")
     assert max(map(len, out.splitlines())) <= 80
@@ -716,7 +748,11 @@ def settings() -> list:
 
 def test_nothing_is_left_behind_neither_files_nor_settings(make_bench, monkeypatch, tmp_path):
     bench = make_bench()
-    monkeypatch.setattr(check.Bench, "processes", lambda bench: Row("pass", "not here"))
+    skipped = [
+        (name, trial if name != "processes" else lambda _: CheckResult("pass", "not here"))
+        for name, trial in check.CHECKS
+    ]
+    monkeypatch.setattr(check, "CHECKS", skipped)
     torch.set_float32_matmul_precision("medium")
     before = settings()
     check.main(bench.options)
@@ -733,7 +769,7 @@ def data_dir(tmp_path_factory):
 def run_check(data_dir, tmp_path, *flags: str):
     places = {"--data-dir": data_dir, "--split-file": tmp_path / "x.csv", "--logdir": tmp_path / "run"}
     fixed = [str(word) for pair in places.items() for word in pair] + ["--tracker", "none", "--device", "cpu"]
-    return run_train(check.main, check.Options, *fixed, *flags, name="check.py")
+    return run_train(check.main, check.Options, *fixed, *flags, name="tools/check.py")
 
 
 @pytest.mark.parametrize(

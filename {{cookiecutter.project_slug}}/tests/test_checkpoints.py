@@ -12,8 +12,11 @@ import torch
 from models import CHANNELS, batchnorm_model
 from processes import run_ranks
 
-from batteries import BadInput, CheckpointManager, load_checkpoint, make_checkpoint, save_checkpoint
-from batteries.parallel import bare, place_model, share_model
+from batteries.checkpoint.io import load_checkpoint, make_checkpoint, save_checkpoint
+from batteries.checkpoint.manager import CheckpointManager
+from batteries.core.errors import UserError
+from batteries.distributed.unwrap import unwrap_model
+from batteries.training.wrap import prepare_model, wrap_model
 
 
 def some_checkpoint(epoch: int = 1) -> dict:
@@ -146,7 +149,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
     else:
         data[:512] = bytes(512)
     path.write_bytes(data)
-    with pytest.raises(BadInput, match=r"epoch_1\.pth is not the file that checkpoints\.json beside it lists"):
+    with pytest.raises(UserError, match=r"epoch_1\.pth is not the file that checkpoints\.json beside it lists"):
         load_checkpoint(path, torch.nn.Linear(2, 2))
 
 
@@ -156,7 +159,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
             return os.mkdir, (str(tmp_path / "attacked"),)
 
     torch.save({"model_state_dict": Attack()}, tmp_path / "x.pth")
-    with pytest.raises(BadInput, match=r"x\.pth cannot be read as a checkpoint of tensors and plain values"):
+    with pytest.raises(UserError, match=r"x\.pth cannot be read as a checkpoint of tensors and plain values"):
         load_checkpoint(tmp_path / "x.pth", torch.nn.Linear(2, 2))
     assert not (tmp_path / "attacked").exists()
 
@@ -165,23 +168,23 @@ def test_another_architecture_is_refused_with_its_keys_and_nothing_is_loaded(tmp
     save_checkpoint(tmp_path / "x.pth", make_checkpoint("stage0", 1, torch.nn.Linear(2, 3)))
     model = torch.nn.Sequential(torch.nn.Linear(2, 3))
     before = model[0].weight.clone()
-    with pytest.raises(BadInput, match=r"missing: 0\.weight, 0\.bias; unexpected: weight, bias"):
+    with pytest.raises(UserError, match=r"missing: 0\.weight, 0\.bias; unexpected: weight, bias"):
         load_checkpoint(tmp_path / "x.pth", model)
-    with pytest.raises(BadInput, match=r"of another shape: weight \(3, 2\) instead of \(4, 2\)"):
+    with pytest.raises(UserError, match=r"of another shape: weight \(3, 2\) instead of \(4, 2\)"):
         load_checkpoint(tmp_path / "x.pth", torch.nn.Linear(2, 4))
     assert torch.equal(model[0].weight, before)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(BadInput, match=r"nowhere\.pth is not there"):
+    with pytest.raises(UserError, match=r"nowhere\.pth is not there"):
         load_checkpoint(tmp_path / "nowhere.pth", torch.nn.Linear(2, 2))
 
 
 def shared_model(way: str) -> torch.nn.Module:
     """One model as each launch script has it."""
     device = torch.device("cpu")
-    model = place_model(batchnorm_model(), device)
-    return share_model(model, device, data_parallel=way == "dp", compiled=way == "compiled")
+    model = prepare_model(batchnorm_model(), device)
+    return wrap_model(model, device, data_parallel=way == "dp", compiled=way == "compiled")
 
 
 def test_checkpoints_of_device_dp_ddp_and_compiled_models_are_the_same_and_load_into_one_another(tmp_path, monkeypatch):
@@ -189,7 +192,7 @@ def test_checkpoints_of_device_dp_ddp_and_compiled_models_are_the_same_and_load_
 
     def save(way: str) -> None:
         model = shared_model(way)
-        for number, buffer in enumerate(bare(model).buffers()):
+        for number, buffer in enumerate(unwrap_model(model).buffers()):
             buffer.fill_(number)
         save_checkpoint(tmp_path / f"{way}.pth", make_checkpoint("stage0", 1, model))
 
@@ -198,7 +201,7 @@ def test_checkpoints_of_device_dp_ddp_and_compiled_models_are_the_same_and_load_
         for other in ("device", "dp", "ddp", "compiled"):
             model = shared_model(way)
             saved = load_checkpoint(tmp_path / f"{other}.pth", model)["model_state_dict"]
-            state = bare(model).state_dict()
+            state = unwrap_model(model).state_dict()
             found.append(saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in saved))
         return found
 
@@ -213,7 +216,7 @@ def test_checkpoints_of_device_dp_ddp_and_compiled_models_are_the_same_and_load_
 
 def test_a_file_that_rank_0_cannot_read_fails_on_all_ranks_together(tmp_path):
     def fail() -> str:
-        with pytest.raises(BadInput) as error:
+        with pytest.raises(UserError) as error:
             load_checkpoint(tmp_path / "nowhere.pth", torch.nn.Linear(2, 2))
         return str(error.value)
 

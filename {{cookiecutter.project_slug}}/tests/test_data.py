@@ -16,9 +16,12 @@ from processes import run_ranks, run_train
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from batteries import BadInput, EvalLoader, SplitFile, TrainLoader
-from batteries.data import InThisProcess, _WorkerStart, cut_epoch, explain_lost_worker
-from batteries.randomness import Stream, reseed, stream_seeds
+from batteries.core.errors import UserError, explain_dead_worker
+from batteries.core.seeding import Stream, reseed, stream_seeds
+from batteries.data.batch_plan import plan_epoch
+from batteries.data.loaders import EvalLoader, TrainLoader
+from batteries.data.splits import SplitFile
+from batteries.data.workers import InProcessLoader, _WorkerInit
 from experiment.augmentations import batch_transform
 from experiment.splits import make_folds
 
@@ -48,7 +51,7 @@ def step_hashes(num_workers: int, world_size: int, start_method: str | None, acc
     pixels = Pictures(1).images.numel()
     hashes = []
     for epoch in range(2):
-        cuts = list(cut_epoch(SIZE, BATCH_SIZE, accumulation_steps, 0, world_size, drop_last=False))
+        cuts = list(plan_epoch(SIZE, BATCH_SIZE, accumulation_steps, 0, world_size, drop_last=False))
         images, targets = [], []
         for micro_batch, cut in enumerate(cuts):
             for rank in range(world_size):
@@ -125,7 +128,7 @@ def test_micro_batches_cover_each_sample_once_and_their_shares_make_the_mean_of_
         pytest.skip("refused: fewer samples than ranks in the last step")
     values = np.random.default_rng(0).normal(size=size)
     ranks = [
-        list(cut_epoch(size, batch_size, accumulation_steps, rank, world_size, drop_last=False))
+        list(plan_epoch(size, batch_size, accumulation_steps, rank, world_size, drop_last=False))
         for rank in range(world_size)
     ]
     covered = sorted(position for cuts in ranks for cut in cuts for position in range(cut.start, cut.stop))
@@ -134,7 +137,7 @@ def test_micro_batches_cover_each_sample_once_and_their_shares_make_the_mean_of_
     means, total = [], 0.0
     for cuts in zip(*ranks, strict=True):
         # DistributedDataParallel averages over ranks.
-        total += np.mean([cut.share * values[cut.start : cut.stop].mean() for cut in cuts])
+        total += np.mean([cut.loss_weight * values[cut.start : cut.stop].mean() for cut in cuts])
         if cuts[0].ends_step:
             means.append(total)
             total = 0.0
@@ -185,13 +188,13 @@ def make_loader(**changes) -> TrainLoader:
 
 
 def test_a_batch_size_that_does_not_divide_is_refused_with_the_legal_ones():
-    with pytest.raises(BadInput, match=r"--batch-size 16 must be a multiple of 3 .* nearest: 15 or 18"):
+    with pytest.raises(UserError, match=r"--batch-size 16 must be a multiple of 3 .* nearest: 15 or 18"):
         make_loader(accumulation_steps=3)
 
 
 def test_a_train_split_smaller_than_one_batch_is_refused():
     with pytest.raises(
-        BadInput, match=r"--batch-size 32 does not fit: the train split has 20 samples; .*--batch-size 20"
+        UserError, match=r"--batch-size 32 does not fit: the train split has 20 samples; .*--batch-size 20"
     ):
         make_loader(batch_size=32)
     assert len(make_loader(batch_size=32, drop_last=False)) == 1
@@ -199,7 +202,7 @@ def test_a_train_split_smaller_than_one_batch_is_refused():
 
 @pytest.mark.parametrize("changes", [{"batch_size": 0}, {"batch_size": -4}, {"num_workers": -1}])
 def test_other_numbers_that_mean_nothing_are_refused(changes):
-    with pytest.raises(BadInput, match="must be"):
+    with pytest.raises(UserError, match="must be"):
         make_loader(**changes)
 
 
@@ -220,7 +223,7 @@ def mixed_steps(kind: str, world_size: int, num_workers: int, accumulation_steps
 
     ranks = run_ranks(world_size, load)
     steps, images, targets = [], b"", b""
-    cuts = cut_epoch(SIZE, BATCH_SIZE, accumulation_steps, 0, world_size, drop_last=False)
+    cuts = plan_epoch(SIZE, BATCH_SIZE, accumulation_steps, 0, world_size, drop_last=False)
     for cut, *parts in zip(cuts, *ranks, strict=True):
         images += b"".join(part[0] for part in parts)
         targets += b"".join(part[1] for part in parts)
@@ -351,7 +354,7 @@ class Picky(Pictures):
 
     def __getitem__(self, index):
         if index == 11:
-            raise BadInput("picture 11 is broken; bring it again.")
+            raise UserError("picture 11 is broken; bring it again.")
         return super().__getitem__(index)
 
 
@@ -370,7 +373,7 @@ def test_a_gpu_gets_workers_by_the_cores_of_the_machine_that_stay_and_fetch_ahea
 
 def test_a_cpu_gets_no_worker_since_the_model_needs_its_cores(cpu):
     assert isinstance(
-        EvalLoader(Pictures(8), range(8), None, cpu, batch_size=4, num_workers=None).batches, InThisProcess
+        EvalLoader(Pictures(8), range(8), None, cpu, batch_size=4, num_workers=None).batches, InProcessLoader
     )
 
 
@@ -387,11 +390,11 @@ def test_a_worker_that_dies_ends_the_run_with_one_sentence_that_says_why():
 def test_a_worker_that_is_left_over_ends_by_its_alarm_whatever_the_main_process_does_at_one(monkeypatch):
     def be_left_over() -> None:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)  # as of the main process
-        _WorkerStart()(0)
+        _WorkerInit()(0)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("batteries.data.SECONDS_TO_LIVE", 1)
+    monkeypatch.setattr("batteries.data.workers.SECONDS_TO_LIVE", 1)
     worker = get_context("fork").Process(target=be_left_over)
     worker.start()
     worker.join()
@@ -416,5 +419,5 @@ def test_bad_input_in_a_worker_is_told_as_everywhere(num_workers):
     ],
 )
 def test_what_a_lost_worker_lacked_is_named(said, word):
-    sentence = explain_lost_worker(RuntimeError(said))
+    sentence = explain_dead_worker(RuntimeError(said))
     assert sentence is None if word is None else word in str(sentence)

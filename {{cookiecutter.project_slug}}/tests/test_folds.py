@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from batteries.folds import main
+from batteries.evaluation.cross_validation import main
 
 SCORES = [0.9, 0.8, 0.95]
 

@@ -11,16 +11,17 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from loops import CONFIG, CPU, EPOCHS, SIZE, Run, make_loader, make_optimizer, make_state
+from loops import CONFIG, CPU, EPOCHS, LOGGER, SIZE, make_loader, make_optimizer, make_state
 from models import CHANNELS, batchnorm_model, plain_model
 from pictures import Pictures
 from processes import run_ranks
 from torch import nn
 
-from batteries.batchnorm import SyncBatchNormCPU
-from batteries.distributed import process_group
-from batteries.errors import RunFailed
-from batteries.parallel import bare, evaluation
+from batteries.core.errors import RunError
+from batteries.distributed.process_group import process_group
+from batteries.distributed.sync_batchnorm import SyncBatchNormCPU
+from batteries.distributed.unwrap import unwrap_model
+from batteries.training.wrap import eval_mode
 from experiment.augmentations import normalize
 from train import train_fn, valid_fn
 
@@ -30,10 +31,10 @@ def train(build: Callable[[], nn.Module], accumulation_steps: int = 1, data_para
     state = make_state(build(), data_parallel)
     loader = make_loader(accumulation_steps)
     for epoch in range(1, EPOCHS + 1):
-        metrics = train_fn(state, loader.epoch(0, epoch), Run(), CONFIG)
-    with evaluation(state.model):
+        metrics = train_fn(state, loader.epoch(0, epoch), LOGGER, CONFIG)
+    with eval_mode(state.model):
         pass  # sends the buffers
-    return {"weights": numbers(bare(state.model)), "metrics": metrics}
+    return {"weights": numbers(unwrap_model(state.model)), "metrics": metrics}
 
 
 def bare_loop(build: Callable[[], nn.Module], micro_batches: int = 1) -> dict:
@@ -110,8 +111,8 @@ def test_one_process_and_data_parallel_without_gpus_end_with_the_weights_of_a_ba
 def test_without_synchronised_batch_norm_all_ranks_take_rank_0s_statistics_before_validation():
     def statistics() -> np.ndarray:
         state = make_state(batchnorm_model(), sync_batchnorm=False)
-        train_fn(state, make_loader().epoch(0, 1), Run(), CONFIG)
-        with evaluation(state.model) as network:
+        train_fn(state, make_loader().epoch(0, 1), LOGGER, CONFIG)
+        with eval_mode(state.model) as network:
             return network[2].running_mean.numpy().copy()
 
     first, second = run_ranks(2, statistics)
@@ -197,7 +198,7 @@ def test_a_rank_whose_launcher_was_killed_while_it_started_ends(monkeypatch):
         try:
             with process_group(torch.device("cpu")):
                 return "joined"
-        except RunFailed as error:
+        except RunError as error:
             return str(error)
 
     monkeypatch.setenv("BATTERIES_LAUNCHER", "1")
@@ -219,7 +220,7 @@ def test_gradients_are_exchanged_once_a_step_and_not_for_each_micro_batch():
         state = make_state(plain_model())
         state.model.register_comm_hook(None, count)
         loader = make_loader(accumulation_steps=4)
-        train_fn(state, loader.epoch(0, 1), Run(), CONFIG)
+        train_fn(state, loader.epoch(0, 1), LOGGER, CONFIG)
         return len(counted), len(loader)
 
     assert run_ranks(2, exchanges) == [(4, 4), (4, 4)]
@@ -227,7 +228,7 @@ def test_gradients_are_exchanged_once_a_step_and_not_for_each_micro_batch():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_scores_equal_a_plain_computation_for_any_ranks(world_size):
-    from batteries import EvalLoader
+    from batteries.data.loaders import EvalLoader
 
     pictures = Pictures(101, CHANNELS)
     model = plain_model().eval()
@@ -238,7 +239,7 @@ def test_validation_scores_equal_a_plain_computation_for_any_ranks(world_size):
 
     def validate() -> dict[str, float]:
         loader = EvalLoader(pictures, range(101), None, CPU, batch_size=64)
-        return valid_fn(make_state(plain_model()).model, loader, Run(), CONFIG)
+        return valid_fn(make_state(plain_model()).model, loader, LOGGER, CONFIG)
 
     for metrics in run_ranks(world_size, validate):
         assert metrics["accuracy"] == accuracy
@@ -251,7 +252,7 @@ def test_dropout_follows_from_the_position_and_not_from_what_was_drawn_before():
         for epoch in (1, 2):
             if disturb:
                 torch.rand(epoch * 7)
-            train_fn(state, make_loader().epoch(0, epoch), Run(), CONFIG)
+            train_fn(state, make_loader().epoch(0, epoch), LOGGER, CONFIG)
         return numbers(state.model)
 
     quiet, disturbed = weights(disturb=False), weights(disturb=True)

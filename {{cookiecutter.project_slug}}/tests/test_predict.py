@@ -17,17 +17,16 @@ from test_scripts import environment
 from torch import nn
 from torchvision.io import write_png
 
-import average
-import predict
 import train
-from batteries import BadInput
-from batteries.images import ImageFiles
-from batteries.past_runs import find_checkpoint
-from batteries.predictions import read_predictions
-from batteries.splits import Split
-from batteries.views import make_views
+from batteries.core.errors import UserError
+from batteries.data.image_files import ImageFiles
+from batteries.data.splits import Split
+from batteries.evaluation.predictions import read_predictions
+from batteries.evaluation.run_selection import find_checkpoint
+from batteries.evaluation.tta import make_views
 from experiment.augmentations import normalize, valid_transform
-from predict import Options, load_split
+from tools import average, predict
+from tools.predict import Options, load_split
 from train import Config, Stage
 
 STAGES = (Stage("one", 2, 3e-3), Stage("two", 1, 1e-3))
@@ -207,7 +206,7 @@ def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(r
 def test_a_table_of_images_without_a_name_in_a_row_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "photos.csv").write_text("id,path\none,a.png\n,a.png\n")
-    with pytest.raises(BadInput, match=r"--images .*photos\.csv has an empty id, in row 2\."):
+    with pytest.raises(UserError, match=r"--images .*photos\.csv has an empty id, in row 2\."):
         ImageFiles(tmp_path / "photos.csv", 3)
 
 
@@ -219,7 +218,7 @@ def test_a_png_with_a_changed_byte_is_refused_by_name(tmp_path, place):
     data = bytearray(file.read_bytes())
     data[place] ^= 0xFF  # torchvision would crash on some
     file.write_bytes(data)
-    with pytest.raises(BadInput, match=r"a\.png cannot be read as an image: it is empty, damaged or none\."):
+    with pytest.raises(UserError, match=r"a\.png cannot be read as an image: it is empty, damaged or none\."):
         ImageFiles(tmp_path, 3)[0]
 
 
@@ -241,7 +240,7 @@ def refused_but_for_weights(end, sentence: str) -> None:
 
 def test_the_scores_that_the_run_asked_for_are_printed_too(runs, monkeypatch, tmp_path):
     config = dataclasses.replace(config_of(runs[0]), scores=("macro_f1", "balanced_accuracy"))
-    monkeypatch.setattr(predict, "read_config", lambda *_: config)
+    monkeypatch.setattr("batteries.evaluation.inference.read_config", lambda *_: config)
     end = call_predict("--run", runs[0], "--split", "valid", "--output", tmp_path)
     table = read_predictions(tmp_path / "valid.csv")
     macro_f1 = f1_score(table.targets, table.probabilities.argmax(1), average="macro")
@@ -251,7 +250,7 @@ def test_the_scores_that_the_run_asked_for_are_printed_too(runs, monkeypatch, tm
 
 
 def call_predict(*flags: object):
-    return run_train(predict.main, Options, "--device", "cpu", *map(str, flags), name="predict.py")
+    return run_train(predict.main, Options, "--device", "cpu", *map(str, flags), name="tools/predict.py")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +259,7 @@ def call_predict(*flags: object):
         (["--run", "nowhere"], "--run nowhere holds no run: config.json is missing; give one, such as logs/baseline."),
         (["--run", "{0}", "{1}"], "several runs need --output, a folder for what they predict together."),
         (["--run", "{0}", "--stage", "tow"], "--stage tow is none of {0}; did you mean 'two'? It has: one, two."),
-        (["--run", "{0}", "--checkpoint", "swa"], "--checkpoint swa: no swa.pth in {0}; run average.py first."),
+        (["--run", "{0}", "--checkpoint", "swa"], "--checkpoint swa: no swa.pth in {0}; run tools/average.py first."),
         (["--run", "{0}", "--checkpoint", "no.pth"], "no.pth is not there; give the path of a checkpoint"),
         (["--run", "{0}", "--checkpoint", "{0}"], " is a folder; give the path of a checkpoint"),
         (["--run", "{0}", "--split", "train"], "--split train is no choice"),
@@ -279,7 +278,16 @@ def test_what_cannot_be_predicted_gets_a_sentence_and_nothing_is_written(runs, f
 
 @pytest.mark.slow
 def test_the_launcher_leaves_the_flags_of_predict_py_alone():
-    command = [sys.executable, "-m", "batteries.launch", "predict.py", "--run", "nowhere", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "batteries.distributed.launch",
+        "tools/predict.py",
+        "--run",
+        "nowhere",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(
         command, cwd=predict.__file__.rpartition("/")[0], env=environment(), capture_output=True, text=True, timeout=300
     )
@@ -328,7 +336,7 @@ def test_where_one_file_is_refused_none_is_written(runs, tmp_path):
 
 
 def test_another_split_than_the_run_learned_from_is_refused(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr(predict, "load_split", lambda *_: Split(np.arange(9), np.arange(5), np.arange(0)))
+    monkeypatch.setattr("batteries.evaluation.inference.load_split", lambda *_: Split(np.arange(9), np.arange(5), np.arange(0)))
     end = call_predict("--run", runs[0], "--output", tmp_path / "out")
     assert end.code == 2
     assert f"--run {runs[0]} learned from other data, or another split of them, than" in end.err
@@ -338,7 +346,7 @@ def test_another_split_than_the_run_learned_from_is_refused(runs, monkeypatch, t
 def test_a_note_of_an_average_that_was_cut_is_named(tmp_path):
     write_ledger(tmp_path / "a", 0.5, ("best.pth", "swa.pth"))
     (tmp_path / "a/swa.json").write_text('{"score')
-    with pytest.raises(BadInput, match=r"swa\.json is damaged \("):
+    with pytest.raises(UserError, match=r"swa\.json is damaged \("):
         find_checkpoint(tmp_path, ["a"], None, "swa", minimize=False)
 
 
@@ -368,7 +376,7 @@ def test_without_a_stage_the_one_with_the_best_score_is_taken(tmp_path, scores, 
 
 
 def call_average(*flags: object):
-    return run_train(average.main, average.Options, "--device", "cpu", *map(str, flags), name="average.py")
+    return run_train(average.main, average.Options, "--device", "cpu", *map(str, flags), name="tools/average.py")
 
 
 def test_an_average_is_scored_kept_and_predicted_with(runs, tmp_path):

@@ -11,9 +11,9 @@ from processes import End, run_train
 from small_data import make_data
 from torchvision.io import ImageReadMode, decode_image, read_file
 
-import preview
-from batteries import TrainLoader, sample_sheet
-from batteries.sheets import make_sheet
+from batteries.data.image_grid import make_grid_of_samples, sample_grid
+from batteries.data.loaders import TrainLoader
+from tools import preview
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def data_dir(tmp_path_factory):
 
 def run_preview(data_dir, tmp_path, *flags: str) -> End:
     flags = ("--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), *flags)
-    return run_train(preview.main, preview.Config, *flags, name="preview.py")
+    return run_train(preview.main, preview.Config, *flags, name="tools/preview.py")
 
 
 @pytest.mark.parametrize("mixing", [[], ["--mixup", "0.4", "--cutmix", "1"]])
@@ -90,7 +90,7 @@ def test_a_sample_can_be_looked_up_in_any_epoch_as_training_sees_it(cpu):
 
 def test_the_sheet_for_the_tracker_has_originals_above_and_the_models_view_below(cpu):
     loader = TrainLoader(Pictures(20), range(20), Shake(), cpu, seed=0, batch_size=20)
-    sheet = sample_sheet(loader, lambda images: images.float() / 255 - 0.5)
+    sheet = sample_grid(loader, lambda images: images.float() / 255 - 0.5)
     assert sheet is not None
     assert (sheet.dtype, sheet.shape) == (torch.uint8, (3, 22, 82))  # eight pictures of 8x8 in a row, two pixels apart
     originals, images, _ = loader.epoch(0, 1).peek(8)
@@ -102,7 +102,7 @@ def test_the_sheet_for_the_tracker_has_originals_above_and_the_models_view_below
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_images_of_any_channels_and_sizes_can_be_shown(channels):
     originals = [torch.randint(256, (channels, 5 + size, 9), dtype=torch.uint8) for size in range(3)]
-    assert make_sheet(originals, torch.randn(3, channels, 8, 8)).shape == (3, 22, 32)
+    assert make_grid_of_samples(originals, torch.randn(3, channels, 8, 8)).shape == (3, 22, 32)
 
 
 def test_what_is_no_image_has_no_sheet(cpu):
@@ -111,7 +111,7 @@ def test_what_is_no_image_has_no_sheet(cpu):
             return torch.zeros(5), 0
 
     loader = TrainLoader(Numbers(20), range(20), None, cpu, seed=0, batch_size=20)
-    assert sample_sheet(loader, lambda images: images) is None
+    assert sample_grid(loader, lambda images: images) is None
 
 
 @pytest.mark.parametrize(

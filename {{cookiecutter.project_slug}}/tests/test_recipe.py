@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from loops import CONFIG, CPU, Run, make_loader, make_state
+from loops import CONFIG, CPU, LOGGER, make_loader, make_state
 from models import CHANNELS, batchnorm_model, plain_model, tiny_network
 from pictures import Pictures
 from processes import run_ranks, run_train
@@ -21,17 +21,23 @@ from small_data import make_data
 from torch import nn
 
 import train
-from batteries import BadInput, EvalLoader, save_checkpoint
-from batteries.cli import to_json
-from batteries.data import Batch, cut_epoch
-from batteries.devices import keep_freed_memory, return_freed_memory
-from batteries.metrics import Outputs
-from batteries.parallel import bare
-from batteries.schedules import ScheduleByScore, learning_rates
-from batteries.state import TrainState
-from batteries.steps import GradientWatch, make_scaler, start_momentum, take_step
-from batteries.stopping import EarlyStopping
-from batteries.weights import EMA, decay_groups, freeze, load_pretrained, train_mode
+from batteries.checkpoint.io import save_checkpoint
+from batteries.core.config_io import to_json
+from batteries.core.errors import UserError
+from batteries.core.memory import keep_freed_memory, return_freed_memory
+from batteries.data.batch_plan import plan_epoch
+from batteries.data.loaders import Batch, EvalLoader
+from batteries.distributed.unwrap import unwrap_model
+from batteries.training.early_stopping import EarlyStopping
+from batteries.training.ema import EMA
+from batteries.training.metrics import PredictionCollector
+from batteries.training.nonfinite import GradientMonitor
+from batteries.training.optimizer_step import optimizer_step, start_momentum
+from batteries.training.parameters import freeze, parameter_groups, train_mode
+from batteries.training.precision import make_scaler
+from batteries.training.pretrained import load_pretrained
+from batteries.training.schedules import ScheduleByScore, learning_rates
+from batteries.training.state import SilentLogger, TrainState
 from train import SCORES, Config, Stage, build_optimizer, train_fn, valid_fn
 
 
@@ -41,10 +47,10 @@ def test_any_number_of_micro_batches_gives_the_steps_and_gradients_of_large_batc
     for micro_batches in range(1, 41):  # of one sample each
         weights = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         gradients = []
-        for cut in cut_epoch(micro_batches, accumulation_steps, accumulation_steps, 0, 1, drop_last=False):
-            batch = Batch(None, None, cut.share, cut.ends_step, seed=0)
+        for cut in plan_epoch(micro_batches, accumulation_steps, accumulation_steps, 0, 1, drop_last=False):
+            batch = Batch(None, None, cut.loss_weight, cut.ends_step, seed=0)
             loss = (samples[cut.start : cut.stop] @ weights - 1).square().mean()
-            batch.weigh(loss).backward()
+            batch.scale_loss(loss).backward()
             if cut.ends_step:
                 gradients.append(weights.grad.numpy().copy())
                 weights.grad = None
@@ -188,7 +194,7 @@ def test_early_stopping_ends_after_the_epoch_that_a_hand_made_curve_says(scores,
 
 def test_weight_decay_is_for_kernels_and_matrices_alone():
     model = batchnorm_model()
-    decayed, others = decay_groups(model, 0.5)
+    decayed, others = parameter_groups(model, 0.5)
     assert [parameter.ndim for parameter in decayed["params"]] == [4, 2, 2]
     assert {parameter.ndim for parameter in others["params"]} == {1}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
@@ -199,7 +205,7 @@ def test_norms_and_biases_of_any_dimension_have_no_weight_decay():
     norm, odd = nn.LayerNorm([4, 6, 6]), nn.Linear(3, 3)
     odd.my_bias = nn.Parameter(torch.zeros(3, 3))
     model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Embedding(5, 3), nn.GroupNorm(2, 4), odd)
-    decayed, others = decay_groups(model, 0.5)
+    decayed, others = parameter_groups(model, 0.5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(one)] for one in decayed["params"]] == ["0.weight", "2.weight", "4.weight"]
     spared = {"0.bias", "1.weight", "1.bias", "3.weight", "3.bias", "4.bias", "4.my_bias"}
@@ -233,8 +239,8 @@ def test_what_is_frozen_keeps_its_bytes_batch_norm_included_and_the_rest_learns(
         before = {name: value.clone() for name, value in model.state_dict().items()}
         state = make_state(model)
         state.frozen = ("1", "2")
-        train_fn(state, make_loader().epoch(0, 1), Run(), CONFIG)
-        after = bare(state.model).state_dict()
+        train_fn(state, make_loader().epoch(0, 1), LOGGER, CONFIG)
+        after = unwrap_model(state.model).state_dict()
         return {name for name in before if not torch.equal(before[name], after[name])}
 
     names = set(batchnorm_model().state_dict())
@@ -258,7 +264,7 @@ def test_clipping_equals_torchs_own_on_the_gradient_as_one_vector(clip_norm):
     one.grad = gradient.clone()
     norm = torch.nn.utils.clip_grad_norm_([one], clip_norm)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    ours = take_step(optimizer, make_scaler(CPU, "fp32"), clip_norm)
+    ours = optimizer_step(optimizer, make_scaler(CPU, "fp32"), clip_norm)
     assert ours.item() == pytest.approx(norm.item(), rel=1e-6)
     after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     np.testing.assert_allclose(before - after, one.grad, rtol=1e-4, atol=1e-5)
@@ -296,7 +302,7 @@ def test_momentum_that_starts_at_zero_gives_the_steps_of_torch():
 @pytest.mark.parametrize("gradient", [math.nan, math.inf, -math.inf])
 def test_a_step_without_a_finite_gradient_changes_nothing(gradient):
     weight, optimizer = one_weight(gradient)
-    norm = take_step(optimizer, make_scaler(CPU, "fp32"))
+    norm = optimizer_step(optimizer, make_scaler(CPU, "fp32"))
     assert not math.isfinite(norm)
     assert weight.item() == 1
     assert weight.grad is None
@@ -308,11 +314,11 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale():
     start_momentum(optimizer)
     assert optimizer.state[weight]["momentum_buffer"].tolist() == [0.0]  # else what lies there is luck
     scaler.scale(weight.sum() * 1e38).backward()  # 2^16 times that is no float32
-    take_step(optimizer, scaler)
+    optimizer_step(optimizer, scaler)
     assert weight.item() == 1
     assert scaler.get_scale() == 2**15
     scaler.scale(weight.sum()).backward()
-    norm = take_step(optimizer, scaler)
+    norm = optimizer_step(optimizer, scaler)
     assert norm.item() == pytest.approx(1.0)  # unscaled
     assert weight.item() == pytest.approx(1 - 0.1 * 1.1)
 
@@ -322,32 +328,32 @@ def test_a_loss_that_is_not_finite_makes_all_gradients_so_where_its_own_would_be
     batch = Batch(None, None, 0.5, ends_step=True, seed=0)
     loss = weight.sum() + torch.tensor(math.inf)
     assert torch.autograd.grad(loss, weight, retain_graph=True)[0].isfinite().all()
-    batch.weigh(loss).backward()
+    batch.scale_loss(loss).backward()
     assert weight.grad.isnan().all()
 
 
 def test_skipped_steps_are_counted_with_their_numbers_and_a_row_goes_on_over_looks():
-    watch = GradientWatch()
+    watch = GradientMonitor()
     for norm in (1.0, math.nan, math.inf):
         watch.note(torch.tensor(norm))
-    assert watch.look(step=7) == [(5, False), (6, True), (7, True)]
+    assert watch.read(step=7) == [(5, False), (6, True), (7, True)]
     watch.note(torch.tensor(2.0))
-    assert (watch.look(step=1), watch.skipped, watch.last) == ([(1, False)], 2, 2.0)
-    assert watch.look(step=1) == []
+    assert (watch.read(step=1), watch.skipped, watch.last) == ([(1, False)], 2, 2.0)
+    assert watch.read(step=1) == []
 
 
 def test_an_input_that_is_not_finite_leaves_the_statistics_of_batch_norm_as_they_were():
     model = batchnorm_model()
     state = make_state(model)
     model(torch.randn(8, CHANNELS, 8, 8))
-    state.buffers.keep()
+    state.buffers.save()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(torch.full((8, CHANNELS, 8, 8), math.nan)).sum().backward()
     assert model[2].running_mean.isnan().any()
-    take_step(state.optimizer, state.scaler, None, state.buffers)
+    optimizer_step(state.optimizer, state.scaler, None, state.buffers)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model(torch.randn(8, CHANNELS, 8, 8)).sum().backward()
-    take_step(state.optimizer, state.scaler, None, state.buffers)
+    optimizer_step(state.optimizer, state.scaler, None, state.buffers)
     assert not torch.equal(model[2].running_mean, before["2.running_mean"])
 
 
@@ -376,8 +382,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(monkeypatch
     def weights() -> np.ndarray:
         monkeypatch.setattr(train, "build_criterion", lambda smoothing: Faulty({2}, rank=1))
         state = make_state(plain_model())
-        train_fn(state, make_loader().epoch(0, 1), Run(), CONFIG)
-        return np.concatenate([value.detach().numpy().ravel() for value in bare(state.model).parameters()])
+        train_fn(state, make_loader().epoch(0, 1), LOGGER, CONFIG)
+        return np.concatenate([value.detach().numpy().ravel() for value in unwrap_model(state.model).parameters()])
 
     alone = weights()  # step 2 of the same is left out
     monkeypatch.undo()
@@ -448,10 +454,11 @@ def test_the_samples_of_a_step_are_those_that_the_model_saw():
         assert torch.equal(batch.images, wanted)
 
 
-class NoWait(Run):
-    """Raises where a step waits for the GPU."""
+GPU = torch.device("cuda", 0)
 
-    device = torch.device("cuda", 0)
+
+class NoWait(SilentLogger):
+    """Raises where a step waits for the GPU."""
 
     def track(self, batches, metrics):
         torch.cuda.set_sync_debug_mode("error")
@@ -465,11 +472,11 @@ def test_no_step_waits_for_the_gpu(precision):
     model = plain_model().cuda()
     config = dataclasses.replace(CONFIG, precision=precision, clip_norm=1.0)
     optimizer = build_optimizer(model, Stage("a", 1, 0.1), config)
-    state = TrainState(model, optimizer, make_state(plain_model()).scheduler, make_scaler(NoWait.device, precision))
+    state = TrainState(model, optimizer, make_state(plain_model()).scheduler, make_scaler(GPU, precision))
     state.ema = EMA(model, 0.9)
-    loader = train.TrainLoader(Pictures(64, CHANNELS), range(64), None, NoWait.device, seed=0, batch_size=16)
+    loader = train.TrainLoader(Pictures(64, CHANNELS), range(64), None, GPU, seed=0, batch_size=16)
     for epoch in (1, 2):  # the first allocates
-        train_fn(state, loader.epoch(0, epoch), NoWait() if epoch == 2 else Run(), config)
+        train_fn(state, loader.epoch(0, epoch), NoWait(GPU) if epoch == 2 else SilentLogger(GPU), config)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -505,7 +512,7 @@ def test_the_log_loss_of_a_wrong_and_certain_prediction_is_its_cross_entropy():
             return torch.tensor([[30.0, 0.0, 0.0, 0.0]]).expand(len(images), 4)
 
     loader = EvalLoader(Pictures(64, CHANNELS), range(64), None, CPU, batch_size=16)
-    found = valid_fn(Certain(), loader, Run(), dataclasses.replace(CONFIG, scores=("log_loss",)))
+    found = valid_fn(Certain(), loader, LOGGER, dataclasses.replace(CONFIG, scores=("log_loss",)))
     assert found["log_loss"] == pytest.approx(found["loss"], rel=1e-6)  # 22.5: in float32 at most 16
 
 
@@ -540,7 +547,7 @@ def test_scores_equal_scikit_learns_on_all_predictions_for_any_ranks(world_size)
 
     def validate() -> dict[str, float]:
         loader = EvalLoader(pictures, range(101), None, CPU, batch_size=16)
-        return valid_fn(make_state(plain_model()).model, loader, Run(), dataclasses.replace(CONFIG, scores=names))
+        return valid_fn(make_state(plain_model()).model, loader, LOGGER, dataclasses.replace(CONFIG, scores=names))
 
     found = run_ranks(world_size, validate)
     for scores in found:
@@ -554,7 +561,7 @@ def test_outputs_come_back_in_the_order_of_the_split_for_any_ranks(world_size):
     pictures.targets = torch.arange(101)
 
     def gather() -> np.ndarray:
-        outputs = Outputs()
+        outputs = PredictionCollector()
         for images, targets in EvalLoader(pictures, range(101), None, CPU, batch_size=16):
             outputs.add(images, targets)
         images, targets = outputs.gather()
@@ -569,7 +576,7 @@ def test_a_score_without_a_meaning_is_nan_and_said(caplog):
     pictures = Pictures(20, CHANNELS)
     pictures.targets[pictures.targets == 3] = 0
     loader = EvalLoader(pictures, range(20), None, CPU, batch_size=16)
-    scores = valid_fn(plain_model(), loader, Run(), dataclasses.replace(CONFIG, scores=("roc_auc",)))
+    scores = valid_fn(plain_model(), loader, LOGGER, dataclasses.replace(CONFIG, scores=("roc_auc",)))
     assert math.isnan(scores["roc_auc"])
 
 
@@ -612,7 +619,7 @@ def test_a_stage_can_start_from_the_last_weights_of_the_one_before(config, monke
 
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
     monkeypatch.setattr(train, "train_fn", note)
-    monkeypatch.setattr(train.Run, "log_epoch", lambda *_: None)
+    monkeypatch.setattr("batteries.run.stage.StageRun.log_epoch", lambda *_, **__: None)
     stages = (Stage("stage0", 2, 1e-2), Stage("stage1", 1, 1e-2, start="last"))
 
     def run() -> bool:
@@ -748,7 +755,7 @@ def test_pretrained_weights_of_another_architecture_or_of_no_source_are_refused_
     (tmp_path / "torn.pth").write_text("torn")
 
     def message(source: str) -> str:
-        with pytest.raises(BadInput) as error:
+        with pytest.raises(UserError) as error:
             load_pretrained(plain_model(), source)
         return str(error.value)
 

@@ -21,9 +21,10 @@ from processes import run_ranks, run_train
 from small_data import make_data
 
 import train
-from batteries import records, reports
-from batteries.cli import to_json
-from batteries.errors import RunFailed
+from batteries.core.config_io import to_json
+from batteries.core.errors import RunError
+from batteries.run import metadata as run_metadata
+from batteries.run import report_hook as reports
 from train import Config, Stage
 
 
@@ -91,8 +92,8 @@ def test_runs_of_one_recipe_share_a_config_hash_and_another_recipe_has_another(c
 
 def test_a_config_hash_is_that_of_the_config_file_which_has_floats_for_whole_numbers():
     one, other = ({"stages": [{"lr": 1, "warmup_epochs": zero}], "resume": False} for zero in (0, 0.0))
-    assert records.hash_config(one, ()) == records.hash_config(other, ())
-    assert records.hash_config(one, ()) != records.hash_config({"stages": [{"lr": 1}], "resume": False}, ())
+    assert run_metadata.hash_config(one, ()) == run_metadata.hash_config(other, ())
+    assert run_metadata.hash_config(one, ()) != run_metadata.hash_config({"stages": [{"lr": 1}], "resume": False}, ())
 
 
 def test_a_config_file_repeats_a_run(config):
@@ -114,7 +115,7 @@ def test_a_run_whose_last_stage_stops_early_says_so_and_again_when_it_is_asked_t
 
 def test_a_failed_run_says_why(config, monkeypatch):
     def fail(*_):
-        raise RunFailed("the sky fell on the data; look up.")
+        raise RunError("the sky fell on the data; look up.")
 
     monkeypatch.setattr(train, "valid_fn", fail)
     assert command(config).code == 1
@@ -124,7 +125,7 @@ def test_a_failed_run_says_why(config, monkeypatch):
 
 def test_a_run_knows_its_commit_branch_and_changes(monkeypatch, tmp_path):
     git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
-    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(run_metadata, "ROOT", tmp_path)
     logdir = tmp_path / "ignored"
     logdir.mkdir()
     for words in (["init", "-qb", "trunk"], ["commit", "-qm", "one", "--allow-empty"]):
@@ -132,23 +133,23 @@ def test_a_run_knows_its_commit_branch_and_changes(monkeypatch, tmp_path):
     (tmp_path / ".git/info/exclude").write_text("ignored\n")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
 
-    record = records.Record(logdir)
-    record.begin({}, records.uncommitted(), resumed=False)
+    record = run_metadata.RunMetadata(logdir)
+    record.begin({}, run_metadata.uncommitted_diff(), resumed=False)
     assert (record.values["git_commit"], record.values["git_branch"]) == (commit, "trunk")
     assert record.values["git_dirty"] is False
     assert not (logdir / "git.diff").exists()
 
     (tmp_path / "new.py").write_bytes(b"caf\xe9\n")
-    record.begin({}, records.uncommitted(), resumed=False)
+    record.begin({}, run_metadata.uncommitted_diff(), resumed=False)
     assert record.values["git_dirty"] is True
     assert b"+caf\xe9\n" in (logdir / "git.diff").read_bytes()
     assert subprocess.run(["git", "status", "-s"], cwd=tmp_path, capture_output=True).stdout == b"?? new.py\n"
 
 
 def test_without_git_the_record_says_nothing_of_a_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    record = records.Record(tmp_path)
-    record.begin({}, records.uncommitted(), resumed=False)
+    monkeypatch.setattr(run_metadata, "ROOT", tmp_path)
+    record = run_metadata.RunMetadata(tmp_path)
+    record.begin({}, run_metadata.uncommitted_diff(), resumed=False)
     assert [record.values[name] for name in ("git_commit", "git_branch", "git_dirty")] == [None, None, None]
 
 
@@ -226,7 +227,7 @@ def test_the_cause_of_a_failing_rank_is_in_the_log_with_its_rank(config, monkeyp
         return ""
 
     monkeypatch.setattr(train, "valid_fn", fail)
-    monkeypatch.setattr(train.Run, "log_epoch", lambda *_: None)
+    monkeypatch.setattr("batteries.run.stage.StageRun.log_epoch", lambda *_, **__: None)
     assert "a broken disk" in run_ranks(2, outcome, join=False)[1]
     assert " ERROR [rank 1] failed: RuntimeError: a broken disk\n" in (config.logdir / "train.log").read_text()
 
@@ -277,8 +278,8 @@ def terminal(config, monkeypatch):
 
 
 def test_on_a_terminal_a_bar_of_80_columns_shows_how_far_an_epoch_is(terminal, monkeypatch, config):
-    monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
-    monkeypatch.setattr("batteries.runs.LOG_EVERY", 1)
+    monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
+    monkeypatch.setattr("batteries.run.stage.LOG_EVERY", 1)
     said = terminal()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said)
     drawn = [line for line in re.split(r"[\r\n]+", plain) if re.match(r"first [12]/2 .*/s wait ", line)]
@@ -291,24 +292,24 @@ def test_on_a_terminal_a_bar_of_80_columns_shows_how_far_an_epoch_is(terminal, m
 
 
 def test_in_a_pipe_plain_lines_say_how_far_an_epoch_is(config, monkeypatch):
-    monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_LINES", 0)
     end = command(config)
     assert not re.search(r"[^\n\x20-\x7e]", end.out)
     said = re.findall(r"^first (\d)/2  (\d)/3  loss \d\.\d{3} accuracy 0\.\d{3} \d+/s wait .*$", end.out, re.MULTILINE)
     assert said == [(str(epoch), str(step)) for epoch in (1, 2) for step in (1, 2, 3)]
-    monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_LINES", 3600)
+    monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_LINES", 3600)
     assert "/s wait " not in command(dataclasses.replace(config, logdir=config.logdir.with_name("other"))).out
 
 
 def test_what_the_user_prints_comes_above_the_bar_and_into_the_log(terminal, monkeypatch, config):
-    monkeypatch.setattr("batteries.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
-    take_step = train.take_step
+    monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
+    optimizer_step = train.optimizer_step
 
     def talk(*arguments):
         print("seen", 32)
-        return take_step(*arguments)
+        return optimizer_step(*arguments)
 
-    monkeypatch.setattr(train, "take_step", talk)
+    monkeypatch.setattr(train, "optimizer_step", talk)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal())
     assert [line for line in re.split(r"[\r\n]+", plain) if line == "seen 32"] == ["seen 32"] * 6
     assert (config.logdir / "train.log").read_text().count(" OUT seen 32\n") == 6
@@ -338,7 +339,7 @@ def test_the_split_file_that_a_run_makes_is_no_change_of_its_code(config, monkey
         subprocess.run(
             ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost", *words], cwd=project, check=True
         )
-    monkeypatch.setattr(records, "ROOT", project)
+    monkeypatch.setattr(run_metadata, "ROOT", project)
     assert command(dataclasses.replace(config, split_file=project / "splits/default.csv")).code == 0
     assert (project / "splits/default.csv").exists()
     assert (read_record(config)["git_dirty"], (config.logdir / "git.diff").exists()) == (False, False)
@@ -351,20 +352,20 @@ def test_the_next_command_is_one_that_a_shell_understands(config, monkeypatch, b
         monkeypatch.setenv("UV", "/usr/bin/uv")
     logdir = config.logdir.with_name("odd #1? ü")
     end = command(dataclasses.replace(config, logdir=logdir))
-    words = ["uv", "run"] * by_uv + ["python", "predict.py", "--run", str(logdir), "--split", "test"]
+    words = ["uv", "run"] * by_uv + ["python", "tools/predict.py", "--run", str(logdir), "--split", "test"]
     [line] = [line for line in end.out.splitlines() if line.startswith("next ")]
     assert shlex.split(line) == ["next", *words]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_was_asked_to_stop_is_preempted(config, monkeypatch, number):
-    take_step = train.take_step
+    optimizer_step = train.optimizer_step
 
     def stop(*arguments):
         os.kill(os.getpid(), number)
-        return take_step(*arguments)
+        return optimizer_step(*arguments)
 
-    monkeypatch.setattr(train, "take_step", stop)
+    monkeypatch.setattr(train, "optimizer_step", stop)
     end = command(config)
     assert end.code == 128 + number
     assert read_record(config)["exit"] == f"preempted by {number.name}"
@@ -374,10 +375,10 @@ def test_a_run_that_was_asked_to_stop_is_preempted(config, monkeypatch, number):
 def test_nohup_keeps_a_run_from_the_end_of_its_terminal(config, monkeypatch):
     def hang_up(*arguments):
         os.kill(os.getpid(), signal.SIGHUP)
-        return take_step(*arguments)
+        return optimizer_step(*arguments)
 
-    take_step = train.take_step
-    monkeypatch.setattr(train, "take_step", hang_up)
+    optimizer_step = train.optimizer_step
+    monkeypatch.setattr(train, "optimizer_step", hang_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert command(config).code == 0
@@ -389,11 +390,12 @@ def test_nohup_keeps_a_run_from_the_end_of_its_terminal(config, monkeypatch):
 @pytest.fixture
 def page_maker(config, monkeypatch, tmp_path):
     """Runs train.py with a stand-in for report.py, which is started for real."""
-    monkeypatch.setattr("batteries.runs.make_report", reports.make_report)
+    monkeypatch.setattr("batteries.run.run.make_reports", reports.make_reports)
     monkeypatch.setattr(reports, "ROOT", tmp_path)
 
     def run(code: str, *flags: str):
-        (tmp_path / "report.py").write_text(f"import json, os, sys\n{code}\n")
+        (tmp_path / "tools").mkdir(exist_ok=True)
+        (tmp_path / "tools/report.py").write_text(f"import json, os, sys\n{code}\n")
         return command(config, *flags)
 
     return run
@@ -414,7 +416,7 @@ def test_the_report_is_made_at_the_end_by_one_process_from_the_whole_record(page
 def test_a_report_that_fails_is_said_and_the_run_is_whole(page_maker, config):
     end = page_maker("sys.exit('error: no ink')")
     assert end.code == 0
-    sentence = "The run is whole, but its report was not made (error: no ink); try python report.py "
+    sentence = "The run is whole, but its report was not made (error: no ink); try python tools/report.py "
     assert f"{sentence}{config.logdir}.\n" in end.out
     assert read_record(config)["exit"] == "finished"
 

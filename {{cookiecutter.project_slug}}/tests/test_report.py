@@ -24,16 +24,20 @@ from small_data import make_data
 from tables import call, random_table, refused
 from torchvision.io import ImageReadMode, decode_image
 
-import predict
-import report
+import experiment.dataset
+import experiment.model
 import train
-from batteries import BadInput, mistakes, pages, plots, sections
-from batteries.cli import flatten
-from batteries.histories import History, Span, find_runs, read_history
-from batteries.pages import make_page, make_table, plots_of, tag
-from batteries.plots import Plot
-from batteries.predictions import Predictions, read_predictions
-from batteries.sheets import thumbnail, to_rgb
+from batteries.core.config_io import flatten
+from batteries.core.errors import UserError
+from batteries.data.image_grid import thumbnail, to_rgb
+from batteries.evaluation import error_analysis as mistakes
+from batteries.evaluation.predictions import Predictions, read_predictions
+from batteries.report import html as pages
+from batteries.report import plots, sections
+from batteries.report.history import History, Span, find_runs, read_history
+from batteries.report.html import make_page, make_table, plots_of, tag
+from batteries.report.plots import Plot
+from tools import predict, report
 from train import Config, Stage
 
 assert matplotlib.figure, "imported once, for all forks"
@@ -45,7 +49,7 @@ HOSTILE = ("<script>'a'</script>", '"><img src=x onerror="alert(1)">', "&amp; $\
 def quick():
     """A small network, and plots of few pixels."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, predict):
+        for module in (train, predict, experiment.model):
             patch.setattr(module, "build_model", tiny_network)
         patch.setattr(plots, "DPI", 20)
         yield
@@ -65,7 +69,7 @@ def runs(tmp_path_factory, quick) -> list[Path]:
 
 
 def call_report(*flags: object) -> End:
-    return run_train(report.main, report.Options, "--device", "cpu", *map(str, flags), name="report.py")
+    return run_train(report.main, report.Options, "--device", "cpu", *map(str, flags), name="tools/report.py")
 
 
 @pytest.fixture(scope="module")
@@ -557,7 +561,7 @@ def test_predictions_of_another_kind_are_left_out_with_a_sentence(cut, monkeypat
         "bug": {},
     }
     made = {"valid": dataclasses.replace(table, **others[kind])}
-    monkeypatch.setattr(predict, "predict_run", lambda *_: 1 / 0 if kind == "bug" else made)
+    monkeypatch.setattr("batteries.evaluation.inference.predict_run", lambda *_: 1 / 0 if kind == "bug" else made)
     end = call_report(cut)
     assert (end.code, end.err) == (0, ""), end
     page = Page((cut / "report.html").read_text())
@@ -584,7 +588,7 @@ def test_a_model_without_mistakes_has_a_page():
 
 
 def test_the_report_reads_no_sample_of_the_test_split(cut, monkeypatch, tmp_path):
-    read, load_dataset = tmp_path / "read.txt", predict.load_dataset
+    read, load_dataset = tmp_path / "read.txt", experiment.dataset.load_dataset
 
     def load_noted(data_dir):
         dataset = load_dataset(data_dir)
@@ -604,7 +608,7 @@ def test_the_report_reads_no_sample_of_the_test_split(cut, monkeypatch, tmp_path
             dataset.get_batch = lambda indices: (note(indices), get_batch(indices))[1]
         return dataset
 
-    monkeypatch.setattr(predict, "load_dataset", load_noted)
+    monkeypatch.setattr("experiment.dataset.load_dataset", load_noted)
     assert call_report(cut).code == 0
     with Path(knobs_of(cut)["split_file"]).open(newline="") as file:
         folds = {row["id"]: row["fold"] for row in csv.DictReader(file)}
@@ -656,7 +660,7 @@ def test_a_plot_that_is_not_ours_keeps_the_page_from_being_written(tmp_path, dra
     pages.write_page(page, text, plots)
     picture.write_bytes(b"mine")
     page.unlink()
-    with pytest.raises(BadInput, match=r"confusion\.png is there already and no report"):
+    with pytest.raises(UserError, match=r"confusion\.png is there already and no report"):
         pages.write_page(page, text, plots)
     assert (picture.read_bytes(), page.exists()) == (b"mine", False)
 

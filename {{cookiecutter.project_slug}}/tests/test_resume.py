@@ -20,11 +20,12 @@ from small_data import change_one_sample, make_data
 from torch import nn
 
 import train
-from batteries import cli, interrupts
-from batteries.cli import to_json
-from batteries.files import Lock
-from batteries.handshake import free_port
-from batteries.records import hash_code
+from batteries.core import command_line as cli
+from batteries.core import signals as interrupts
+from batteries.core.config_io import to_json
+from batteries.core.files import DirectoryLock
+from batteries.distributed.connectivity import find_free_port
+from batteries.run.metadata import hash_code
 from train import Config, Stage
 
 STAGES = (Stage("stage0", 3, 1e-2), Stage("stage1", 2, 1e-3, "plateau"))
@@ -70,7 +71,7 @@ def start(config: Config, world_size: int = 1, command: bool = False) -> list:
 
     With `command` they end as the command line does, with its exit code.
     """
-    port = free_port()
+    port = find_free_port()
 
     def rank_main(rank: int) -> None:
         os.setpgrp()  # so that a kill reaches the workers of its loader as well
@@ -455,7 +456,7 @@ def test_resume_starts_a_run_where_there_is_none(config):
 
 
 def test_a_second_process_on_the_same_logdir_is_refused(cut_run):
-    lock = Lock(cut_run.logdir / ".lock")
+    lock = DirectoryLock(cut_run.logdir / ".lock")
     lock.acquire()
     end = resume(cut_run)
     lock.release()
@@ -610,7 +611,7 @@ def test_code_that_changed_since_the_run_was_saved_is_named_at_its_resume(config
     finish(config)
     hashes = hash_code()
     assert {"train.py", "experiment/model.py", "experiment/augmentations.py"} <= set(hashes)
-    monkeypatch.setattr("batteries.runs.hash_code", lambda: hashes | {"experiment/model.py": "another"})
+    monkeypatch.setattr("batteries.run.run.hash_code", lambda: hashes | {"experiment/model.py": "another"})
     finish(config)
     said = (config.logdir / "train.log").read_text()
     assert said.count("experiment/model.py changed since the run was saved: it goes on with the new code.") == 1

@@ -14,9 +14,9 @@ import pytest
 from small_data import NEEDS_PATCH, make_data
 from test_scripts import SMOKE, environment
 
-from batteries.ledger import read_ledger
-from batteries.predictions import Predictions, read_predictions
-from batteries.scoring import score
+from batteries.evaluation.predictions import Predictions, read_predictions
+from batteries.evaluation.scoring import score
+from batteries.submission.score_log import read_score_log
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,7 +70,7 @@ def test_two_models_on_two_folds_become_one_submission_as_the_readme_tells_it(tm
     labels = [blended.classes[index] for index in blended.probabilities.argmax(1)]
     assert [row[1] for row in submission] == ["label", *labels]
 
-    lines = {line.name: line for line in read_ledger(here / "scores.csv")}
+    lines = {line.name: line for line in read_score_log(here / "scores.csv")}
     assert set(lines) == {"a", "b", "blend"}
     for name, line in lines.items():
         valid = read_predictions(here / f"logs/{name}/predictions/valid.csv")
@@ -82,8 +82,8 @@ def test_the_recipes_of_the_readme_train_on_one_device_with_dp_with_ddp_after_a_
     here = copy_repository(tmp_path / "here")
     flags = ["--save-n-best", "1", "--tracker", "none", "--data-dir", str(make_data(tmp_path / "made"))]
     code = commands("Recipes", " ".join([*SMOKE, *flags]))
-    data = f"split.py --data-dir {flags[-1]}"
-    follow(code.replace("split.py", data).replace("-s USR1 60", "-s USR1 4"), here)
+    data = f"tools/split.py --data-dir {flags[-1]}"
+    follow(code.replace("tools/split.py", data).replace("-s USR1 60", "-s USR1 4"), here)
     runs = {
         path.parent.relative_to(here / "logs").as_posix(): json.loads(path.read_text())
         for path in here.rglob("run.json")

@@ -15,12 +15,20 @@ import pytest
 from sklearn.metrics import f1_score
 from tables import call, random_table, refused
 
-import scores
-from batteries.ledger import COLUMNS, Entry, Point, add_entry, disagreements, read_ledger, update_entry
-from batteries.predictions import write_predictions
-from batteries.scoring import score
+from batteries.evaluation.predictions import write_predictions
+from batteries.evaluation.scoring import score
+from batteries.submission.score_log import (
+    COLUMNS,
+    Point,
+    ScoreEntry,
+    add_entry,
+    disagreements,
+    read_score_log,
+    update_entry,
+)
+from tools import scores
 
-ROOT = scores.LEDGER.parent
+ROOT = scores.SCORE_LOG.parent
 
 
 @pytest.fixture
@@ -43,8 +51,8 @@ def ledger(tmp_path):
     return tmp_path / "scores.csv"
 
 
-def entry(name: str, date: str = "2025-01-01T00:00:00+00:00", **values) -> Entry:
-    return Entry(date, name, f"logs/{name}", "abc", "def", "accuracy", **values)
+def entry(name: str, date: str = "2025-01-01T00:00:00+00:00", **values) -> ScoreEntry:
+    return ScoreEntry(date, name, f"logs/{name}", "abc", "def", "accuracy", **values)
 
 
 def test_a_run_is_entered_with_its_commit_its_recipe_and_its_scores(logdir, ledger):
@@ -71,7 +79,7 @@ def test_scores_of_predictions_win_over_training_and_flags_over_both(logdir, led
     write_predictions(logdir / "predictions/test.csv", test)
     assert call(scores, "add", logdir, "--ledger", ledger).code == 0
     assert call(scores, "add", logdir, "--name", "other", "--valid", "0.1", "--ledger", ledger).code == 0
-    first, second = read_ledger(ledger)
+    first, second = read_score_log(ledger)
     assert (first.valid, first.test) == (score(valid)["accuracy"], score(test)["accuracy"])
     assert (second.valid, second.test) == (0.1, first.test)
 
@@ -82,7 +90,7 @@ def test_a_main_metric_of_scikit_learn_is_scored_on_the_predictions_too(logdir, 
     table = random_table(30, 1)
     write_predictions(logdir / "predictions/test.csv", table)
     assert call(scores, "add", logdir, "--ledger", ledger).code == 0
-    [line] = read_ledger(ledger)
+    [line] = read_score_log(ledger)
     assert line.test == f1_score(table.targets, table.probabilities.argmax(1), average="macro")
 
 
@@ -95,7 +103,7 @@ def test_a_score_that_has_no_meaning_stays_empty_and_the_ledger_readable(logdir,
     end = call(scores, "add", logdir, "--leaderboard", "0.9", "--ledger", ledger)
     assert end.code == 0
     assert f"note     roc_auc has no meaning for {logdir}/predictions/valid.csv: valid stays empty" in end.out
-    [line] = read_ledger(ledger)
+    [line] = read_score_log(ledger)
     assert (line.valid, line.public) == (None, 0.9)
 
 
@@ -112,11 +120,11 @@ def test_a_blend_is_scored_by_the_metric_of_the_other_lines_or_by_the_one_that_i
     (logdir / "config.json").write_text('{"main_metric": "macro_f1"}')
     assert call(scores, "add", logdir, "--ledger", ledger).code == 0
     assert call(scores, "add", folder, "--ledger", ledger).code == 0
-    lines = {line.name: line for line in read_ledger(ledger)}
+    lines = {line.name: line for line in read_score_log(ledger)}
     assert lines["blend"].metric == "macro_f1"
     assert lines["blend"].valid == f1_score(table.targets, table.probabilities.argmax(1), average="macro")
     assert call(scores, "add", folder, "--name", "by loss", "--metric", "loss", "--ledger", ledger).code == 0
-    assert {line.name: line for line in read_ledger(ledger)}["by loss"].valid == score(table)["loss"]
+    assert {line.name: line for line in read_score_log(ledger)}["by loss"].valid == score(table)["loss"]
     end = call(scores, "add", folder, "--name", "third", "--ledger", ledger)
     refused(end, f"{folder} is no run, and {ledger} has loss, macro_f1: say which by --metric.")
     end = call(scores, "add", folder, "--metric", "macro_f2", "--name", "third", "--ledger", ledger)
@@ -134,7 +142,7 @@ def test_an_update_takes_new_predictions_in_says_what_changed_and_needs_no_folde
     assert (end.code, "changed  valid was 0.7500\n" in end.out) == (0, True)
     shutil.rmtree(logdir)
     assert call(scores, "add", logdir, "--private", "0.4", "--update", "--ledger", ledger).code == 0
-    [line] = read_ledger(ledger)
+    [line] = read_score_log(ledger)
     assert (line.valid, line.test) == (score(valid)["accuracy"], score(test)["accuracy"])
     assert (line.public, line.private, line.commit, line.config) == (0.5, 0.4, "0123456789ab", "fedcba987654")
 
@@ -145,7 +153,7 @@ def test_folds_are_entered_by_the_folder_that_holds_them(logdir, ledger):
     (folds / "predictions").mkdir()
     write_predictions(folds / "predictions/valid.csv", random_table(30, 1))
     assert call(scores, "add", folds, "--ledger", ledger).code == 0
-    [line] = read_ledger(ledger)
+    [line] = read_score_log(ledger)
     assert (line.name, line.commit, line.metric) == ("logs", "0123456789ab", "accuracy")
     assert line.valid == score(random_table(30, 1))["accuracy"]
     assert line.config not in ("", "fedcba987654")  # that of one of them
@@ -158,10 +166,10 @@ def test_the_same_submission_is_not_entered_twice_but_can_be_filled_in(logdir, l
     refused(end, f"{ledger} has first of {logdir} already, of ")
     assert ledger.read_bytes() == before
     assert call(scores, "add", logdir, "--private", "0.4", "--update", "--ledger", ledger).code == 0
-    [line] = read_ledger(ledger)
+    [line] = read_score_log(ledger)
     assert (line.valid, line.public, line.private) == (0.75, 0.5, 0.4)
     assert call(scores, "add", logdir, "--name", "second", "--ledger", ledger).code == 0
-    assert [line.name for line in read_ledger(ledger)] == ["first", "second"]
+    assert [line.name for line in read_score_log(ledger)] == ["first", "second"]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +190,7 @@ def test_the_same_submission_is_not_entered_twice_but_can_be_filled_in(logdir, l
         (["add"], "scores.py add needs PATH: a run's folder, "),
         (["add", "{logdir}", "--leaderboard", "nan"], "--leaderboard nan must be a finite number."),
         (["add", "{logdir}", "--update", "--ledger", "{ledger}"], "has no first of {logdir}; leave --update out to"),
-        (["ad", "{logdir}"], "ad is no command or flag; did you mean 'add'? See python scores.py --help."),
+        (["ad", "{logdir}"], "ad is no command or flag; did you mean 'add'? See python tools/scores.py --help."),
         (["plot", "--ledger", "{ledger}"], "needs two submissions or more that have valid and public of one metric;"),
         (["plot", "--against", "privat"], "--against privat is no choice; did you mean 'private'?"),
     ],
@@ -230,7 +238,7 @@ def test_a_record_that_was_cut_is_named(logdir, ledger, name, text):
 def test_lines_that_a_merge_has_doubled_count_once(ledger):
     add_entry(ledger, entry("first"))
     ledger.write_text(ledger.read_text() * 2)
-    assert [line.name for line in read_ledger(ledger)] == ["first"]
+    assert [line.name for line in read_score_log(ledger)] == ["first"]
 
 
 @pytest.fixture
@@ -265,7 +273,7 @@ def test_two_branches_that_filled_in_one_line_give_one_line_with_both(ledger, me
         lambda: update_entry(ledger, key, private=0.4, note="mine"),
     )
     assert len(ledger.read_text().splitlines()) == 3
-    [line] = read_ledger(ledger)
+    [line] = read_score_log(ledger)
     assert (line.valid, line.public, line.private, line.note) == (0.75, 0.5, 0.4, "mine")
     assert "note" not in call(scores, "show", "--ledger", ledger).out.splitlines()[-1]
 
@@ -284,9 +292,9 @@ def test_branches_that_contradict_each_other_keep_both_lines_until_one_is_said_t
     note = "note     first of logs/first has 2 lines that do not agree: public 0.5 or 0.6; say what is right by"
     assert end.out.splitlines()[-1].startswith(note)
     add_entry(ledger, entry("second"))
-    assert [line.name for line in read_ledger(ledger)] == ["first", "first", "second"]
+    assert [line.name for line in read_score_log(ledger)] == ["first", "first", "second"]
     update_entry(ledger, key, public=0.6)
-    assert [line.public for line in read_ledger(ledger)] == [0.6, None]
+    assert [line.public for line in read_score_log(ledger)] == [0.6, None]
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -296,7 +304,7 @@ def test_a_merge_of_two_branches_keeps_the_lines_of_both(ledger, merge, begun):
         lambda: add_entry(ledger, entry("theirs", date="2025-01-02")),
         lambda: add_entry(ledger, entry("ours", date="2025-01-03")),
     )
-    names = [line.name for line in read_ledger(ledger)]
+    names = [line.name for line in read_score_log(ledger)]
     assert sorted(names) == sorted(["theirs", "ours", *(["old"] if begun else [])])
     add_entry(ledger, entry("next", date="2025-01-04"))
     lines = ledger.read_text().splitlines()
@@ -319,19 +327,19 @@ def test_processes_that_add_at_once_lose_no_line_and_leave_no_other_file(tmp_pat
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert len(read_ledger(ledger)) == 30
+    assert len(read_score_log(ledger)) == 30
     assert [path.name for path in ledger.parent.iterdir()] == ["scores.csv"]
 
 
 def test_the_table_is_sorted_in_the_direction_of_the_metric(ledger):
     for name, metric, valid in (("a", "accuracy", 0.5), ("b", "accuracy", 0.9), ("c", "loss", 0.5), ("d", "loss", 0.1)):
-        add_entry(ledger, Entry(f"2025-{name}", name, name, "", "", metric, valid))
+        add_entry(ledger, ScoreEntry(f"2025-{name}", name, name, "", "", metric, valid))
     shown = [line.split()[0] for line in call(scores, "show", "--ledger", ledger).out.splitlines()]
     assert shown == ["name", "b", "a", "d", "c"]
 
 
 def test_without_a_ledger_the_table_says_how_to_begin(ledger):
-    assert "no scores yet: python scores.py add" in call(scores, "show", "--ledger", ledger).out
+    assert "no scores yet: python tools/scores.py add" in call(scores, "show", "--ledger", ledger).out
 
 
 @pytest.mark.parametrize("flag", ["--ledger", "--help"])
@@ -339,7 +347,7 @@ def test_without_a_ledger_the_table_says_how_to_begin(ledger):
 def test_a_reader_that_has_gone_as_head_does_ends_it_quietly(ledger, flag, unbuffered):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "scores.py", "show", flag, *([str(ledger)] if flag == "--ledger" else [])]
+    command = [sys.executable, "-m", "tools.scores", "show", flag, *([str(ledger)] if flag == "--ledger" else [])]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     end = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from small_data import NEEDS_PATCH, make_data
 
-from batteries import SplitFile
+from batteries.data.splits import SplitFile
 from experiment.dataset import load_dataset
 from experiment.splits import make_folds
 

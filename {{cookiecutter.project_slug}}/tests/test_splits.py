@@ -11,13 +11,13 @@ import torch
 from pictures import Pictures
 from processes import End, run_train
 
-import split
-from batteries import BadInput, SplitFile
-from batteries import splits as splits_module
-from batteries.errors import is_bad_input
-from batteries.pixels import channel_statistics, find_duplicates, look, look_at
-from batteries.splits import TEST, parse_folds, to_csv
+from batteries.core.errors import UserError
+from batteries.data import splits as splits_module
+from batteries.data.duplicates import find_duplicates
+from batteries.data.image_stats import channel_statistics, image_signature, image_signatures
+from batteries.data.splits import TEST, SplitFile, parse_folds, to_csv
 from experiment.splits import make_folds
+from tools import split
 
 
 class Samples(Pictures):
@@ -86,13 +86,13 @@ def test_a_column_that_the_user_brings_decides():
     ("dataset", "numbers"),
     [
         (Samples(folds=np.arange(80) % 3 - 1), {"num_folds": 10}),
-        (Samples(folds=np.arange(80) % 3 - 1), {"test_share": 0.5}),
-        (Samples(official_test=np.arange(80) < 20), {"test_share": 0.5}),
+        (Samples(folds=np.arange(80) % 3 - 1), {"test_fraction": 0.5}),
+        (Samples(official_test=np.arange(80) < 20), {"test_fraction": 0.5}),
     ],
 )
 def test_a_number_that_would_change_nothing_is_refused(dataset, numbers):
     make_folds(dataset)
-    with pytest.raises(ValueError, match=rf"the data bring .* of their own: leave .*--{next(iter(numbers))[:3]}"):
+    with pytest.raises(UserError, match=rf"the data bring .* of their own: leave .*--{next(iter(numbers))[:3]}"):
         make_folds(dataset, **numbers)
 
 
@@ -103,7 +103,7 @@ def test_the_test_share_is_what_was_asked_for_with_groups_too(share, classes):
     dataset = Samples(size, groups=groups_of(size), targets=np.arange(size) % 4, classes=tuple("abcd"))
     if not classes:
         dataset.classes = dataset.targets = None
-    assert (make_folds(dataset, test_share=share) == TEST).mean() == pytest.approx(share, abs=0.03)
+    assert (make_folds(dataset, test_fraction=share) == TEST).mean() == pytest.approx(share, abs=0.03)
 
 
 def test_parts_share_no_sample_and_training_is_what_neither_validates_nor_tests(tmp_path):
@@ -170,7 +170,7 @@ def test_a_file_that_does_not_fit_the_data_is_refused_by_name(tmp_path, change, 
     splits.write()
     splits.path.write_text(change(splits.path.read_text()).replace("picture", '"picture').replace(", a,", ', a",'))
     splits.path.write_text(splits.path.read_text().replace('""', '"'))
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(UserError) as error:
         open_splits(tmp_path, dataset)
     assert sentence in str(error.value)
 
@@ -202,7 +202,7 @@ def in_class(index: int, size: int = 80) -> torch.Tensor:
     ],
 )
 def test_data_that_cannot_be_split_are_refused_with_the_reason(tmp_path, dataset, sentence):
-    with pytest.raises((BadInput, ValueError)) as error:
+    with pytest.raises(UserError) as error:
         open_splits(tmp_path, dataset)
     assert sentence in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -230,9 +230,9 @@ def test_data_that_cannot_be_split_are_refused_with_the_reason(tmp_path, dataset
     ],
 )
 def test_a_test_share_that_leaves_too_little_on_either_side_is_refused(tmp_path, dataset, share, sentence):
-    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
-        make_folds(dataset, test_share=share)
-    assert is_bad_input(error.value)
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        make_folds(dataset, test_fraction=share)
+    assert isinstance(error.value, UserError)
 
 
 @pytest.mark.parametrize(("where", "part"), [(0, "valid"), (1, "train"), (TEST, "train")])
@@ -240,7 +240,7 @@ def test_a_class_in_one_part_only_is_refused_by_the_name_of_a_part_without_it(tm
     folds = np.random.default_rng(0).permutation(np.arange(80) % 6 - 1)
     only = int(np.flatnonzero(folds == where)[0])
     splits = open_splits(tmp_path, Samples(targets=in_class(only)), lambda _: folds)
-    with pytest.raises(BadInput, match=rf"the {part} split of fold 1 has no sample of class west \(1 of west in all"):
+    with pytest.raises(UserError, match=rf"the {part} split of fold 1 has no sample of class west \(1 of west in all"):
         splits.select(1)
 
 
@@ -256,7 +256,7 @@ def test_an_official_test_split_may_lack_targets_and_classes(tmp_path):
 def test_what_another_process_wrote_meanwhile_is_never_replaced(tmp_path):
     ours, theirs = (open_splits(tmp_path, make=lambda _, k=k: np.arange(80) // 4 % k) for k in (3, 4))
     theirs.write()
-    with pytest.raises(BadInput, match=r"x\.csv is another split by now, and no file is changed"):
+    with pytest.raises(UserError, match=r"x\.csv is another split by now, and no file is changed"):
         ours.write()
     assert ours.path.read_text() == theirs.text
     assert [path.name for path in ours.path.parent.iterdir()] == ["x.csv"]
@@ -275,17 +275,17 @@ def test_of_two_processes_that_make_the_file_at_once_the_first_wins(monkeypatch,
     if same:
         ours.write()
     else:
-        with pytest.raises(BadInput, match="another split by now"):
+        with pytest.raises(UserError, match="another split by now"):
             ours.write()
     assert ours.path.read_text() == theirs.text
     assert [path.name for path in ours.path.parent.iterdir()] == ["x.csv"]
 
 
 def run_split(monkeypatch, tmp_path, *flags: str, dataset=None) -> End:
-    """`python split.py FLAGS` over small pictures, with splits/x.csv as the file."""
+    """`python tools/split.py FLAGS` over small pictures, with splits/x.csv as the file."""
     monkeypatch.setattr(split, "load_dataset", lambda _: dataset or Samples())
     file = str(tmp_path / "splits/x.csv")
-    return run_train(split.main, split.Config, "--split-file", file, *flags, name="split.py")
+    return run_train(split.main, split.Config, "--split-file", file, *flags, name="tools/split.py")
 
 
 def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, tmp_path):
@@ -327,7 +327,7 @@ def test_a_fold_that_is_not_there_is_refused_before_the_file_is_written(monkeypa
 
 def test_a_place_where_no_file_can_be_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "splits").write_text("a file")
-    with pytest.raises(BadInput, match=r"splits/x\.csv cannot be written \(File exists\); use another --split-file\."):
+    with pytest.raises(UserError, match=r"splits/x\.csv cannot be written \(File exists\); use another --split-file\."):
         open_splits(tmp_path).write()
 
 
@@ -363,7 +363,7 @@ def test_equal_and_nearly_equal_images_in_two_parts_are_found_and_no_others():
     dark = (photos[7].float() * 0.4).to(torch.uint8)  # of the same hash, and another picture
     images = [*photos, photos[2].clone(), recompressed, smaller, brighter, photos[6].clone(), dark]
     parts = np.array([0] * 100 + [1, 1, TEST, 1, 0, 1])  # the last but one is a duplicate within one part
-    pairs = find_duplicates([look(image) for image in images], parts)
+    pairs = find_duplicates([image_signature(image) for image in images], parts)
     assert pairs == [(2, 100, True), (3, 101, False), (4, 102, False), (5, 103, False)]
 
 
@@ -372,7 +372,7 @@ def test_hard_compression_hides_few_duplicates_and_makes_none():
 
     photos = [photo(seed) for seed in range(60)]
     images = photos + [decode_jpeg(encode_jpeg(image, quality=15)) for image in photos]
-    pairs = find_duplicates([look(image) for image in images], np.repeat([0, 1], 60))
+    pairs = find_duplicates([image_signature(image) for image in images], np.repeat([0, 1], 60))
     assert all(pair.second == pair.first + 60 for pair in pairs)
     assert len(pairs) > 45
 
@@ -418,13 +418,13 @@ def test_a_broken_image_is_named_and_nothing_is_written(monkeypatch, tmp_path):
     class Broken(Samples):
         def __getitem__(self, index):
             if index == 7:
-                raise BadInput("image7.jpg is cut short.")
+                raise UserError("image7.jpg is cut short.")
             return super().__getitem__(index)
 
     end = run_split(monkeypatch, tmp_path, dataset=Broken())
     assert (end.code, end.err) == (2, "error: 1 of 80 images cannot be read: image7.jpg is cut short.\n")
     assert not list(tmp_path.iterdir())
-    assert sum(isinstance(found, str) for found in look_at(Broken(), range(10))) == 1
+    assert sum(isinstance(found, str) for found in image_signatures(Broken(), range(10))) == 1
     assert json.dumps(open_splits(tmp_path).describe())
 
 
@@ -435,7 +435,7 @@ def test_groups_that_were_written_into_the_file_alone_stay_in_one_fold_too(tmp_p
     one, other = (next(place for place, line in enumerate(lines) if line.endswith(f",{fold}")) for fold in (0, 1))
     rows = [line + (",pair" if place in (one, other) else ",") for place, line in enumerate(lines)]
     splits.path.write_text("\n".join([f"{header},group", *rows]) + "\n")
-    with pytest.raises(BadInput, match=r"has group pair in folds [01] and [01]; a group stays in one"):
+    with pytest.raises(UserError, match=r"has group pair in folds [01] and [01]; a group stays in one"):
         open_splits(tmp_path)
     rows[other] = f"{lines[other]},"
     splits.path.write_text("\n".join([f"{header},group", *rows]) + "\n")

@@ -11,9 +11,11 @@ from processes import run_ranks, run_train
 from small_data import TEST_FILES, change_one_sample, make_data
 
 import train
-from batteries import EvalLoader, SplitFile
-from batteries.splits import TEST, UNKNOWN
-from batteries.trackers import default_trackers
+from batteries.core.errors import UserError
+from batteries.data.dataset import UNKNOWN
+from batteries.data.loaders import EvalLoader
+from batteries.data.splits import TEST, SplitFile
+from batteries.tracking.manager import default_trackers
 from experiment.augmentations import MEAN, STD, normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import make_folds
@@ -122,7 +124,7 @@ def test_training_opens_no_test_file_and_trains_where_they_are_rubbish(monkeypat
     end = run_train(train.main, Config, *flags)
     assert end.code == 0, end.err
     dataset = load_dataset(data_dir)
-    with pytest.raises(ValueError, match=r"--data-dir .* has no sound "):
+    with pytest.raises(UserError, match=r"--data-dir .* has no sound "):
         dataset[len(dataset) - 1]
 
 

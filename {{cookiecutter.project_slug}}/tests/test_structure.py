@@ -82,12 +82,12 @@ def test_verbs_that_read_tables_wait_for_no_heavy_library(tmp_path):
     (tmp_path / "a.csv").write_text("id,cat,dog\na,0.5,0.5\n")
     table = str(tmp_path / "a.csv")
     commands = [
-        ["blend.py", table, "nowhere.csv"],
-        ["blend.py", table, table, "--output", str(tmp_path / "out.csv")],
-        ["submit.py", table, "--sample", "nowhere.csv"],
-        ["scores.py", "show", "--ledger", str(tmp_path / "scores.csv")],
-        ["scores.py", "add", "nowhere"],
-        ["report.py", "nowhere"],
+        ["tools/blend.py", table, "nowhere.csv"],
+        ["tools/blend.py", table, table, "--output", str(tmp_path / "out.csv")],
+        ["tools/submit.py", table, "--sample", "nowhere.csv"],
+        ["tools/scores.py", "show", "--ledger", str(tmp_path / "scores.csv")],
+        ["tools/scores.py", "add", "nowhere"],
+        ["tools/report.py", "nowhere"],
     ]
     code = (
         "import contextlib, runpy, sys\n"

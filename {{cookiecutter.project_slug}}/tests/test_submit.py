@@ -3,7 +3,7 @@
 import pytest
 from tables import call, refused, write_lines
 
-import submit
+from tools import submit
 
 PREDICTIONS = ["id,cat,dog,0", "a,0.5,0.25,0.25", "b,0.1,0.3,0.6", "c,0.25,0.5,0.25"]
 

@@ -11,10 +11,10 @@ from processes import End, run_train
 from torch import nn
 from torch.nn import functional
 
-import predict
 import train
-from batteries.predictions import read_predictions
+from batteries.evaluation.predictions import read_predictions
 from experiment.augmentations import normalize
+from tools import predict
 
 SIZE = 96
 GENERATOR = np.random.default_rng(0)
@@ -28,7 +28,7 @@ class Task(NamedTuple):
     targets: torch.Tensor  # (N, ...)
     build_model: object
     loss: object
-    share_right: object
+    sample_accuracy: object
     to_probabilities: object
 
 
@@ -85,7 +85,7 @@ def task(request, monkeypatch) -> Task:
         "load_dataset": lambda _: Samples(task),
         "build_model": task.build_model,
         "build_criterion": lambda *_: task.loss,
-        "share_right": task.share_right,
+        "sample_accuracy": task.sample_accuracy,
         "to_probabilities": task.to_probabilities,
         "train_transform": lambda _: None,
         "valid_transform": lambda _: None,
@@ -125,13 +125,15 @@ def test_a_run_validates_by_the_loss_and_the_share_that_experiment_says(task, tm
     best = min((line["valid"] for line in lines if line["stage"] == "stage0"), key=lambda valid: valid["loss"])
     outputs, targets = outputs_of_best(task, tmp_path, "stage0", rows), task.targets[rows]
     assert best["loss"] == pytest.approx(task.loss(outputs, targets).item(), rel=1e-5)
-    assert best["accuracy"] == pytest.approx(task.share_right(outputs, targets).double().mean().item(), rel=1e-6)
+    assert best["accuracy"] == pytest.approx(task.sample_accuracy(outputs, targets).double().mean().item(), rel=1e-6)
 
 
 def test_predictions_are_what_experiment_makes_of_logits_or_it_is_said_why_there_are_none(task, tmp_path):
     assert start(tmp_path).code == 0
     stage = json.loads((tmp_path / "run/run.json").read_text())["best"]["stage"]
-    end = run_train(predict.main, predict.Options, "--run", str(tmp_path / "run"), "--device", "cpu", name="predict.py")
+    end = run_train(
+        predict.main, predict.Options, "--run", str(tmp_path / "run"), "--device", "cpu", name="tools/predict.py"
+    )
     if task is TASKS["a mask"]:
         assert (end.code, end.err.startswith("error: the model gives (3, 8, 8) for a sample")) == (2, True)
     elif task is TASKS["a number"]:

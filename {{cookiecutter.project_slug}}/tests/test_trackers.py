@@ -23,11 +23,11 @@ from small_data import make_data
 from torchvision.io import write_png
 
 import train
-from batteries import trackers
-from batteries.backends import ROOT
-from batteries.errors import BadInput
-from batteries.handshake import free_port
-from batteries.trackers import check_trackers
+from batteries.core.errors import UserError
+from batteries.distributed.connectivity import find_free_port
+from batteries.tracking import manager as trackers
+from batteries.tracking.manager import check_trackers
+from batteries.tracking.tensorboard import ROOT
 from train import Config, Stage
 
 PACKAGES = {"tensorboard": "tensorboard", "tensorboardx": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
@@ -41,8 +41,8 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trackers")
     patch = pytest.MonkeyPatch()
     patch.setattr(train, "build_model", tiny_network)
-    patch.setattr("batteries.runs.LOG_EVERY", 2)
-    patch.setattr("batteries.runs.make_report", draw_confusion)
+    patch.setattr("batteries.run.stage.LOG_EVERY", 2)
+    patch.setattr("batteries.run.run.make_reports", draw_confusion)
     patch.setenv("WANDB_MODE", "offline")
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield Config(
@@ -303,7 +303,7 @@ def test_a_tracker_whose_calls_fail_is_left_out_with_one_warning_and_changes_no_
     config, monkeypatch, tmp_path, method
 ):
     class Failing:
-        look = ""
+        dashboard = ""
 
         def start(self, run):
             return -1
@@ -336,7 +336,7 @@ def test_a_tracker_whose_calls_fail_is_left_out_with_one_warning_and_changes_no_
 
 def test_a_tracker_that_does_not_finish_is_left_alone(config, monkeypatch, tmp_path):
     class Slow:
-        look = ""
+        dashboard = ""
 
         def start(self, run):
             return -1
@@ -386,7 +386,7 @@ def test_wandb_without_an_account_works_offline_and_says_so(config, monkeypatch,
 @pytest.fixture
 def mlflow_server(tmp_path):
     """The address of a server of MLflow on this machine, and its process."""
-    port = free_port()
+    port = find_free_port()
     store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--artifacts-destination", str(tmp_path)]
     command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
     with (tmp_path / "server.log").open("w") as log:
@@ -436,7 +436,7 @@ def test_mlflow_writes_to_the_server_that_is_named_and_the_run_outlives_it(
     "names", [(), ("none", "tensorboard"), ("tensorboard", "tensorboard")], ids=["none", "beside", "twice"]
 )
 def test_trackers_that_cannot_be_meant_are_refused(names):
-    with pytest.raises(BadInput, match=r"must be none, or one or more trackers, each once\."):
+    with pytest.raises(UserError, match=r"must be none, or one or more trackers, each once\."):
         check_trackers(names)
 
 

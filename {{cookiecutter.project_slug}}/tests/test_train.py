@@ -16,9 +16,11 @@ from small_data import make_data
 from torch import nn
 
 import train
-from batteries import Averages, default_trackers
-from batteries.cli import from_json, parse, to_json
-from batteries.parallel import bare
+from batteries.core.command_line import parse
+from batteries.core.config_io import from_json, to_json
+from batteries.distributed.unwrap import unwrap_model
+from batteries.tracking.manager import default_trackers
+from batteries.training.metrics import MeanMetrics
 from train import Config, Stage
 
 
@@ -80,12 +82,12 @@ def test_the_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch,
     started = []
 
     def note_weights(state, *_):
-        started.append({name: value.clone() for name, value in bare(state.model).state_dict().items()})
+        started.append({name: value.clone() for name, value in unwrap_model(state.model).state_dict().items()})
         torch.nn.init.normal_(next(state.model.parameters()))
         return {"loss": 1.0, "accuracy": 0.5}
 
     monkeypatch.setattr(train, "train_fn", note_weights)
-    monkeypatch.setattr(train.Run, "log_epoch", lambda *_: None)
+    monkeypatch.setattr("batteries.run.stage.StageRun.log_epoch", lambda *_, **__: None)
     stages = Stage("stage0", 2, 0.1), Stage("stage1", 1, 0.1)
     config = Config(
         stages=stages,
@@ -110,7 +112,7 @@ def test_init_from_starts_a_new_run_from_the_weights_of_another(start, monkeypat
     first, second = tmp_path / "first", tmp_path / "second"
     assert start("--logdir", str(first)).code == 0
     monkeypatch.setattr(train, "train_fn", lambda *_: {"accuracy": 0.5, "loss": 1.0})  # changes no weight
-    monkeypatch.setattr(train.Run, "log_epoch", lambda *_: None)
+    monkeypatch.setattr("batteries.run.stage.StageRun.log_epoch", lambda *_, **__: None)
     best = first / "stage1/best.pth"
     end = start("--logdir", str(second), "--init-from", str(best))
     assert end.code == 0, end.err
@@ -281,7 +283,7 @@ def test_a_variable_of_torchrun_that_strayed_into_the_environment_changes_nothin
 
 def test_a_metric_of_another_shape_than_one_number_a_sample_is_refused(cpu):
     with pytest.raises(ValueError, match=r"metric accuracy has shape \(8, 5\) for 8 samples"):
-        Averages().update(8, accuracy=torch.ones(8, 5))
+        MeanMetrics().update(8, accuracy=torch.ones(8, 5))
 
 
 def test_a_config_with_an_unknown_knob_is_refused_with_the_near_one(start, tmp_path):

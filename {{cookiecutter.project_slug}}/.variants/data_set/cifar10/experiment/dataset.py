@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10
 
+from batteries.core.errors import UserError
+
 TEST_SIZE = 10_000  # images of the official test split
 
 
@@ -73,7 +75,7 @@ class Cifar10:
         try:  # the first download brings the test files too
             files = (TrainFiles if train else CIFAR10)(str(self.data_dir), train=train, download=train)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--data-dir {self.data_dir} has no sound CIFAR-10 or it cannot be downloaded ({error}); put the "
                 f"folder cifar-10-batches-py there."
             ) from error

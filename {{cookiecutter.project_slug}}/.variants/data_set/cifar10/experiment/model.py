@@ -23,7 +23,7 @@ def to_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(1)
 
 
-def share_right(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def sample_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The share that the most likely class has in each target, (N,): its mean is the accuracy.
 
     Targets (N,) are classes, of which one is right; soft ones (N, num_classes) come of mixing, where that is

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from batteries.core.errors import UserError
 from experiment.images import check_files, file_size, read_image
 
 TABLE = "samples.csv"
@@ -74,7 +75,7 @@ class Table:
                 continue
             torn = say_unlabelled if self.folds is None else say_folds
             rows = sorted((folds[place], self.lines[place]) for place in (other, index))
-            raise ValueError(f"{self.data_dir / TABLE} has group {group} {torn(rows)}.")
+            raise UserError(f"{self.data_dir / TABLE} has group {group} {torn(rows)}.")
 
     def _check_paths(self) -> None:
         """Raise ValueError for a file that is there under two paths, such as a.jpg and ./a.jpg."""
@@ -83,14 +84,14 @@ class Table:
             other = first.setdefault(os.path.normpath(name), index)
             if self.ids[other] != name:
                 lines = f"{self.lines[other]} and {self.lines[index]}"
-                raise ValueError(
+                raise UserError(
                     f"{self.data_dir / TABLE} names one file twice, by other paths (lines {lines}); leave one."
                 )
 
     def _refuse(self, indices: list[int], what: str) -> None:
         if indices:
             named = ", ".join(f"{self.ids[index]} (line {self.lines[index]})" for index in indices[:5])
-            raise ValueError(f"{len(indices)} files of {self.data_dir / TABLE} are {what}: {named}; mend these rows.")
+            raise UserError(f"{len(indices)} files of {self.data_dir / TABLE} are {what}: {named}; mend these rows.")
 
 
 def say_folds(rows: list[tuple[int, int]]) -> str:
@@ -113,7 +114,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read ({error}); put a table with the columns path and label there."
         ) from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -121,18 +122,18 @@ def read_table(path: Path) -> list[dict[str, str]]:
     for number, name in enumerate(columns):
         meant = name.strip().lower()
         if name in columns[:number]:
-            raise ValueError(f"{path} has column {name} more than once; leave one.")
+            raise UserError(f"{path} has column {name} more than once; leave one.")
         if meant in COLUMNS and name != meant:
-            raise ValueError(f"{path} has a column {name!r}, which is not read; call it {meant!r}, or remove it.")
+            raise UserError(f"{path} has a column {name!r}, which is not read; call it {meant!r}, or remove it.")
     if missing := [name for name in ("path", "label") if name not in columns]:
-        raise ValueError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}.")
+        raise UserError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}.")
     rows = []
     for row in reader:
         if None in row.values() or None in row or not row["path"]:
-            raise ValueError(f"{path} line {reader.line_num} does not have a value for each of {', '.join(columns)}.")
+            raise UserError(f"{path} line {reader.line_num} does not have a value for each of {', '.join(columns)}.")
         rows.append(row | {"line": str(reader.line_num)})
     if not rows:
-        raise ValueError(f"{path} has no rows; give one for each image.")
+        raise UserError(f"{path} has no rows; give one for each image.")
     return rows
 
 
@@ -146,7 +147,7 @@ def fold_of(row: dict[str, str]) -> int:
     try:
         return int(row["fold"])
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"{TABLE} line {row['line']} has fold {row['fold']!r}; give a whole number, -1 for test."
         ) from None
 

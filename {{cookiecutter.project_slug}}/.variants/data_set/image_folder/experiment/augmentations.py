@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 SIZE = 224  # pixels on a side of what the model sees; smaller is faster
 # Mean and standard deviation of each channel on the scale 0 to 1. These are ImageNet's, as good a start as any for
-# photographs; `python split.py --keep --statistics` prints those of your train split.
+# photographs; `python tools/split.py --keep --statistics` prints those of your train split.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from batteries.core.errors import UserError
 from experiment.images import SUFFIXES, check_files, file_size, read_image
 
 PARTS = {"train": 1, "valid": 0, "val": 0, "test": -1}  # folders with a split of their own, and their folds
@@ -43,19 +44,19 @@ class ImageFolder:
         self.left_out = count_others([path for *_, path in there], [self.data_dir / root for root in roots])
         if not files:
             others = f"; left out: {self.left_out}" if self.left_out else ""
-            raise ValueError(
+            raise UserError(
                 f"--data-dir {data_dir} has no images in folders of classes, such as "
                 f"{self.data_dir / roots[0]}/cats/1.jpg{others} (these are read: {', '.join(SUFFIXES)})."
             )
         only, *others = self.classes
         if not others:
-            raise ValueError(
+            raise UserError(
                 f"--data-dir {data_dir} has one class alone, {only}; give a folder for each of two or more"
                 f"{look_below(self.data_dir / roots[0] / only)}."
             )
         self.ids = [path.relative_to(self.data_dir).as_posix() for _, _, path in files]
         if odd := [name for name in self.ids if not is_text(name)]:
-            raise ValueError(f"--data-dir {data_dir} has a file called {odd[0]!r}, which no table can hold; rename it.")
+            raise UserError(f"--data-dir {data_dir} has a file called {odd[0]!r}, which no table can hold; rename it.")
         self.targets = np.array([number for _, number, _ in files])
         folds = np.array([PARTS.get(root, 0) for root, _, _ in files])
         self.official_test = folds == -1 if "test" in roots else None
@@ -72,7 +73,7 @@ class ImageFolder:
         """Raise ValueError with the names of files among `indices` that are no images or cut short."""
         if broken := check_files([self.data_dir / self.ids[index] for index in indices]):
             names = ", ".join(self.ids[indices[place]] for place in broken[:5])
-            raise ValueError(
+            raise UserError(
                 f"{len(broken)} files in {self.data_dir} are no images, or cut short: {names}; mend or remove them."
             )
 
@@ -89,7 +90,7 @@ def check_parts(data_dir: Path) -> None:
     names = sorted(folder.name for folder in folders_in(data_dir))
     if "train" not in map(str.lower, names):
         if names and {name.lower() for name in names} <= {*PARTS, "training", "testing", "validation"}:
-            raise ValueError(
+            raise UserError(
                 f"--data-dir {data_dir} has the folders {', '.join(names)}, which are no classes but parts of a split; "
                 "call them train, valid and test, of which train is needed."
             )
@@ -100,7 +101,7 @@ def check_parts(data_dir: Path) -> None:
         if name not in PARTS and (name.lower() in PARTS or any(map(is_image, files_in(data_dir / name))))
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"--data-dir {data_dir} has a folder train and so is cut in parts, but {', '.join(wrong)} "
             f"{'are' if len(wrong) > 1 else 'is'} none: these are called train, valid and test, in small letters; "
             f"rename or move {'them' if len(wrong) > 1 else 'it'} or, where train is a class, call that otherwise."

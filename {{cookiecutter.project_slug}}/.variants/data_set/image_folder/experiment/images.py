@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torchvision.io import ImageReadMode, decode_image, read_file
 
+from batteries.core.errors import UserError
+
 PNG = b"\x89PNG\r\n\x1a\n"  # how these files begin
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 # How files begin and end; of WebP, which begins with RIFF, the length stands in its first bytes.
@@ -27,10 +29,10 @@ def read_image(path: str | Path) -> torch.Tensor:
     try:
         data = read_file(str(path))
         if not may_be_decoded(data):
-            raise ValueError(f"{path} cannot be read as an image (it is cut short or damaged).")
+            raise UserError(f"{path} cannot be read as an image (it is cut short or damaged).")
         image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read as an image ({reason(path, error)}).") from error
+        raise UserError(f"{path} cannot be read as an image ({reason(path, error)}).") from error
     if image.ndim == 4:
         image = image[0]
     return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)

@@ -11,8 +11,7 @@ from pictures import patterned
 from small_runs import assert_refused, train_on
 from torchvision.io import write_jpeg
 
-from batteries import SplitFile
-from batteries.splits import TEST
+from batteries.data.splits import TEST, SplitFile
 from experiment.dataset import ImageFolder
 from experiment.splits import make_folds
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pictures import patterned
 
+from batteries.core.errors import UserError
 from experiment.images import check_files, read_image
 
 Image = pytest.importorskip("PIL.Image")  # another decoder, as the oracle
@@ -85,7 +86,7 @@ def test_a_file_that_is_cut_short_is_named(tmp_path, name, share):
     save(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match=rf"{name} cannot be read as an image \("):
+    with pytest.raises(UserError, match=rf"{name} cannot be read as an image \("):
         read_image(tmp_path / name)
 
 
@@ -97,7 +98,7 @@ def test_a_png_with_a_changed_byte_is_named_wherever_it_is(tmp_path, byte):
         data = bytearray(sound)
         data[place] ^= byte
         (tmp_path / "a.png").write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.png cannot be read as an image \(it is cut short or damaged\)"):
+        with pytest.raises(UserError, match=r"a\.png cannot be read as an image \(it is cut short or damaged\)"):
             read_image(tmp_path / "a.png")
 
 
@@ -119,7 +120,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def test_what_is_no_image_is_named_with_the_reason(tmp_path, content, sentence):
     if content is not None:
         (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.jpg") as error:
+    with pytest.raises(UserError, match=r"a\.jpg") as error:
         read_image(tmp_path / "a.jpg")
     assert sentence in str(error.value)
     assert "/__w/" not in str(error.value)

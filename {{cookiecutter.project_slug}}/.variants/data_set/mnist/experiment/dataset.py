@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torchvision.datasets import MNIST
 
+from batteries.core.errors import UserError
+
 TEST_SIZE = 10_000  # images of the official test split
 
 
@@ -65,7 +67,7 @@ class Mnist:
         try:  # the first download brings the test files too
             files = MNIST(str(self.data_dir), train=train, download=train)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two of files that are cut short
-            raise ValueError(
+            raise UserError(
                 f"--data-dir {self.data_dir} has no sound MNIST or it cannot be downloaded ({error}); put the folder "
                 f"MNIST/raw there."
             ) from error

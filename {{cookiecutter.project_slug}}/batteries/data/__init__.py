@@ -1,0 +1,1 @@
+"""Layer 2: batch plan, loaders, worker processes, split files, image files, image statistics, duplicates."""

@@ -1,0 +1,1 @@
+"""Layer 1: process group, collectives, device selection, unwrapping, SyncBatchNorm on CPU, launcher."""

@@ -1,0 +1,1 @@
+"""Layer 3: predictions, scoring, error analysis, test-time augmentation, run selection, cross-validation."""

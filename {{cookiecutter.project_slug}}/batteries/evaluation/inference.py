@@ -1,0 +1,207 @@
+"""Predictions of a trained run: from a run directory and a split to a table of probabilities."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from batteries.checkpoint.io import apply_checkpoint, read_checkpoint, scored_weights
+from batteries.core.errors import UserError
+from batteries.data.dataset import Dataset, Samples, Transform
+from batteries.data.fingerprint import fingerprint
+from batteries.data.image_files import ImageFiles
+from batteries.data.loaders import EvalLoader
+from batteries.data.splits import Split, SplitFile
+from batteries.distributed.collectives import interleave_over_ranks, run_on_rank_zero
+from batteries.evaluation.predictions import Predictions
+from batteries.evaluation.run_selection import find_checkpoint, read_config
+from batteries.evaluation.tta import Views, make_views
+from batteries.training.precision import Precision, autocast
+from batteries.training.setup import SetupConfig
+from batteries.training.wrap import eval_mode
+
+
+class InferenceStage(Protocol):
+    """The options of a stage that inference reads."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def image_size(self) -> int | None: ...
+
+
+class InferenceConfig(SetupConfig, Protocol):
+    """The options of train.py that inference reads."""
+
+    @property
+    def stages(self) -> Sequence[InferenceStage]: ...
+    @property
+    def data_dir(self) -> Path: ...
+    @property
+    def split_file(self) -> Path: ...
+    @property
+    def fold(self) -> int: ...
+    @property
+    def minimize_metric(self) -> bool: ...
+    @property
+    def valid_batch_size(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=InferenceConfig)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The functions of experiment/ that inference calls."""
+
+    make_folds: Callable[[Any], np.ndarray]
+    build_model: Callable[..., nn.Module]
+    to_probabilities: Callable[[torch.Tensor], torch.Tensor]
+    normalize: Callable[[torch.Tensor], torch.Tensor]
+    valid_transform: Callable[[int | None], Transform | None]
+    channels: int
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """What to predict, and how. tools/predict.py documents each option."""
+
+    stage: str | None = None
+    checkpoint: str = "best"
+    split: Literal["valid", "test", "all"] = "all"
+    images: Path | None = None
+    tta: Views = "none"
+    batch_size: int | None = None
+    num_workers: int | None = None
+
+
+def run_config(folder: Path, config_class: type[ConfigT], device: str, data_dir: Path | None) -> ConfigT:
+    """Read the Config of a run, for inference on `device`; another `data_dir` replaces that of the run."""
+    config: Any = replace(read_config(folder, config_class), device=device, data_parallel=False, compile=False)  # type: ignore[type-var]
+    return config if data_dir is None else replace(config, data_dir=data_dir)
+
+
+def find_stage(stages: Sequence[Any], name: str) -> Any:
+    """Return the stage with this name; the last one if a checkpoint comes from elsewhere."""
+    return next((stage for stage in stages if stage.name == name), stages[-1])
+
+
+def load_split(dataset: Dataset, config: InferenceConfig, make_folds: Callable[[Any], np.ndarray]) -> Split:
+    """Return the indices of the run's fold, as train.py selects them."""
+    return SplitFile(config.split_file, dataset, make_folds).select(config.fold)
+
+
+def check_training_data(
+    folder: Path, checkpoint: Mapping[str, Any], dataset: Dataset, split: Split, data_dir: Path
+) -> None:
+    """Raise UserError if a checkpoint was trained on different data: a validation sample could be a training sample."""
+    trained_on = (checkpoint.get("resume") or {}).get("data")
+    if trained_on is not None and trained_on != fingerprint(dataset.fingerprint(), *split):
+        raise UserError(
+            f"--run {folder} was trained on different data, or on a different split of the data, than {data_dir} has "
+            "now; give the original --data-dir, or train it again."
+        )
+
+
+def predict_run(
+    folder: Path,
+    config: InferenceConfig,
+    dataset: Dataset,
+    device: torch.device,
+    experiment: Experiment,
+    options: InferenceOptions,
+) -> dict[str, Predictions]:
+    """Predict with one run. Every rank must call it.
+
+    Args:
+        folder: The run directory.
+        config: The output of `run_config`.
+        dataset: The data set of the run.
+        device: The device of this process.
+        experiment: The user's functions.
+        options: What to predict.
+
+    Returns:
+        The predictions by the name of the split, or of the directory of images.
+
+    Raises:
+        UserError: If there is no checkpoint, the data differ, or the split is empty.
+    """
+    split = load_split(dataset, config, experiment.make_folds)
+    model, image_size = _load_model(folder, config, dataset, split, device, experiment, options)
+    transform = experiment.valid_transform(image_size)
+    batch_size = options.batch_size or config.valid_batch_size
+
+    def predict(source: Samples, indices: np.ndarray) -> Predictions:
+        loader = EvalLoader(source, indices, transform, device, batch_size=batch_size, num_workers=options.num_workers)
+        probabilities, targets = predict_loader(model, loader, options.tta, config.precision, experiment)
+        ids = tuple(str(source.ids[index]) for index in indices)
+        known_targets = targets if (targets >= 0).all() else None
+        return Predictions(str(folder), ids, tuple(dataset.classes), probabilities, known_targets)
+
+    if options.images is not None:
+        files = ImageFiles(options.images, channels=experiment.channels)
+        return {options.images.resolve().stem: predict(files, np.arange(len(files)))}
+    indices_of = {"valid": split.valid, "test": split.test}
+    wanted = [name for name, indices in indices_of.items() if options.split in (name, "all") and len(indices)]
+    if not wanted:
+        raise UserError(f"--split {options.split} is empty in this data set; use --split valid, or --images.")
+    return {name: predict(dataset, indices_of[name]) for name in wanted}
+
+
+def _load_model(
+    folder: Path,
+    config: InferenceConfig,
+    dataset: Dataset,
+    split: Split,
+    device: torch.device,
+    experiment: Experiment,
+    options: InferenceOptions,
+) -> tuple[nn.Module, int | None]:
+    """Load the model with the weights of the chosen checkpoint; also return the image size of its stage."""
+    stages = [stage.name for stage in config.stages]
+    path = run_on_rank_zero(
+        lambda: find_checkpoint(folder, stages, options.stage, options.checkpoint, minimize=config.minimize_metric)
+    )
+    checkpoint = run_on_rank_zero(lambda: read_checkpoint(path))
+    check_training_data(folder, checkpoint, dataset, split, config.data_dir)
+    model = experiment.build_model(num_classes=len(dataset.classes))
+    apply_checkpoint({"model_state_dict": scored_weights(checkpoint)}, str(path), model)
+    run_on_rank_zero(lambda: print(f"weights  {path}, epoch {checkpoint.get('epoch')}"))
+    return model.to(device), find_stage(config.stages, checkpoint["stage"]).image_size
+
+
+def predict_loader(
+    model: nn.Module, loader: EvalLoader, tta: Views, precision: Precision, experiment: Experiment
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predict every sample of a loader once, in order. Every rank must call it.
+
+    Returns:
+        Probabilities (N, classes), float64, and targets (N,), equal on all ranks. The targets come with the images,
+        because a data set need not know those of an official test split in advance.
+
+    Raises:
+        UserError: If the output of the model is not one number per class.
+    """
+    batches = []
+    with eval_mode(model) as network, autocast(loader.device, precision):
+        for images, targets in loader:
+            views = [
+                experiment.to_probabilities(network(experiment.normalize(view)).cpu().double())
+                for view in make_views(images, tta)
+            ]
+            if views[0].ndim != 2:
+                raise UserError(
+                    f"the output of the model has shape {tuple(views[0].shape[1:])} per sample, and a table of "
+                    "predictions has one number per class; write outputs such as masks with a separate script."
+                )
+            batches.append((torch.stack(views).mean(0).numpy(), targets.cpu().numpy()))
+    probabilities, targets = map(np.concatenate, zip(*interleave_over_ranks(batches), strict=True))
+    assert len(probabilities) == loader.size, f"{len(probabilities)} samples instead of {loader.size}"
+    return probabilities, targets

@@ -1,0 +1,1 @@
+"""Layer 4: blending, submission files and the score log."""

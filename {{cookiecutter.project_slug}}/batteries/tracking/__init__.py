@@ -1,0 +1,1 @@
+"""Layer 1: the tracker interface, one module per tracking library, and the manager of a run's trackers."""

@@ -1,0 +1,146 @@
+"""Optimizer steps that are skipped because their gradient is not finite."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from batteries.core.errors import RunError
+from batteries.core.files import write_text
+from batteries.core.text import list_first
+from batteries.distributed.collectives import run_on_rank_zero
+from batteries.distributed.unwrap import unwrap_model
+
+logger = logging.getLogger("batteries")
+
+MAX_SKIPPED_IN_A_ROW = 5  # steps; then the run ends
+FP16_SCALE_HALVINGS = 16  # more steps that fp16 may skip until its loss scale of 2^16 is down to one
+
+
+class GradientMonitor:
+    """Keeps the gradient norm of each step on its device and reads many at once, since each read waits for the device.
+
+    Attributes:
+        skipped: The number of steps so far whose norm was not finite.
+        last: The norm of the last step that was read; NaN before the first.
+    """
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self.last = math.nan
+        self._norms: list[torch.Tensor] = []
+
+    def add(self, norm: torch.Tensor) -> None:
+        """Keep the norm of one step, shape ()."""
+        self._norms.append(norm)
+
+    def read(self, step: int) -> list[tuple[int, bool]]:
+        """List (step, was skipped) for the steps since the last read; `step` is the number of the last one."""
+        norms = torch.stack(self._norms).tolist() if self._norms else []
+        self._norms.clear()
+        if norms:
+            self.last = norms[-1]
+        self.skipped += sum(not math.isfinite(norm) for norm in norms)
+        return [(number, not math.isfinite(norm)) for number, norm in enumerate(norms, start=step - len(norms) + 1)]
+
+
+class NonFiniteGuard:
+    """Reports skipped steps, and ends the run after too many in a row.
+
+    Attributes:
+        monitor: The gradient norms.
+        streak: The current streak of skipped steps: the ids of the samples of each, by the label of the step.
+    """
+
+    def __init__(self, file: Path, *, fp16: bool) -> None:
+        """Create a guard.
+
+        Args:
+            file: Where the samples are listed if the run ends.
+            fp16: The loss is scaled, so the first steps may overflow.
+        """
+        self.monitor = GradientMonitor()
+        self.streak: dict[str, list[str]] = {}
+        self._file = file
+        self._fp16 = fp16
+
+    def check(self, epoch_label: str, step: int, samples_of: Callable[[int], list[str]], lr_flag: str) -> None:
+        """Read the steps up to `step` and log each one that was skipped. Every rank must call it.
+
+        Args:
+            epoch_label: The stage and epoch, as logged.
+            step: The number of the last step in its epoch, from 1.
+            samples_of: Returns the ids of the samples of a step.
+            lr_flag: The option for the learning rate, which the error names.
+
+        Raises:
+            RunError: If too many steps in a row were skipped.
+        """
+        for number, was_skipped in self.monitor.read(step):
+            if not was_skipped:
+                self.streak = {}
+                continue
+            label = f"{epoch_label} step {number}"
+            self.streak[label] = samples_of(number)
+            reason = "its gradient is not finite"
+            if self._fp16:
+                reason = "its gradient overflowed fp16, so the loss scale is halved"
+            logger.warning(f"{label} was skipped: {reason}.")
+            if len(self.streak) >= MAX_SKIPPED_IN_A_ROW + FP16_SCALE_HALVINGS * self._fp16:
+                self._end_run(label, lr_flag)
+
+    def _end_run(self, last: str, lr_flag: str) -> None:
+        """Write the samples of the streak and raise RunError."""
+        text = json.dumps(self.streak, indent=2) + "\n"
+        run_on_rank_zero(lambda: write_text(self._file, text))
+        raise RunError(
+            f"the run ends after {len(self.streak)} skipped steps in a row, up to {last}: their gradients are not "
+            f"finite. Their samples are listed in {self._file}; those of the last step: "
+            f"{list_first(self.streak[last])}. Check these samples, or try a smaller {lr_flag}."
+        )
+
+
+class BufferSnapshot:
+    """The buffers of a model (batch norm's running statistics) before a step, restored if the step is skipped.
+
+    A forward pass over an input that is not finite has already overwritten them. Buffers of one dtype are kept in one
+    tensor: a network has hundreds, and on a GPU starting a copy takes longer than the copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._groups: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in unwrap_model(model).buffers():
+            self._groups.setdefault(buffer.dtype, []).append(buffer)
+        self.save()
+
+    def save(self) -> None:
+        """Copy the present values."""
+        self._saved = {dtype: _flatten(buffers) for dtype, buffers in self._groups.items()}
+
+    def restore_if_nonfinite(self, norm: torch.Tensor) -> None:
+        """Restore the saved values if the gradient `norm`, shape (), is not finite; otherwise save the present ones.
+
+        Does not wait for a GPU.
+        """
+        if norm.device.type == "cpu" and math.isfinite(norm):
+            self.save()
+        else:
+            self._select(norm)
+
+    @torch.no_grad()
+    def _select(self, norm: torch.Tensor) -> None:
+        for dtype, buffers in self._groups.items():
+            kept = torch.where(torch.isfinite(norm), _flatten(buffers), self._saved[dtype])
+            pieces = kept.split([buffer.numel() for buffer in buffers])
+            values = [piece.view_as(buffer) for piece, buffer in zip(pieces, buffers, strict=True)]
+            torch._foreach_copy_(buffers, values)  # type: ignore[attr-defined]
+            self._saved[dtype] = kept
+
+
+def _flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return all numbers of `tensors` in one dimension."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])

@@ -1,0 +1,153 @@
+"""Predict with the checkpoint of a run: probabilities of every sample of a split, or of other images.
+
+    python tools/predict.py --run logs/baseline                                # its best checkpoint, valid and test
+    python tools/predict.py --run logs/fold_0 logs/fold_1 --output logs/cv     # out-of-fold, and the mean on test
+    python tools/predict.py --run logs/baseline --images photos --tta flip
+
+Several processes (`python -m batteries.distributed.launch tools/predict.py …`) write the same bytes as one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from batteries.core.command_line import run_command
+from batteries.core.errors import UserError
+from batteries.core.text import find_repeated, list_first
+from batteries.distributed.collectives import local_rank_zero_first, run_on_rank_zero
+from batteries.evaluation.error_analysis import has_one_class_each
+from batteries.evaluation.inference import Experiment, InferenceOptions, predict_run, run_config
+from batteries.evaluation.predictions import Predictions, average_by_id, compare, write_all
+from batteries.evaluation.scoring import bootstrap_gap, sample_scores, score
+from batteries.evaluation.tta import Views
+from batteries.training.setup import setup_training
+from experiment.augmentations import MEAN, normalize, valid_transform
+from experiment.dataset import load_dataset
+from experiment.model import build_model, to_probabilities
+from experiment.splits import make_folds
+from train import SCORES, Config
+
+
+@dataclass(frozen=True)
+class Options:
+    """Predict with the checkpoint of a run, or of several runs."""
+
+    run: tuple[Path, ...] = (Path("logs/baseline"),)  # run directories; of several: out-of-fold valid, and their mean
+    stage: str | None = None  # by default the stage with the best score
+    checkpoint: str = "best"  # best, last, swa (made by tools/average.py), or the path of a file
+    split: Literal["valid", "test", "all"] = "all"  # all: both, and the gap between them
+    images: Path | None = None  # instead of a split: a directory of images, or a CSV file with a column path
+    tta: Views = "none"  # test-time augmentation: the mean over mirrored images, shifted images, or both
+    output: Path | None = None  # output directory; by default predictions/ of the run
+    overwrite: bool = False  # replace predictions that exist and differ
+
+    data_dir: Path | None = None  # directory of the data set; by default that of the run
+    batch_size: int | None = None  # by default the run's valid_batch_size; another one may change the last digits
+    num_workers: int | None = None  # loader processes per rank; by default chosen for the machine, 0 on a CPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+
+
+def main(options: Options) -> dict[str, Predictions]:
+    """Predict, write and score; return the predictions by the name of their split."""
+    check_options(options)
+    configs = [run_config(folder, Config, options.device, options.data_dir) for folder in options.run]
+    output = find_output(options)
+    first = configs[0]
+    with setup_training(first) as device:
+        dataset = local_rank_zero_first(lambda: load_dataset(first.data_dir))
+        tables = [
+            predict_run(folder, config, dataset, device, make_experiment(), inference_options(options))
+            for folder, config in zip(options.run, configs, strict=True)
+        ]
+        # Each run validates on its own fold: a sample that one run trained on is predicted by another run.
+        order = [str(name) for name in dataset.ids] if options.images is None else None
+        merged = {
+            name: merge(output / f"{name}.csv", [table[name] for table in tables], order if name == "valid" else None)
+            for name in tables[0]
+        }
+        run_on_rank_zero(lambda: write_all(list(merged.values()), overwrite=options.overwrite))
+        run_on_rank_zero(lambda: print_scores(merged, len(options.run), first))
+    return merged
+
+
+def check_options(options: Options) -> None:
+    """Raise UserError for options that do not make sense."""
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size} must be 1 or more.")
+    if not options.run:
+        raise UserError("--run needs a run directory, such as logs/baseline.")
+    if repeated := find_repeated(str(run.resolve()) for run in options.run):
+        raise UserError(f"--run {list_first(repeated)} is given twice; it would count twice in the mean.")
+
+
+def make_experiment() -> Experiment:
+    """Collect the functions of experiment/."""
+    return Experiment(
+        make_folds=make_folds,
+        build_model=build_model,
+        to_probabilities=to_probabilities,
+        normalize=normalize,
+        valid_transform=valid_transform,
+        channels=len(MEAN),
+    )
+
+
+def inference_options(options: Options) -> InferenceOptions:
+    """Select the options of inference."""
+    return InferenceOptions(
+        stage=options.stage,
+        checkpoint=options.checkpoint,
+        split=options.split,
+        images=options.images,
+        tta=options.tta,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+    )
+
+
+def find_output(options: Options) -> Path:
+    """Return the output directory."""
+    if options.output is not None:
+        return options.output
+    run, *others = options.run
+    if others:
+        raise UserError("several runs need --output, a directory for their common predictions.")
+    return run / "predictions"
+
+
+def merge(path: Path, tables: Sequence[Predictions], order: Sequence[str] | None) -> Predictions:
+    """Merge the predictions of several runs.
+
+    Args:
+        path: The file of the result.
+        tables: The predictions of each run; targets are kept only if each of them is one class.
+        order: The ids in the order of the result, for tables with different rows (out-of-fold). None: the mean of
+            tables with the same rows.
+    """
+    tables = [table if has_one_class_each(table) else replace(table, targets=None) for table in tables]
+    if order is None:
+        for table in tables:
+            compare("id", tables[0].name, tables[0].ids, table.name, table.ids)
+    return average_by_id(str(path), tables, order or tables[0].ids)
+
+
+def print_scores(tables: dict[str, Predictions], models: int, config: Config) -> None:
+    """Print the scores of tables with targets, and the gap between valid and test."""
+    functions = {name: SCORES[name] for name in SCORES if name in (config.main_metric, *config.scores)}
+    for name, table in tables.items():
+        scores = "".join(f"  {metric} {value:.4f}" for metric, value in score(table, functions).items())
+        print(f"{name:<8} {len(table.ids):,} rows{scores}  in {table.name}")
+    if {"valid", "test"} <= set(tables):
+        valid_scores = sample_scores(tables["valid"])
+        test_scores = sample_scores(tables["test"])
+        for metric in (name for name in valid_scores if name in test_scores):
+            print(f"gap      {metric} of test minus valid {bootstrap_gap(valid_scores[metric], test_scores[metric])}")
+        if models > 1:
+            print(
+                f"note     test is the mean of {models} models, valid has one model per sample: this alone gives a gap"
+            )
+
+
+if __name__ == "__main__":
+    run_command(main, Options, repeats=False)
