@@ -1,11 +1,11 @@
-# On a fresh machine only Python 3.11+, make and a package index are needed: uv is brought along where it is missing.
+# A new machine needs only Python 3.11+, make and a package index: uv is installed into .tools/ if it is missing.
 UV := $(or $(shell command -v uv),$(CURDIR)/.tools/bin/uv)
 PATH := $(dir $(UV)):$(PATH)
 export PATH
 export PYTHONDONTWRITEBYTECODE = 1
 
 .PHONY: help
-help:  ## this list
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/' | expand -t 16
 
 $(CURDIR)/.tools/bin/uv:
@@ -13,38 +13,39 @@ $(CURDIR)/.tools/bin/uv:
 	.tools/bin/pip install --quiet uv
 
 .PHONY: demo
-demo: $(UV) clean  ## render with default answers, train, and show where the results are
+demo: $(UV) clean  ## generate a repository with the default answers, train it, print where the results are
 	@set -e; mkdir -p build; folder=$$(mktemp -d build/demo-XXXXXX); \
 	uv tool run 'cookiecutter>=2.7' . --no-input --output-dir $$folder; \
 	$$folder/my-experiment/scripts/train_device.sh; \
-	printf '\nThe rendered repository: %s\nIts first run:\n' $$folder/my-experiment; \
+	printf '\nThe generated repository: %s\nIts first run:\n' $$folder/my-experiment; \
 	ls $$folder/my-experiment/logs/baseline
 
-# Tests start Python hundreds of times: without byte code each start compiles torch anew, which takes longer than its import.
+# Tests start Python hundreds of times. Without byte code, each start compiles torch, which takes longer than the import.
 .PHONY: environment
 environment: $(UV)
 	uv sync --quiet --compile-bytecode
 
-# A worker that is done takes tests from another one's list: they last from milliseconds to minutes.
+# Tests take milliseconds to minutes: an idle worker takes tests from another worker's list.
 PYTEST := pytest -p no:cacheprovider --numprocesses auto --dist worksteal
 
 .PHONY: test
-test: environment  ## all tests, of the template and of what it renders (18 minutes on 2 cores)
+test: environment  ## all tests, of the template and of generated repositories (15 to 20 minutes on 2 cores)
 	uv run $(PYTEST)
 
 .PHONY: test-fast
-test-fast: environment  ## without the launch scripts and spawned workers (3 minutes)
+test-fast: environment  ## the tests that are not marked slow (3 minutes on 2 cores)
 	uv run $(PYTEST) -m "not slow"
 
 GITHUB := .github/workflows/ci.yml '{{cookiecutter.project_slug}}/.variants/ci/github/.github/workflows/ci.yml'
 GITLAB := '{{cookiecutter.project_slug}}/.variants/ci/gitlab/.gitlab-ci.yml'
 .PHONY: check
-check: $(UV)  ## style, types, spelling and workflows, of the template and in place of what it renders
+check: $(UV)  ## style, types, spelling, terminology and workflows
 	uv run ruff check --no-cache . '{{cookiecutter.project_slug}}' '{{cookiecutter.project_slug}}/.variants'
 	uv run ruff format --no-cache --check . '{{cookiecutter.project_slug}}' '{{cookiecutter.project_slug}}/.variants'
 	cd '{{cookiecutter.project_slug}}' && uv run --project .. basedpyright
 	cd '{{cookiecutter.project_slug}}' && uv run --project .. shellcheck -x -P scripts scripts/*.sh .variants/*/*/scripts/*.sh
 	uv run shellcheck .ci/run
+	uv run python .ci/check_glossary.py
 	uv run typos --hidden
 	cd '{{cookiecutter.project_slug}}' && uv run --project .. typos --hidden
 	uv run zizmor --offline --quiet $(GITHUB)
@@ -54,10 +55,11 @@ check: $(UV)  ## style, types, spelling and workflows, of the template and in pl
 
 BENCHMARKS := first_minute render loop start ddp checkpoints loader gpu
 .PHONY: bench $(BENCHMARKS:%=bench-%)
-bench: $(filter-out bench-gpu,$(BENCHMARKS:%=bench-%))  ## every benchmark but that of a GPU; see benchmarks/README.md
+bench: $(filter-out bench-gpu,$(BENCHMARKS:%=bench-%))  ## all benchmarks that need no GPU; see benchmarks/README.md
 $(BENCHMARKS:%=bench-%): bench-%: $(UV)
 	uv run --with accelerate --with lightning --with pytorch-ignite --with timm --with tqdm python benchmarks/$*.py
 
+CACHES := -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache -o -name .hypothesis
 .PHONY: clean
-clean:  ## caches that would be in the way of rendering from this folder
-	find '{{cookiecutter.project_slug}}' tests -name __pycache__ -prune -exec rm -rf {} +
+clean:  ## delete the caches with which cookiecutter cannot generate from this directory
+	find '{{cookiecutter.project_slug}}' tests -type d \( $(CACHES) \) -prune -exec rm -rf {} +

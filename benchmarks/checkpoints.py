@@ -1,9 +1,9 @@
-"""How long training is blocked by a save of a ResNet-50 with AdamW, beside plain torch.save and one copy of the state.
+"""Time for which a save of a ResNet-50 with AdamW blocks training, compared with torch.save and a copy of the state.
 
     make bench-checkpoints
 
-Interleaved: each round does everything once, in another order; medians and ratios over the rounds. Between two saves
-the writer is left to finish, as it would be by any number of steps that take longer than the disk.
+Each round runs every contender once, in a different order; the table has medians and ratios over the rounds. The writer
+finishes between two saves, as it does in training if the steps between them take longer than the disk.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+COPY = "one copy of the state, into allocated memory"
 TEMPLATE = Path(__file__).parent.parent
 sys.path.insert(0, str(TEMPLATE / "{{cookiecutter.project_slug}}"))
 
@@ -27,7 +28,7 @@ from batteries.checkpoint.manager import CheckpointManager
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -36,15 +37,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         contenders = make_contenders(Path(folder), torch.device(arguments.device))
         seconds = measure(contenders, arguments.rounds)
-    floor = seconds["one copy of the state, into memory that is there"]
+    floor = seconds[COPY]
     print(f"{arguments.device}, one thread, {arguments.rounds} rounds, torch {torch.__version__}")
     for name, times in seconds.items():
-        ratio = statistics.median(own / least for own, least in zip(times, floor, strict=True))
+        ratio = statistics.median(value / reference for value, reference in zip(times, floor, strict=True))
         print(f"{name:50} {1000 * statistics.median(times):8.1f} ms {ratio:6.2f} x")
 
 
 def make_contenders(folder: Path, device: torch.device) -> dict[str, Callable[[], None]]:
-    """What is timed, by name. Each leaves the device idle."""
+    """Return the functions to time, by their label. Each returns when the device is idle."""
     model = resnet50().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
@@ -55,8 +56,8 @@ def make_contenders(folder: Path, device: torch.device) -> dict[str, Callable[[]
     buffers = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
     print(f"the state: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors) / 1e6:.0f} MB")
     writer = AsyncWriter()
-    ours = CheckpointManager(folder / "ours", save_n_best=1, writer=writer)
-    waiting = CheckpointManager(folder / "waiting", save_n_best=1)
+    background = CheckpointManager(folder / "background", save_n_best=1, writer=writer)
+    blocking = CheckpointManager(folder / "blocking", save_n_best=1)
     epochs = iter(range(1, 1_000_000))
 
     def copy_once() -> None:
@@ -73,25 +74,28 @@ def make_contenders(folder: Path, device: torch.device) -> dict[str, Callable[[]
         torch.save(state, folder / "plain.pth")
 
     return {
-        "one copy of the state, into memory that is there": copy_once,
-        "CheckpointManager with a writer, as in train.py": lambda: save(ours),
-        "CheckpointManager without a writer": lambda: save(waiting),
+        COPY: copy_once,
+        "CheckpointManager with a writer, as in train.py": lambda: save(background),
+        "CheckpointManager without a writer": lambda: save(blocking),
         "torch.save, one file, no fsync": save_plainly,
         # Not timed as a contender: `measure` calls it after each of the others.
-        "finish": ours.wait,
+        "finish": background.wait,
     }
 
 
 def find_tensors(value: object) -> list[torch.Tensor]:
-    """All tensors in a checkpoint."""
+    """Return all tensors in a checkpoint."""
     if isinstance(value, torch.Tensor):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in parts for tensor in find_tensors(part)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in find_tensors(item)]
 
 
 def measure(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after one round that is not counted."""
+    """Return the seconds of each contender in each round, after one warm-up round."""
     finish = contenders.pop("finish")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):

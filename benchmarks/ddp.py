@@ -1,8 +1,8 @@
-"""Steps per second of the rendered train_fn on two gloo ranks, beside torch's own minimal DDP loop and one process.
+"""Samples per second of train_fn on two gloo ranks, compared with torch's minimal DDP loop and with one process.
 
     make bench-ddp
 
-One thread a rank, the digits' ResNet-18 with small batches; rounds are interleaved. Ratios are of samples per second.
+One thread per rank, the ResNet-18 for the digits with small batches; rounds are interleaved.
 """
 
 import argparse
@@ -40,8 +40,8 @@ CPU = torch.device("cpu")
 STEPS, BATCH_SIZE = 20, 32
 
 
-def ours() -> float:
-    """Seconds of one epoch of train_fn; the ranks share batches of 32, and batch norm is each rank's own."""
+def template_loop() -> float:
+    """Return the seconds of one epoch of train_fn with batches of 32 over all ranks, without SyncBatchNorm."""
     keep_freed_memory()  # as train.py does on a CPU
     dataset = load_dataset(Path("data"))
     with tempfile.TemporaryDirectory() as folder:
@@ -50,24 +50,26 @@ def ours() -> float:
         config = replace(rendered.Config(tracker=("none",)), stages=stages, logdir=logdir)
         batches = TrainLoader(dataset, range(STEPS * BATCH_SIZE), None, CPU, seed=0, batch_size=BATCH_SIZE)
         model = prepare_model(build_model(num_classes=10), CPU, sync_batchnorm=False)
-        shared = wrap_model(model, CPU)
-        optimizer = torch.optim.AdamW(shared.parameters(), lr=1e-3, fused=True)
-        state = TrainState(shared, optimizer, rendered.make_schedule(optimizer, stages[0], STEPS))
-        with Run(logdir, config, CPU, model, model_args={}, data="", split={}, may_change=()) as run:
-            run.begin_stage(0, state, rendered.CheckpointManager(logdir / "stage0", writer=run.writer))
+        wrapped = wrap_model(model, CPU)
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3, fused=True)
+        state = TrainState(wrapped, optimizer, rendered.make_schedule(optimizer, stages[0], STEPS))
+        with Run(config, CPU, model, model_args={}, data="", split={}, may_change=()) as run:
+            stage = run.begin_stage(0, state, rendered.CheckpointManager(logdir / "stage0", writer=run.writer))
             for epoch in (1, 2):
                 begin = time.perf_counter()
-                rendered.train_fn(state, batches.epoch(0, epoch), run, config)
+                rendered.train_fn(state, batches.epoch(0, epoch), stage, config)
     return time.perf_counter() - begin
 
 
 def minimal() -> float:
-    """Seconds of one epoch of the loop in torch's DDP tutorial, over the same batches in memory."""
+    """Return the seconds of one epoch of the loop in torch's DDP tutorial, with the same batches in memory."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    dataset, model = load_dataset(Path("data")), build_model(num_classes=10)
+    dataset = load_dataset(Path("data"))
+    model = build_model(num_classes=10)
     if world_size > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    optimizer, criterion = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), build_criterion()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    criterion = build_criterion()
     begin = 0.0
     for _ in range(2):
         begin = time.perf_counter()
@@ -82,7 +84,7 @@ def minimal() -> float:
 
 
 def run_rank(function: Any, rank: int, world_size: int, port: int, pipe: Any) -> None:
-    """One process of a contender."""
+    """Run a contender in one process and send its seconds."""
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -93,17 +95,17 @@ def run_rank(function: Any, rank: int, world_size: int, port: int, pipe: Any) ->
 
 
 def measure(function: Any, world_size: int) -> float:
-    """Samples per second, of the slowest rank."""
+    """Return the samples per second of the slowest rank."""
     context = get_context("spawn")
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes, processes = [], []
     for rank in range(world_size):
-        ours_end, theirs = context.Pipe(duplex=False)
-        processes.append(context.Process(target=run_rank, args=(function, rank, world_size, port, theirs)))
+        receiver, sender = context.Pipe(duplex=False)
+        processes.append(context.Process(target=run_rank, args=(function, rank, world_size, port, sender)))
         processes[-1].start()
-        pipes.append(ours_end)
+        pipes.append(receiver)
     seconds = max(pipe.recv() for pipe in pipes)
     for process in processes:
         process.join()
@@ -111,24 +113,24 @@ def measure(function: Any, world_size: int) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     contenders = {
         "torch's minimal DDP loop, 2 ranks": (minimal, 2),
-        "rendered train_fn, 2 ranks": (ours, 2),
+        "train_fn, 2 ranks": (template_loop, 2),
         "bare loop, 1 process": (minimal, 1),
-        "rendered train_fn, 1 process": (ours, 1),
+        "train_fn, 1 process": (template_loop, 1),
     }
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in random.Random(number).sample(list(contenders), len(contenders)):
             rates[name].append(measure(*contenders[name]))
     floor = rates["torch's minimal DDP loop, 2 ranks"]
-    print(f"{rounds} rounds, gloo, one thread a rank, torch {torch.__version__}")
+    print(f"{rounds} rounds, gloo, one thread per rank, torch {torch.__version__}")
     for name, values in rates.items():
-        ratio = statistics.median(own / other for own, other in zip(values, floor, strict=True))
+        ratio = statistics.median(value / reference for value, reference in zip(values, floor, strict=True))
         print(f"{name:40} {statistics.median(values):8.1f} samples/s {ratio:6.2f} x")
 
 

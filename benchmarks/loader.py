@@ -1,11 +1,11 @@
-"""Images a second from a folder of JPEGs to normalised float batches: this template's loader beside others.
+"""Images per second from JPEG files to normalised float batches: this template's loader compared with others.
 
-    uv run --with timm python benchmarks/loader.py            # about three minutes; without timm its lines are left out
+    uv run --with timm python benchmarks/loader.py            # about three minutes; timm is left out if not installed
 
-500 JPEGs of 500x375 are made on the spot; each goes through RandomResizedCrop(224) and a flip. Two workers of one
-thread, batches of 64. Each contender has a process of its own, with the settings of memory that it has in use. The
-repeats are interleaved, as a machine is seldom quiet: a ratio compares neighbours in time. CPU time, of that process
-and its workers, is less moved by what else runs.
+The script writes 500 JPEG files of 500x375; each is read with RandomResizedCrop(224) and a random flip. Two workers of
+one thread, batches of 64. Each contender runs in a separate process, with its usual memory settings. Repeats are
+interleaved, so that a ratio compares neighbours in time. CPU time, of a process and its workers, depends less on
+other load.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from batteries.core.memory import keep_freed_memory, return_freed_memory
 from batteries.data.loaders import TrainLoader
 
 WORKERS, BATCH_SIZE, SIZE = 2, 64, 224
-WARM_UP = 8  # passes of each that are not counted: workers start, and memory finds its places
+WARM_UP = 8  # passes that are not counted: workers start, memory is allocated
 
 Loop = Callable[[], Iterator[torch.Tensor]]
 
 
 def load_module(name: str) -> ModuleType:
-    """A module of the starter for image folders, from where the template keeps it."""
+    """Import a module of the image_folder variant."""
     path = PROJECT / f".variants/data_set/image_folder/experiment/{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -60,21 +60,21 @@ MEAN, STD = augmentations.MEAN, augmentations.STD
 
 
 def make_folder(folder: Path, count: int) -> list[str]:
-    """JPEG files of 500x375, about as large as photographs are at quality 90; gives their paths."""
+    """Write JPEG files of 500x375, about as large as photographs at quality 90; return their paths."""
     from torchvision.io import write_jpeg
 
     generator = torch.Generator().manual_seed(0)
     (folder / "one").mkdir()
     for index in range(count):
         coarse = torch.rand((1, 3, 47, 63), generator=generator)
-        picture = torch.nn.functional.interpolate(coarse, size=(375, 500), mode="bicubic")[0]
-        picture = (picture + torch.randn((3, 375, 500), generator=generator) * 0.04).clamp(0, 1) * 255
-        write_jpeg(picture.to(torch.uint8), str(folder / f"one/{index:03d}.jpg"), quality=90)
+        image = torch.nn.functional.interpolate(coarse, size=(375, 500), mode="bicubic")[0]
+        image = (image + torch.randn((3, 375, 500), generator=generator) * 0.04).clamp(0, 1) * 255
+        write_jpeg(image.to(torch.uint8), str(folder / f"one/{index:03d}.jpg"), quality=90)
     return [str(path) for path in sorted((folder / "one").iterdir())]
 
 
 class Files(Dataset):
-    """The data set of the starter: an index becomes a uint8 image and its target."""
+    """The data set of the image_folder variant: a uint8 image and a target for each index."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -87,15 +87,15 @@ class Files(Dataset):
 
 
 class DecodedOnly(Files):
-    """What reading and decoding alone take: the image is dropped."""
+    """Read and decode only; the image is discarded."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         super().__getitem__(index)
         return torch.zeros(1), 0
 
 
-def ours(paths: list[str]) -> Loop:
-    """TrainLoader: torchvision.io, v2 on uint8 tensors, a random stream for each sample, normalised after collation."""
+def template_loader(paths: list[str]) -> Loop:
+    """TrainLoader: torchvision.io, v2 on uint8 tensors, a random stream per sample, normalisation after collation."""
     keep_freed_memory()  # as train.py does on a CPU
     transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
     loader = TrainLoader(
@@ -119,32 +119,32 @@ def ours(paths: list[str]) -> Loop:
 
 
 def pil_v2(paths: list[str]) -> Loop:
-    """The common way: PIL images cut and resized by v2, then normalised float32, all in the workers."""
+    """The usual loader: v2 crops and resizes PIL images, then normalises float32, all in the workers."""
     steps = [v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.ToImage()]
     transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     return plain(PILFolder(str(Path(paths[0]).parent.parent), transform))
 
 
 def pil_v2_float(paths: list[str]) -> Loop:
-    """The same with float32 first, as it is often written: v2 cuts and resizes float tensors."""
+    """The same with float32 first, as often written: v2 crops and resizes float tensors."""
     steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.RandomResizedCrop(SIZE, antialias=True)]
     transform = v2.Compose([*steps, v2.RandomHorizontalFlip(), v2.Normalize(MEAN, STD)])
     return plain(PILFolder(str(Path(paths[0]).parent.parent), transform))
 
 
 def decode_only(paths: list[str]) -> Loop:
-    """The floor: files decoded and thrown away."""
+    """The lower bound: decode the files only."""
     return plain(DecodedOnly(paths))
 
 
 def plain(dataset: Dataset) -> Loop:
-    """A DataLoader over a data set."""
+    """Iterate a DataLoader."""
     loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=WORKERS, persistent_workers=True)
     return lambda: (batch for batch, _ in loader)
 
 
 def timm(paths: list[str], prefetcher: bool) -> Loop:
-    """The training loader of timm with crop and flip alone; its prefetcher normalises after collation, here too."""
+    """The training loader of timm with crop and flip only; its prefetcher normalises after collation, as here."""
     from timm.data import ImageDataset, create_loader
 
     loader: Any = create_loader(
@@ -166,17 +166,17 @@ def timm(paths: list[str], prefetcher: bool) -> Loop:
 
 
 CONTENDERS: dict[str, Callable[[list[str]], Loop]] = {
-    "this template": ours,
+    "this template": template_loader,
     "PIL, v2 on PIL images": pil_v2,
     "PIL, v2 on floats": pil_v2_float,
-    "decoding alone": decode_only,
+    "decoding only": decode_only,
     "timm": partial(timm, prefetcher=False),
     "timm, prefetcher": partial(timm, prefetcher=True),
 }
 
 
 def serve(contender: Callable[[list[str]], Loop], paths: list[str], pipe: Connection) -> None:
-    """Measure a pass whenever the other end asks for one."""
+    """Measure a pass for each request."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     loop = contender(paths)
@@ -186,15 +186,16 @@ def serve(contender: Callable[[list[str]], Loop], paths: list[str], pipe: Connec
 
 
 def measure(loop: Loop) -> tuple[float, float]:
-    """Seconds, and CPU seconds, that one pass takes."""
-    begin, work = time.perf_counter(), cpu_seconds()
+    """Return the seconds and the CPU seconds of one pass."""
+    begin = time.perf_counter()
+    work = cpu_seconds()
     for _ in loop():
         pass
     return time.perf_counter() - begin, cpu_seconds() - work
 
 
 def cpu_seconds() -> float:
-    """What this process and its workers have worked so far, in CPU time; on Linux."""
+    """Return the CPU time of this process and its workers so far, in seconds; Linux only."""
     total = 0.0
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(") ")[2].split()
@@ -203,14 +204,14 @@ def cpu_seconds() -> float:
 
 
 def end_workers() -> None:
-    """Workers of a loader that is still there wait for its next epoch."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the death of one for an error
+    """Kill the workers, which otherwise wait for the next epoch."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports a killed worker as an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=7)
@@ -230,18 +231,19 @@ def main() -> None:
 
 
 def start(contender: Callable[[list[str]], Loop], paths: list[str]) -> Connection:
-    """A process for one contender, and the pipe to ask it."""
-    ours, theirs = multiprocessing.Pipe()
-    multiprocessing.get_context("fork").Process(target=serve, args=(contender, paths, theirs)).start()
-    return ours
+    """Start the process of a contender and return the pipe to it."""
+    parent, child = multiprocessing.Pipe()
+    multiprocessing.get_context("fork").Process(target=serve, args=(contender, paths, child)).start()
+    return parent
 
 
 def show(taken: dict[str, np.ndarray]) -> None:
-    """A table from (repeats, 2) seconds and CPU seconds per image; ratios of neighbours, then their median."""
-    own = taken["this template"]
+    """Print a table from the seconds and CPU seconds per image, (repeats, 2); ratios are medians over the repeats."""
+    reference = taken["this template"]
     print(f"{'':24}{'images/s':>10}{'ratio':>8}{'CPU ms/image':>16}{'ratio':>8}")
     for name, values in taken.items():
-        (seconds, work), (ratio, work_ratio) = np.median(values, 0), np.median(values / own, 0)
+        seconds, work = np.median(values, 0)
+        ratio, work_ratio = np.median(values / reference, 0)
         print(f"{name:24}{1 / seconds:>10.0f}{ratio:>8.2f}{1000 * work:>16.2f}{work_ratio:>8.2f}")
 
 

@@ -1,11 +1,11 @@
-"""Microseconds per step of the rendered train_fn, progress bar and logging on, beside bare loops and other trainers.
+"""Microseconds per step of train_fn, progress bar and logging on, compared with bare loops and other trainers.
 
     make bench-loop
 
-A tiny network, batches of 64, data in memory, one thread: so what is timed is the loop and not the arithmetic. Each
-contender trains the same network on the same samples by AdamW; rounds are interleaved, in varied order; a round is
-three epochs of 1000 steps, of which the first is not counted. Each has a new process: once Lightning is imported, a
-step of any loop takes 150 µs more. Peers that are not installed are left out.
+A tiny network, batches of 64, data in memory, one thread: the loop is measured, not the arithmetic. Each contender
+trains the same network on the same samples with AdamW. A round is three epochs of 1000 steps, of which the first is not
+counted; rounds are interleaved, in varied order. Each measurement is a new process, because a step of any loop takes
+150 us longer once Lightning is imported. Libraries that are not installed are left out.
 """
 
 import argparse
@@ -43,8 +43,8 @@ STEPS, BATCH_SIZE, EPOCHS = 1000, 64, 3
 CPU = torch.device("cpu")
 
 
-class Pictures(Dataset):
-    """64,000 grey pictures of 8x8 in memory."""
+class Images(Dataset):
+    """64,000 greyscale images of 8x8 in memory."""
 
     classes = tuple("0123456789")
 
@@ -60,13 +60,13 @@ class Pictures(Dataset):
         return self.images[index], self.targets[index]
 
     def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the rendered data sets have it."""
+        """Return several samples at once, as the data sets of the template do."""
         rows = torch.from_numpy(indices)
         return self.images.index_select(0, rows), self.targets.index_select(0, rows)
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The network and its optimizer."""
+    """Build the network and its optimizer."""
     torch.manual_seed(0)
     layers = [nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
     model = nn.Sequential(*layers)
@@ -74,35 +74,35 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def loader() -> DataLoader:
-    """A plain DataLoader, which fetches sample by sample."""
-    return DataLoader(Pictures(), batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
+    """Build a plain DataLoader, which reads sample by sample."""
+    return DataLoader(Images(), batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
 
 
 criterion = nn.CrossEntropyLoss()
 
 
-def ours() -> Iterator[None]:
-    """train_fn of the rendered train.py, in a Run, with the progress bar of a terminal."""
+def template_loop() -> Iterator[None]:
+    """Run train_fn of train.py in a Run, with the progress bar of a terminal."""
     from rich.console import Console
 
     model, optimizer = build()
     with tempfile.TemporaryDirectory() as folder:
         stages = (rendered.Stage("stage0", EPOCHS, 1e-3, "constant"),)
         config = replace(rendered.Config(tracker=("none",)), stages=stages, logdir=Path(folder) / "run", batch_size=64)
-        batches = TrainLoader(Pictures(), range(STEPS * BATCH_SIZE), None, CPU, seed=0, batch_size=BATCH_SIZE)
+        batches = TrainLoader(Images(), range(STEPS * BATCH_SIZE), None, CPU, seed=0, batch_size=BATCH_SIZE)
         schedule = rendered.make_schedule(optimizer, stages[0], STEPS)
         state = TrainState(model, optimizer, schedule)
-        with Run(config.logdir, config, CPU, model, model_args={}, data="", split={}, may_change=()) as run:
-            run.console.screen = Console(file=Path(os.devnull).open("w"), force_terminal=True, width=120)
+        with Run(config, CPU, model, model_args={}, data="", split={}, may_change=()) as run:
+            run.logger.console.screen = Console(file=Path(os.devnull).open("w"), force_terminal=True, width=120)
             manager = rendered.CheckpointManager(config.logdir / "stage0", writer=run.writer)
-            run.begin_stage(0, state, manager)
+            stage = run.begin_stage(0, state, manager)
             for epoch in range(1, EPOCHS + 1):
-                rendered.train_fn(state, batches.epoch(0, epoch), run, config)
+                rendered.train_fn(state, batches.epoch(0, epoch), stage, config)
                 yield
 
 
-def unwrap_model() -> Iterator[None]:
-    """The floor: nothing but the steps, and no wait for a number."""
+def minimal_loop() -> Iterator[None]:
+    """Run the reference: optimizer steps only, without a host sync."""
     model, optimizer = build()
     batches = loader()
     for _ in range(EPOCHS):
@@ -113,14 +113,16 @@ def unwrap_model() -> Iterator[None]:
         yield
 
 
-def bare_with_tqdm() -> Iterator[None]:
-    """What most people write: `.item()` and a tqdm bar in each step."""
+def loop_with_tqdm() -> Iterator[None]:
+    """Run a common loop: `.item()` and a tqdm bar in each step."""
     from tqdm import tqdm
 
     model, optimizer = build()
     batches = loader()
     for _ in range(EPOCHS):
-        bar, losses, correct = tqdm(batches, file=Path(os.devnull).open("w")), 0.0, 0
+        bar = tqdm(batches, file=Path(os.devnull).open("w"))
+        losses = 0.0
+        correct = 0
         for images, targets in bar:
             logits = model(normalize(images))
             loss = criterion(logits, targets)
@@ -134,7 +136,7 @@ def bare_with_tqdm() -> Iterator[None]:
 
 
 def timm_style() -> Iterator[None]:
-    """The loop of timm's train.py in short: AverageMeter, a line every 50 steps, its cross entropy and accuracy."""
+    """Run a short version of the loop in timm's train.py: AverageMeter, accuracy, a line every 50 steps."""
     from timm.utils import AverageMeter, accuracy
 
     model, optimizer = build()
@@ -158,7 +160,7 @@ def timm_style() -> Iterator[None]:
 
 
 def lightning() -> Iterator[None]:
-    """Lightning's Trainer with its progress bar and one metric logged."""
+    """Run Lightning's Trainer with its progress bar and two logged metrics."""
     import lightning as pl
 
     model, _ = build()
@@ -185,9 +187,14 @@ def lightning() -> Iterator[None]:
 
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        options = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False}
         trainer = pl.Trainer(
-            max_epochs=EPOCHS, accelerator="cpu", callbacks=[Clock()], default_root_dir=folder, **options
+            max_epochs=EPOCHS,
+            accelerator="cpu",
+            callbacks=[Clock()],
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            logger=False,
+            enable_model_summary=False,
         )
         trainer.fit(Module(), loader())
     for end in clock:
@@ -196,7 +203,7 @@ def lightning() -> Iterator[None]:
 
 
 def fabric() -> Iterator[None]:
-    """Lightning Fabric around the bare loop."""
+    """Run the bare loop with Lightning Fabric."""
     from lightning.fabric import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=1)
@@ -212,7 +219,7 @@ def fabric() -> Iterator[None]:
 
 
 def accelerate() -> Iterator[None]:
-    """Accelerate around the bare loop."""
+    """Run the bare loop with Accelerate."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -227,7 +234,7 @@ def accelerate() -> Iterator[None]:
 
 
 def ignite() -> Iterator[None]:
-    """Ignite's supervised trainer with a running average and its progress bar."""
+    """Run Ignite's supervised trainer with a running average and its progress bar."""
     from ignite.contrib.handlers import ProgressBar
     from ignite.engine import Events, create_supervised_trainer
     from ignite.metrics import RunningAverage
@@ -252,9 +259,9 @@ class Normalize(nn.Module):
 
 
 CONTENDERS: dict[str, tuple[Callable[[], Iterator], str | None]] = {
-    "bare loop over a plain DataLoader": (unwrap_model, None),
-    "rendered train_fn, progress bar and logging on": (ours, None),
-    "bare loop with .item() and tqdm": (bare_with_tqdm, "tqdm"),
+    "bare loop over a plain DataLoader": (minimal_loop, None),
+    "train_fn, progress bar and logging on": (template_loop, None),
+    "bare loop with .item() and tqdm": (loop_with_tqdm, "tqdm"),
     "timm-style loop": (timm_style, "timm"),
     "Accelerate": (accelerate, "accelerate"),
     "Lightning Fabric": (fabric, "lightning"),
@@ -264,7 +271,7 @@ CONTENDERS: dict[str, tuple[Callable[[], Iterator], str | None]] = {
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
@@ -280,29 +287,30 @@ def main() -> None:
     floor = seconds["bare loop over a plain DataLoader"]
     print(f"{rounds} rounds, one thread, torch {torch.__version__}")
     for name, times in seconds.items():
-        ratio = statistics.median(own / least for own, least in zip(times, floor, strict=True))
-        print(f"{name:50} {1e6 * statistics.median(times):8.0f} us a step {ratio:6.2f} x")
+        ratio = statistics.median(value / reference for value, reference in zip(times, floor, strict=True))
+        print(f"{name:50} {1e6 * statistics.median(times):8.0f} us per step {ratio:6.2f} x")
 
 
 def measure(name: str) -> float:
-    """Seconds of a step of one contender."""
+    """Return the seconds per step of one contender."""
     with silence():
         return statistics.mean(time_epochs(CONTENDERS[name][0])[1:]) / STEPS
 
 
 def time_epochs(epochs: Callable[[], Iterator]) -> list[float]:
-    """Seconds of each epoch: what the contender says, or the time between two."""
-    seconds, begin = [], time.perf_counter()
-    for said in epochs():
+    """Return the seconds of each epoch: those that the contender yields, otherwise those between two epochs."""
+    seconds = []
+    begin = time.perf_counter()
+    for measured in epochs():
         end = time.perf_counter()
-        seconds.append(end - begin if said is None else said)
+        seconds.append(end - begin if measured is None else measured)
         begin = time.perf_counter()
     return seconds
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Progress bars are drawn, into nothing."""
+    """Discard the output; progress bars are still drawn."""
     with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
         yield
 

@@ -1,10 +1,10 @@
-"""How long `cookiecutter` takes to render this template, beside one of a single file.
+"""Time that `cookiecutter` takes to generate a repository, compared with a template of a single file.
 
     make bench-render
 
-Each rendering is a process of its own, as a person starts it, from a folder; rounds are interleaved. The floor is a
-template of one question and one file of one line, without a hook: what cookiecutter itself needs. It is rendered into
-memory where there is /dev/shm: on a disk, what is timed is mostly how long that takes to make a file.
+Each measurement is a separate process, from a directory; rounds are interleaved. The reference is a template with one
+question and one file of one line, without a hook: the time of cookiecutter itself. Repositories are generated in
+/dev/shm if it exists: on a disk, most of the time is the creation of files.
 """
 
 import argparse
@@ -25,32 +25,34 @@ MEMORY = Path("/dev/shm")
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--folder", type=Path, default=MEMORY if MEMORY.is_dir() else None, help="where to render")
+    parser.add_argument("--folder", type=Path, default=MEMORY if MEMORY.is_dir() else None, help="where to generate")
     arguments = parser.parse_args()
     rounds = arguments.rounds
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         templates = {
             "one file": make_small_template(folder / "small"),
-            "this template": copy_template(folder / "whole"),
+            "this template": copy_template(folder / "complete"),
         }
         seconds: dict[str, list[float]] = {name: [] for name in templates}
-        for number in range(rounds + 1):  # the first round fills the disk's cache and the byte code
+        for number in range(rounds + 1):  # the first round fills the disk cache and the byte code
             for name in random.Random(number).sample(list(templates), len(templates)):
                 taken = time_rendering(templates[name], folder)
                 if number:
                     seconds[name].append(taken)
     print(f"{rounds} rounds in {arguments.folder or tempfile.gettempdir()}")
     for name, times in seconds.items():
-        ratio = statistics.median(own / least for own, least in zip(times, seconds["one file"], strict=True))
+        ratio = statistics.median(
+            value / reference for value, reference in zip(times, seconds["one file"], strict=True)
+        )
         print(f"{name:15} {statistics.median(times):6.3f} s {ratio:6.2f} x one file")
 
 
 def make_small_template(folder: Path) -> Path:
-    """The least that cookiecutter renders."""
+    """Write a minimal template."""
     (folder / SLUG).mkdir(parents=True)
     (folder / "cookiecutter.json").write_text(json.dumps({"project_slug": "my-experiment"}))
     (folder / SLUG / "train.py").write_text('print("{{ cookiecutter.project_slug }}")\n')
@@ -58,8 +60,9 @@ def make_small_template(folder: Path) -> Path:
 
 
 def copy_template(folder: Path) -> Path:
-    """What git knows of this template."""
-    for name in subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0"):
+    """Copy the tracked files of this template."""
+    command = ["git", "ls-files", "-z"]
+    for name in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
@@ -67,7 +70,7 @@ def copy_template(folder: Path) -> Path:
 
 
 def time_rendering(template: Path, home: Path) -> float:
-    """Seconds of one process."""
+    """Return the seconds of one process."""
     with tempfile.TemporaryDirectory(dir=home) as output:
         command = [sys.executable, "-m", "cookiecutter", str(template), "--no-input", "-o", output]
         environment = os.environ | {"HOME": str(home), "USERPROFILE": str(home)}

@@ -1,7 +1,7 @@
-"""After rendering: put the files of the chosen answers in place, make scripts executable, and say what comes next.
+"""Finish a generated repository: apply the chosen variants, make scripts executable and print the next steps.
 
-Runs from a temporary file, in the rendered folder, with cookiecutter's own Python: standard library only, no network.
-Most of its time goes into imports, so there are few, and what git needs is imported where there is git.
+Cookiecutter runs this file from a temporary path, in the generated directory, with its own Python: standard library
+only, no network. Imports take most of its time, so there are few, and those that only git needs are made later.
 """
 
 import json
@@ -10,87 +10,103 @@ import re
 import shlex
 import sys
 
-# Hooks are rendered in the template's folder, whose path is relative in _repo_dir where it was given so.
+# Hooks are rendered in the directory of the template; _repo_dir may hold a relative path.
 ANSWERS, TEMPLATE = json.loads(r"""[{{ cookiecutter | tojson }}, {{ '.' | absolute_path | tojson }}]""")
 VARIANTS = ".variants"
 QUESTIONS = ("license", "data_set", "tracker", "ci")
-FOUNDATIONS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an answer whose files lie over those of another
+BASE_VARIANTS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an answer whose files extend those of another
+
+# The files that toolkit=training leaves out, by directory. They are listed one by one, so that generating over an
+# existing repository deletes no file of the user. tests/test_toolkit.py compares the list with the template.
+LEFT_OUT = {
+    "batteries/preflight": "__init__.py data_checks.py machine_checks.py model_checks.py results.py",
+    "batteries/report": "__init__.py history.py html.py plots.py sections.py",
+    "batteries/submission": "__init__.py blending.py score_log.py submission_file.py",
+    "docs": "checks.md reports.md submission.md",
+    "tests": "test_blend.py test_check.py test_report.py test_scores.py test_submission_walkthrough.py test_submit.py",
+    "tools": "blend.py check.py report.py scores.py submit.py",
+}
 
 NEXT_STEPS = """
 {name} is ready.
 
-  cd {folder}
+  cd {directory}
   scripts/train_device.sh        # train on one device; {expectation}
-  make test                      # the promises of this repository, each as a test
+  make test                      # run the tests of this repository
 
-README.md shows the rest, in five minutes.
+README.md explains the next steps.
 """
 EXPECTATIONS = {
     "digits": "accuracy about 0.99 within a minute on a CPU",
-    "image_folder": "wants data/CLASS/*.jpg, or --data-dir, and a GPU",
-    "csv": "wants data/samples.csv with path and label, or --data-dir, and a GPU",
-    "cifar10": "downloads 170 MB first; wants a GPU",
-    "mnist": "downloads 12 MB first; wants a GPU",
+    "image_folder": "needs data/CLASS/*.jpg, or --data-dir, and a GPU",
+    "csv": "needs data/samples.csv with path and label, or --data-dir, and a GPU",
+    "cifar10": "downloads 170 MB first; needs a GPU",
+    "mnist": "downloads 12 MB first; needs a GPU",
 }
 
 
 def main() -> None:
-    """Choose, clean up, and speak."""
-    open_up(VARIANTS)
+    """Apply the answers, record the template's commit and print the next steps."""
+    make_writable(VARIANTS)
     for question in QUESTIONS:
         answer = ANSWERS[question]
-        for layer in (FOUNDATIONS.get(answer, answer), answer):
-            lay_over(f"{VARIANTS}/{question}/{layer}")
-    remove(VARIANTS)
+        for variant in (BASE_VARIANTS.get(answer, answer), answer):
+            move_files(f"{VARIANTS}/{question}/{variant}")
+    delete_directory(VARIANTS)
+    if ANSWERS["toolkit"] == "training":
+        delete_files(LEFT_OUT)
     make_executable("scripts")
     if "_repo_dir" not in ANSWERS:
-        return  # cruft renders, to compare: it keeps its own record
-    expectation = EXPECTATIONS[ANSWERS["data_set"]]
-    said = NEXT_STEPS.format(name=ANSWERS["project_name"], folder=folder_from_here(), expectation=expectation)
+        return  # cruft generates the repository to compare it, and keeps its own record
+    text = NEXT_STEPS.format(
+        name=ANSWERS["project_name"],
+        directory=path_from_shell(),
+        expectation=EXPECTATIONS[ANSWERS["data_set"]],
+    )
     try:
-        missing = record_origin()
-    except (OSError, UnicodeError) as error:  # names that are no UTF-8
-        missing = str(error)
-    if missing:
-        said += f"\n`cruft update` will not find the template: {missing}. README.md says how to name it.\n"
-    say(said)
+        problem = record_template()
+    except (OSError, UnicodeError) as error:  # for example a path that is not UTF-8
+        problem = str(error)
+    if problem:
+        text += f"\n`cruft update` cannot find the template: {problem}. README.md explains how to record it.\n"
+    print_safely(text)
 
 
-def folder_from_here() -> str:
-    """The repository as the shell that called cookiecutter would find it."""
+def path_from_shell() -> str:
+    """Return the repository's path, quoted, relative to the directory of the shell that called cookiecutter."""
     here = os.getcwd()
     path = os.path.relpath(here, os.environ.get("PWD", os.path.dirname(here)))
     return shlex.quote(here if path.startswith("..") else path)
 
 
-def say(text: str) -> None:
-    """Print. A terminal that is closed or without UTF-8 must not end a hook: cookiecutter would delete the project."""
+def print_safely(text: str) -> None:
+    """Print. A closed or non-UTF-8 terminal must not fail the hook, because cookiecutter would delete the project."""
     try:
         sys.stdout.reconfigure(errors="replace")
         print(text, flush=True)
     except AttributeError:  # closed before the start
         pass
-    except OSError:  # closed since, or full; python flushes once more at its end
+    except OSError:  # closed since, or full; Python flushes once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def open_up(folder: str) -> None:
-    """Let files be moved out of a folder and those in it: of a read-only template they are read-only copies."""
-    for place, _, _ in os.walk(folder):
-        os.chmod(place, 0o700)
+def make_writable(directory: str) -> None:
+    """Allow moving files out of a directory tree; copies of a read-only template are read-only."""
+    for path, _, _ in os.walk(directory):
+        os.chmod(path, 0o700)
 
 
-def lay_over(folder: str) -> None:
-    """Move the files of a folder, where there is one, to their places in the repository."""
-    for source, _, names in os.walk(folder):
-        place = os.path.relpath(source, folder)
-        os.makedirs(place, exist_ok=True)
+def move_files(directory: str) -> None:
+    """Move the files of a directory, if it exists, to the same relative paths in the repository."""
+    for source, _, names in os.walk(directory):
+        target = os.path.relpath(source, directory)
+        os.makedirs(target, exist_ok=True)
         for name in names:
-            move(f"{source}/{name}", f"{place}/{name}")
+            move_file(f"{source}/{name}", f"{target}/{name}")
 
 
-def move(source: str, target: str) -> None:
-    """Move a file; a folder of the repository may be a link to another disk."""
+def move_file(source: str, target: str) -> None:
+    """Move a file, also across file systems: a directory of the repository may be a link to another disk."""
     try:
         os.replace(source, target)
     except OSError:
@@ -99,41 +115,52 @@ def move(source: str, target: str) -> None:
         shutil.move(source, target)
 
 
-def remove(folder: str) -> None:
-    """Delete a folder with all that is in it."""
-    for place, _, names in os.walk(folder, topdown=False):
+def delete_directory(directory: str) -> None:
+    """Delete a directory tree."""
+    for path, _, names in os.walk(directory, topdown=False):
         for name in names:
-            os.remove(f"{place}/{name}")
-        os.rmdir(place)
+            os.remove(f"{path}/{name}")
+        os.rmdir(path)
 
 
-def make_executable(folder: str) -> None:
-    """Give the run bits back that a template from a zip file has lost."""
-    for place, _, names in os.walk(folder):
-        for path in [f"{place}/{name}" for name in names if name.endswith(".sh")]:
-            if is_program(path):
-                os.chmod(path, 0o755)  # noqa: S103 (as git has them)
+def delete_files(table: dict[str, str]) -> None:
+    """Delete the listed files, and each directory that is empty afterwards."""
+    for directory, names in table.items():
+        for path in (f"{directory}/{name}" for name in names.split()):
+            if os.path.isfile(path):
+                os.remove(path)
+        if os.path.isdir(directory) and not os.listdir(directory):
+            os.rmdir(directory)
 
 
-def is_program(path: str) -> bool:
-    """Whether a file says what runs it."""
+def make_executable(directory: str) -> None:
+    """Set the executable bits of scripts; a template from a zip file has lost them."""
+    for path, _, names in os.walk(directory):
+        for name in names:
+            if name.endswith(".sh") and has_shebang(f"{path}/{name}"):
+                os.chmod(f"{path}/{name}", 0o755)  # noqa: S103 (as git stores them)
+
+
+def has_shebang(path: str) -> bool:
+    """Return whether a path is a file that begins with `#!`."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
         return file.read(2) == b"#!"
 
 
-def record_origin() -> str | None:
-    """Write .cruft.json, by which `cruft update` finds the template again; or say why it cannot be written."""
+def record_template() -> str | None:
+    """Write .cruft.json, which `cruft update` needs to find the template. Return the problem if that is impossible."""
     if not os.path.exists(f"{TEMPLATE}/.git"):
-        return "it is no git repository"
+        return "it is not a git repository"
     import shutil
 
     if shutil.which("git") is None:
         return "git is not installed"
-    if ask_git("status", "--porcelain"):
-        return "it has changes that are not committed"
-    address, commit = find_address(), ask_git("rev-parse", "--verify", "HEAD")
+    if run_git("status", "--porcelain"):
+        return "it has uncommitted changes"
+    address = find_address()
+    commit = run_git("rev-parse", "--verify", "HEAD")
     if not commit:
         return "git cannot read it"
     answers = {name: answer for name, answer in ANSWERS.items() if not name.startswith("_")}
@@ -151,15 +178,15 @@ def record_origin() -> str | None:
 
 
 def find_address() -> str:
-    """Where the commit can be had by others: the clone's origin, without a password; else this folder."""
-    origin = ask_git("config", "--get", "remote.origin.url")
-    if not origin or not ask_git("for-each-ref", "--contains", "HEAD", "refs/remotes/origin"):
+    """Return the clone's origin without a password if the origin has the commit, otherwise the clone's path."""
+    origin = run_git("config", "--get", "remote.origin.url")
+    if not origin or not run_git("for-each-ref", "--contains", "HEAD", "refs/remotes/origin"):
         return TEMPLATE
     return re.sub(r"^(https?://)[^/@]*@", r"\1", origin)
 
 
-def ask_git(*command: str) -> str:
-    """What git says of the template."""
+def run_git(*command: str) -> str:
+    """Run git in the template's directory and return its output."""
     import subprocess
 
     environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}

@@ -1,4 +1,4 @@
-"""Renders the template as it lies in the working tree, once per set of answers."""
+"""Fixtures that generate repositories from the template as it is in the working tree, once per set of answers."""
 
 import json
 import os
@@ -18,10 +18,10 @@ SLUG = "{{cookiecutter.project_slug}}"
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory) -> Path:
-    """A copy of what git knows or would add: no caches, which cookiecutter trips over."""
+    """A copy of the files that git tracks or would add, without caches, which make cookiecutter fail."""
     copy = tmp_path_factory.mktemp("template") / "batteries"
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
         if name and (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
@@ -30,11 +30,11 @@ def template(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_cookiecutter(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`cookiecutter SOURCE --no-input` as a person runs it, with an empty home."""
+    """Run `cookiecutter SOURCE --no-input` as a user does, with an empty home directory."""
     home = tmp_path_factory.mktemp("home")
 
     def run(source: Path | str, output: Path, *flags: str, **answers: str) -> subprocess.CompletedProcess[str]:
-        # cookiecutter takes ANSWER=TEXT; a config file would evaluate the text as jinja.
+        # cookiecutter takes ANSWER=TEXT; a config file would evaluate the text as Jinja.
         extra = [f"{name}={text}" for name, text in answers.items()]
         command = [sys.executable, "-m", "cookiecutter", str(source), "--no-input", "-o", str(output), *flags, *extra]
         environment = os.environ | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -45,7 +45,7 @@ def run_cookiecutter(tmp_path_factory) -> Callable[..., subprocess.CompletedProc
 
 @pytest.fixture(scope="session")
 def render(template, tmp_path_factory) -> Callable[..., Path]:
-    """The folder of a repository rendered with these answers; the same answers give the same folder."""
+    """Generate a repository with the given answers; equal answers return the same directory."""
     rendered: dict[str, Path] = {}
     home = tmp_path_factory.mktemp("render-home")
     config = home / "config.json"
@@ -55,8 +55,10 @@ def render(template, tmp_path_factory) -> Callable[..., Path]:
         key = json.dumps(answers, sort_keys=True)
         if key not in rendered:
             output = str(tmp_path_factory.mktemp("rendered"))
-            options = {"no_input": True, "extra_context": answers, "output_dir": output, "config_file": str(config)}
-            rendered[key] = Path(cookiecutter(str(template), **options))
+            path = cookiecutter(
+                str(template), no_input=True, extra_context=answers, output_dir=output, config_file=str(config)
+            )
+            rendered[key] = Path(path)
         return rendered[key]
 
     return run
@@ -64,13 +66,13 @@ def render(template, tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session", params=pairwise(CHOICES), ids=lambda answers: "-".join(answers.values()))
 def combination(request) -> dict[str, str]:
-    """Sets of answers in which every pair of them is found."""
+    """One of the sets of answers that contain every pair of answers."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def released(template, tmp_path_factory) -> Path:
-    """The template as a git repository with one commit, its release v0.1.0."""
+    """The template as a git repository with one commit, tagged v0.1.0."""
     folder = tmp_path_factory.mktemp("released") / "batteries"
     shutil.copytree(template, folder)
     git(folder, "init", "-q", "-b", "main")
@@ -80,7 +82,7 @@ def released(template, tmp_path_factory) -> Path:
 
 
 def run_cruft(*command: str, home: Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`cruft COMMAND` as a person runs it in `folder`."""
+    """Run `cruft COMMAND` in `folder` as a user does."""
     environment = os.environ | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "cruft", *command], cwd=folder, env=environment, capture_output=True, text=True
@@ -88,20 +90,20 @@ def run_cruft(*command: str, home: Path, folder: Path | None = None) -> subproce
 
 
 def git(folder: Path, *command: str) -> str:
-    """What git prints, run there as somebody."""
-    who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
-    return subprocess.run(["git", "-C", folder, *who, *command], check=True, capture_output=True, text=True).stdout
+    """Run git in `folder` with a test identity and return its output."""
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    return subprocess.run(["git", "-C", folder, *identity, *command], check=True, capture_output=True, text=True).stdout
 
 
 def commit_all(folder: Path, message: str) -> str:
-    """Commit what is in the working tree; the commit's hash."""
+    """Commit the working tree and return the hash of the commit."""
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", message)
     return git(folder, "rev-parse", "HEAD").strip()
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """The contents of every file, by its path in `folder`; git's own left out."""
+    """Return the contents of every file by its path in `folder`, without .git."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))

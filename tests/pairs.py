@@ -1,4 +1,4 @@
-"""What a process does for tests/test_pairs.py in a rendered repository; it has torch already, and knows no test."""
+"""Functions that tests/test_pairs.py runs in a generated repository, in processes that have imported torch already."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def enter(folder: Path, out: Path) -> None:
-    """Make this process one that was started in `folder`, with all that it says in `out`."""
+    """Make this process behave like one that was started in `folder`, with its output in `out`."""
     os.chdir(folder)
     sys.path[:0] = [str(folder), str(folder / "tests")]
     sys.stdout = sys.stderr = out.open("w", encoding="utf-8")
@@ -18,7 +18,7 @@ def enter(folder: Path, out: Path) -> None:
 
 
 def train_two_epochs(folder: Path, logdir: Path, out: Path) -> None:
-    """`train.py` for two epochs, with a small network on small data and the tracker that the repository is made for."""
+    """Run `train.py` for two epochs, with a small network, small data and the tracker of the repository."""
     enter(folder, out)
     import torch
 
@@ -37,16 +37,22 @@ def train_two_epochs(folder: Path, logdir: Path, out: Path) -> None:
     run_command(train.main, train.Config)
 
 
-def ask_for_help(folder: Path, out: Path) -> None:
-    """`--help` of each verb; what each says begins with a line of its name and exit code."""
+def print_help(folder: Path, out: Path) -> None:
+    """Run train.py and each tool with `--help`; write a line with the path and the exit code after each."""
     enter(folder, out)
-    for verb in sorted(Path().glob("*.py")):
-        sys.argv = [verb.name, "--help"]
+    for command in commands(Path()):
+        sys.argv = [str(command), "--help"]
         code: object = 0
         with contextlib.redirect_stdout(sys.stderr):
             try:
-                runpy.run_path(str(verb), run_name="__main__")
+                runpy.run_path(str(command), run_name="__main__")
             except SystemExit as end:
                 code = end.code or 0
-        print(f"[{verb.name} {code}]")
+        print(f"[{command} {code}]")
     sys.stdout.flush()
+
+
+def commands(folder: Path) -> list[Path]:
+    """List the Python commands of a generated repository, relative to `folder`."""
+    tools = sorted(path.relative_to(folder) for path in folder.glob("tools/*.py") if path.stem != "__init__")
+    return [Path("train.py"), *tools]

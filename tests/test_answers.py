@@ -1,4 +1,4 @@
-"""A bad answer gets one line and leaves nothing on disk; an odd one gives a sound repository."""
+"""Invalid answers are rejected with one line and nothing on disk; unusual ones give a valid repository."""
 
 import os
 import subprocess
@@ -15,16 +15,16 @@ LONG = "x" * 61
 
 
 @pytest.mark.parametrize(
-    ("answers", "sentence"),
+    ("answers", "message"),
     [
-        ({"project_slug": "../x"}, "project_slug '../x' is no good name for a folder"),
-        ({"project_slug": "/tmp/x"}, "project_slug '/tmp/x' is no good name for a folder"),
-        ({"project_slug": "a/b"}, "is no good name for a folder"),
-        ({"project_slug": "My Experiment"}, "is no good name for a folder"),
-        ({"project_slug": "-rf"}, "is no good name for a folder"),
-        ({"project_slug": "1st"}, "is no good name for a folder"),
-        ({"project_slug": "größe"}, "is no good name for a folder"),
-        ({"project_slug": "a--b"}, "is no good name for a folder"),
+        ({"project_slug": "../x"}, "project_slug '../x' is not a valid directory name"),
+        ({"project_slug": "/tmp/x"}, "project_slug '/tmp/x' is not a valid directory name"),
+        ({"project_slug": "a/b"}, "is not a valid directory name"),
+        ({"project_slug": "My Experiment"}, "is not a valid directory name"),
+        ({"project_slug": "-rf"}, "is not a valid directory name"),
+        ({"project_slug": "1st"}, "is not a valid directory name"),
+        ({"project_slug": "größe"}, "is not a valid directory name"),
+        ({"project_slug": "a--b"}, "is not a valid directory name"),
         ({"project_slug": LONG}, f"project_slug '{LONG}' has 61 characters; use at most 60."),
         ({"project_slug": "con"}, "project_slug 'con' is a reserved name; use another, such as con-experiment."),
         ({"project_slug": "lpt1"}, "is a reserved name"),
@@ -33,49 +33,49 @@ LONG = "x" * 61
         ({"project_slug": "scikit_learn"}, "is a reserved name; use another, such as scikit_learn-experiment."),
         ({"project_slug": "packaging"}, "is a reserved name"),
         ({"project_slug": "node_modules"}, "is a reserved name"),
-        ({"project_name": " "}, "project_name is empty; give some text."),
-        ({"project_name": "🙂"}, "project_slug '' is no good name for a folder"),
-        ({"project_name": "x" * 201}, "project_name has 201 characters; give at most 200."),
+        ({"project_name": " "}, "project_name is empty; enter some text."),
+        ({"project_name": "🙂"}, "project_slug '' is not a valid directory name"),
+        ({"project_name": "x" * 201}, "project_name has 201 characters; use at most 200."),
         ({"description": "a\nb"}, "description 'a\\nb' has a line break or control character"),
-        ({"author": "{% raw %}"}, "the answer '{% raw %}' has template marks such as {{ or {%"),
+        ({"author": "{% raw %}"}, "the answer '{% raw %}' has template markup such as {{ or {%"),
         ({"author": "\x7f"}, "has a line break or control character"),
-        ({"description": "{{ 7 * 7 }}"}, "the answer '{{ 7 * 7 }}' has template marks such as {{ or {%"),
-        ({"description": "{{"}, "the answer '{{' has template marks"),
-        ({"author": "{{ 1 / 0 }}"}, "has template marks"),
-        ({"project_name": "{{ cookiecutter.nothing }}"}, "has template marks"),
-        ({"project_slug": "# {% include 'x' %}"}, "has template marks"),
+        ({"description": "{{ 7 * 7 }}"}, "the answer '{{ 7 * 7 }}' has template markup such as {{ or {%"),
+        ({"description": "{{"}, "the answer '{{' has template markup"),
+        ({"author": "{{ 1 / 0 }}"}, "has template markup"),
+        ({"project_name": "{{ cookiecutter.nothing }}"}, "has template markup"),
+        ({"project_slug": "# {% include 'x' %}"}, "has template markup"),
     ],
 )
-def test_a_bad_answer_is_refused_in_one_line_with_nothing_left_on_disk(template, tmp_path, answers, sentence):
+def test_invalid_answers_are_rejected_in_one_line_without_side_effects(template, tmp_path, answers, message):
     output = tmp_path / "out"
     output.mkdir()
-    # The command in this process: a process for each would take ten seconds more, of imports alone.
+    # In this process: separate processes would take ten seconds more, only for imports.
     extra = [f"{name}={text}" for name, text in answers.items()]
     home = {"HOME": str(tmp_path / "home"), "USERPROFILE": str(tmp_path / "home")}
     done = CliRunner(env=home).invoke(main, [str(template), "--no-input", "-o", str(output), *extra])
     assert done.exit_code == 1
-    assert sentence in done.output
+    assert message in done.output
     assert len(done.output.strip().splitlines()) == 1
     assert not list(output.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("value", ["", "true"])
-def test_an_answer_of_a_config_file_that_is_no_text_is_refused(template, run_cookiecutter, tmp_path, value):
+def test_an_answer_in_a_config_file_that_is_not_a_string_is_rejected(template, run_cookiecutter, tmp_path, value):
     config = tmp_path / "config.yaml"
     config.write_text(f"default_context:\n  author: {value}\n")
     done = run_cookiecutter(template, tmp_path, "--config-file", str(config))
     assert done.returncode == 1
-    assert "is no text; put it in quotes." in done.stderr
+    assert "is not a string; put it in quotes." in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("answers", [{"license": "GPL"}, {"data_set": "imagenet"}, {"tracker": "paper"}])
-def test_a_choice_that_is_none_is_refused_by_cookiecutter_with_those_there_are(
-    template, run_cookiecutter, tmp_path, answers
-):
-    # cookiecutter 2.7 says so with a traceback of its own, before anything of the template runs.
+@pytest.mark.parametrize(
+    "answers", [{"license": "GPL"}, {"data_set": "imagenet"}, {"tracker": "paper"}, {"toolkit": "tiny"}]
+)
+def test_an_unknown_choice_is_rejected_by_cookiecutter(template, run_cookiecutter, tmp_path, answers):
+    # cookiecutter 2.7 prints a traceback, before anything of the template runs.
     done = run_cookiecutter(template, tmp_path, **answers)
     assert done.returncode == 1
     assert "but the choices are [" in done.stderr
@@ -95,7 +95,7 @@ def test_a_choice_that_is_none_is_refused_by_cookiecutter_with_those_there_are(
         "x" * 200,
     ],
 )
-def test_an_odd_description_and_author_come_through_unchanged(template, run_cookiecutter, tmp_path, text):
+def test_unusual_descriptions_and_authors_are_kept_unchanged(template, run_cookiecutter, tmp_path, text):
     done = run_cookiecutter(template, tmp_path, description=text, author=text)
     assert done.returncode == 0, done.stderr
     project = tomllib.loads((tmp_path / "my-experiment/pyproject.toml").read_text())["project"]
@@ -105,15 +105,15 @@ def test_an_odd_description_and_author_come_through_unchanged(template, run_cook
     assert text in (tmp_path / "my-experiment/LICENSE").read_text()
 
 
-def test_a_terminal_that_cannot_show_the_name_is_no_reason_to_end(template, run_cookiecutter, tmp_path, monkeypatch):
+def test_a_terminal_that_cannot_encode_the_name_is_not_an_error(template, run_cookiecutter, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = run_cookiecutter(template, tmp_path, project_name="Leaf spots 🙂")
     assert (done.returncode, "Leaf spots ? is ready." in done.stdout) == (0, True), done.stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="written for a shell of Unix")
+@pytest.mark.skipif(os.name == "nt", reason="needs a Unix shell")
 @pytest.mark.parametrize("outlet", [">&-", "| true", ">/dev/full"])
-def test_an_output_that_is_closed_or_full_is_no_reason_to_end(template, tmp_path, outlet):
+def test_a_closed_or_full_output_is_not_an_error(template, tmp_path, outlet):
     command = f'"{sys.executable}" -m cookiecutter "{template}" --no-input -o "{tmp_path}" {outlet}'
     environment = os.environ | {"HOME": str(tmp_path / "home")}
     subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
@@ -125,29 +125,29 @@ def test_an_output_that_is_closed_or_full_is_no_reason_to_end(template, tmp_path
     ("name", "slug"),
     [("Fish & chips!", "fish-chips"), ("Größe 2", "grosse-2"), ("  spaces  ", "spaces"), ("ABC", "abc")],
 )
-def test_the_slug_follows_from_the_name(template, run_cookiecutter, tmp_path, name, slug):
+def test_the_default_slug_is_derived_from_the_name(template, run_cookiecutter, tmp_path, name, slug):
     assert run_cookiecutter(template, tmp_path, project_name=name).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == [slug]
 
 
-def ask(template: Path, output: Path, *lines: str) -> subprocess.CompletedProcess[str]:
-    """Run cookiecutter with these lines typed at its questions."""
+def run_interactively(template: Path, output: Path, *lines: str) -> subprocess.CompletedProcess[str]:
+    """Run cookiecutter interactively with `lines` as its input."""
     command = [sys.executable, "-m", "cookiecutter", str(template), "-o", str(output)]
     environment = os.environ | {"HOME": str(output), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, env=environment, input="\n".join([*lines, ""]), capture_output=True, text=True)
 
 
-def test_jinja_that_is_typed_at_a_question_is_refused_before_the_next_question(template, tmp_path):
-    done = ask(template, tmp_path, "{{ 7 * 7 }}")
+def test_jinja_markup_in_an_answer_is_rejected_before_the_next_question(template, tmp_path):
+    done = run_interactively(template, tmp_path, "{{ 7 * 7 }}")
     assert done.returncode == 1
-    assert "project_name '{{ 7 * 7 }}' has template marks" in done.stderr
-    assert "Its folder" not in done.stdout
+    assert "project_name '{{ 7 * 7 }}' has template markup" in done.stderr
+    assert "Project slug" not in done.stdout
     assert not (tmp_path / "49").exists()
 
 
-def test_the_questions_are_asked_in_words_and_enter_takes_the_defaults(template, tmp_path):
-    done = ask(template, tmp_path, "Leaf spots", *[""] * (3 + len(CHOICES)))
+def test_the_prompts_are_descriptive_and_enter_selects_the_defaults(template, tmp_path):
+    done = run_interactively(template, tmp_path, "Leaf spots", *[""] * (3 + len(CHOICES)))
     assert done.returncode == 0, done.stderr
-    for text in ("What is the experiment called?", "Its folder and package name", "Which data does it start from?"):
+    for text in ("Project name", "Project slug (directory and package name)", "Data set", "Toolkit"):
         assert text in done.stdout
     assert (tmp_path / "leaf-spots/train.py").is_file()

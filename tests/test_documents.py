@@ -1,6 +1,7 @@
-"""What the template's own README, CONTRIBUTING, CITATION and benchmarks say is so."""
+"""The statements in the template's README, CONTRIBUTING, CHANGELOG, CITATION and benchmarks are true."""
 
 import re
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -9,38 +10,54 @@ from options import CHOICES, QUESTIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
 
 
-def test_every_link_to_a_file_leads_to_one():
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
+def test_every_link_to_a_file_is_valid():
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
         for bracketed, plain in re.findall(r"\]\((?:<([^>]+)>|(?!http|#)([^)\s]+))\)", text):
-            assert ((ROOT / page).parent / (bracketed or plain)).exists(), f"{page}: {bracketed or plain}"
+            assert ((ROOT / document).parent / (bracketed or plain)).exists(), f"{document}: {bracketed or plain}"
 
 
-def test_the_readme_names_every_question_and_every_answer():
-    table = README.partition("## Questions that it asks")[2].partition("\n## ")[0]
-    asked = re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `")))
-    assert set(asked) == {name for name in QUESTIONS if not name.startswith("_")}
+def test_the_readme_lists_every_question_and_every_answer():
+    table = README.partition("## Template options")[2].partition("\n## ")[0]
+    listed = re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `")))
+    assert set(listed) == {name for name in QUESTIONS if not name.startswith("_")}
     for question, answers in CHOICES.items():
         [row] = re.findall(rf"^\| `{question}` \|(.*)\|$", table, re.MULTILINE)
         named = set(re.findall(r"[\w.-]+", row))
         assert set(answers) <= named, question
 
 
-def test_every_target_of_make_that_is_named_is_there():
+def test_every_make_target_in_the_documents_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^\.PHONY: ([a-z-]+)", makefile, re.MULTILINE))
     benchmarks = re.search(r"^BENCHMARKS := (.*)$", makefile, re.MULTILINE)
     targets |= {f"bench-{name}" for name in benchmarks[1].split()}
-    for page in PAGES:
-        named = re.findall(r"(?:`|^)make ([a-z_-]+)\b", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(named) - {"bench-NAME", "bench-"} <= targets, page
+    for document in DOCUMENTS:
+        named = re.findall(r"(?:`|^)make ([a-z_-]+)\b", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(named) - {"bench-NAME", "bench-"} <= targets, document
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(benchmarks[1].split())
 
 
-def test_the_version_is_the_same_wherever_it_stands():
+def test_the_version_is_the_same_in_all_files():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert citation["version"] == project["version"]
+
+
+def test_the_code_excerpt_in_the_readme_is_that_of_train_py():
+    excerpt = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    train = (ROOT / "{{cookiecutter.project_slug}}/train.py").read_text(encoding="utf-8")
+    function = re.search(r"^def train_fn\(.*?(?=^def )", train, re.DOTALL | re.MULTILINE)[0]
+    assert textwrap.indent(excerpt, "    ") in function
+    assert len(excerpt.splitlines()) >= 10
+
+
+def test_the_readme_links_a_test_for_every_guarantee():
+    guarantees = README.partition("## Guarantees")[2].partition("\n## ")[0]
+    bullets = re.findall(r"^- (.+(?:\n  .+)*)", guarantees, re.MULTILINE)
+    assert len(bullets) == 6
+    for bullet in bullets:
+        assert re.search(r"\]\(<[^>]+/tests/test_\w+\.py>\)", bullet), bullet

@@ -1,4 +1,4 @@
-"""Made-up answers of every kind: each gives a sound repository, or one line that refuses it and nothing on disk."""
+"""Random answers of every kind give either a valid repository, or a one-line error and nothing on disk."""
 
 import json
 import keyword
@@ -14,7 +14,7 @@ from cookiecutter.main import cookiecutter
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
-# What any text may hold, and what none may.
+# Fragments that are allowed in a text, and fragments that are not.
 ODD = ['"', "'", '"""', "'''", "\\", "\\n", "\\u0041", "`", "$(x)", "${x}", "%s", "#", "[x]", "<b>", "&amp;", "/"]
 ODD += ["../", " ", "-", "_", ".", "🙂", "é", "日本", "\u202e", "\ufeff", "class", "con", "torch", "true", "null"]
 ODD += ["1e9", "x" * 40]
@@ -29,11 +29,17 @@ SLUGS = st.one_of(*[st.none()] * 4, TEXTS, st.text("ab1-_", min_size=1, max_size
 
 @pytest.fixture(scope="module")
 def small_template(template, tmp_path_factory) -> Path:
-    """The template without the files that are copied as they are, which no answer can change."""
+    """The template without the files that are copied unchanged, to which no answer matters."""
     folder = tmp_path_factory.mktemp("small") / "batteries"
-    wanted = ("cookiecutter.json", "batteries_answers.py", "hooks/post_gen_project.py")
-    parts = ("README.md", "pyproject.toml", ".variants/license/MIT/LICENSE")
-    for name in (*wanted, *(f"{SLUG}/{part}" for part in parts)):
+    names = [
+        "cookiecutter.json",
+        "batteries_answers.py",
+        "hooks/post_gen_project.py",
+        f"{SLUG}/README.md",
+        f"{SLUG}/pyproject.toml",
+        f"{SLUG}/.variants/license/MIT/LICENSE",
+    ]
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(template / name, folder / name)
     return folder
@@ -41,36 +47,39 @@ def small_template(template, tmp_path_factory) -> Path:
 
 @given(project_name=NAMES, slug=SLUGS, description=TEXTS, author=TEXTS)
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
-def test_any_answer_gives_a_sound_repository_or_one_line(small_template, project_name, slug, description, author):
+def test_any_answer_gives_a_valid_repository_or_a_one_line_error(
+    small_template, project_name, slug, description, author
+):
     answers = {"project_name": project_name, "description": description, "author": author}
     answers |= {} if slug is None else {"project_slug": slug}
     with tempfile.TemporaryDirectory() as name:
         output = Path(name, "out")
         output.mkdir()
-        refusal = render_or_refuse(small_template, output, answers)
+        error_message = render_or_reject(small_template, output, answers)
         folders = list(output.iterdir())
-        if refusal:
-            assert len(refusal.splitlines()) == 1
+        if error_message:
+            assert len(error_message.splitlines()) == 1
             assert not folders
         else:
-            assert_sound(*folders, answers)
-        target(float(not refusal))
+            assert_valid(*folders, answers)
+        target(float(not error_message))
 
 
-def render_or_refuse(template: Path, output: Path, answers: dict[str, str]) -> str:
-    """The sentence that refuses the answers, or nothing and a repository in `output`."""
+def render_or_reject(template: Path, output: Path, answers: dict[str, str]) -> str:
+    """Generate a repository in `output` and return an empty string, or return the error message."""
     config = output.parent / "config.json"
     config.write_text(json.dumps({"replay_dir": str(output.parent), "cookiecutters_dir": str(output.parent)}))
-    options = {"no_input": True, "extra_context": answers, "output_dir": str(output), "config_file": str(config)}
     try:
-        cookiecutter(str(template), **options)
-    except click.ClickException as refusal:
-        return refusal.message
+        cookiecutter(
+            str(template), no_input=True, extra_context=answers, output_dir=str(output), config_file=str(config)
+        )
+    except click.ClickException as error:
+        return error.message
     return ""
 
 
-def assert_sound(folder: Path, answers: dict[str, str]) -> None:
-    """The folder's name is one anywhere, and each answer stands where it should, as it was given."""
+def assert_valid(folder: Path, answers: dict[str, str]) -> None:
+    """Assert that the directory name is portable, and that each answer is in its place, unchanged."""
     name = folder.name
     assert name == answers.get("project_slug", name)
     assert name.replace("-", "_").isidentifier()

@@ -1,4 +1,4 @@
-"""Each data set trains with each tracker, as it was rendered, and each verb says what it can do."""
+"""Every data set trains with every tracker in a generated repository, and every command prints its help."""
 
 import json
 import math
@@ -23,7 +23,7 @@ CURVES = {
 
 @pytest.fixture(scope="module")
 def run() -> Callable[..., int | None]:
-    """Runs a function in a process of its own, forked from one that has torch imported; its exit code."""
+    """Run a function in a separate process, forked from one that has imported torch; return its exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "sklearn.datasets", "tyro", "pandas"])
 
@@ -39,13 +39,13 @@ def run() -> Callable[..., int | None]:
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory) -> Path:
-    """One folder for all runs, so that MLflow makes the tables of its store once."""
+    """One directory for all runs, so that MLflow creates the tables of its store once."""
     return tmp_path_factory.mktemp("logs")
 
 
 @pytest.mark.parametrize("tracker", CHOICES["tracker"])
 @pytest.mark.parametrize("data_set", CHOICES["data_set"])
-def test_two_epochs_of_each_data_set_are_trained_with_each_tracker(render, run, logs, data_set, tracker):
+def test_every_data_set_trains_two_epochs_with_every_tracker(render, run, logs, data_set, tracker):
     folder, logdir, out = render(data_set=data_set, tracker=tracker), logs / f"{data_set}-{tracker}", logs / "out.txt"
     assert run(pairs.train_two_epochs, folder, logdir, out) == 0, out.read_text()[-3000:]
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
@@ -61,10 +61,12 @@ def test_two_epochs_of_each_data_set_are_trained_with_each_tracker(render, run, 
 
 
 @pytest.mark.parametrize("data_set", CHOICES["data_set"])
-def test_every_verb_answers_help(render, run, tmp_path, data_set):
+def test_every_command_prints_its_help(render, run, tmp_path, data_set):
     folder, out = render(data_set=data_set, tracker="none"), tmp_path / "out.txt"
-    assert run(pairs.ask_for_help, folder, out) == 0, out.read_text()
+    assert run(pairs.print_help, folder, out) == 0, out.read_text()
     text = out.read_text()
-    for verb in sorted(folder.glob("*.py")):
-        assert f"[{verb.name} 0]" in text
-        assert re.search(rf"usage: {verb.name} ", text), text
+    commands = pairs.commands(folder)
+    assert len(commands) >= 10
+    for command in commands:
+        assert f"[{command} 0]" in text
+        assert re.search(rf"usage: {command.name} ", text), text

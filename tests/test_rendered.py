@@ -1,4 +1,4 @@
-"""What is rendered is not only listed: its own tests, linters and type checker run in it."""
+"""The tests, linters, type checker and pre-commit hooks of a generated repository pass in it."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import pytest
 from conftest import git
 
 BIN = Path(sys.executable).parent
-NEEDS_UV = pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on the PATH; make test brings it along")
+WALKTHROUGH = "tests/test_submission_walkthrough.py"
+NEEDS_UV = pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on the PATH; make test installs it")
 
 
 def run_in(folder: Path, *command: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -29,16 +30,16 @@ def assert_tests_pass(folder: Path, marker: str, *which: str) -> None:
     assert done.returncode == 0, done.stdout[-20_000:]
 
 
-@pytest.mark.parametrize("half", [0, 1])  # side by side
+@pytest.mark.parametrize("half", [0, 1])  # in parallel
 def test_the_default_repository_passes_its_own_fast_tests(render, half):
     files = sorted(path.name for path in (render() / "tests").glob("test_*.py"))
     assert_tests_pass(render(), "not slow", *(f"tests/{name}" for name in files[half::2]))
 
 
-# The road of the README is a test of its own, so that it runs beside the others.
+# The walkthrough is a separate test, so that it runs in parallel with the others.
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["tests/test_road.py", "--ignore=tests/test_road.py"])
-def test_the_default_repository_passes_its_own_slow_tests_with_each_launch_script(render, which):
+@pytest.mark.parametrize("which", [WALKTHROUGH, f"--ignore={WALKTHROUGH}"])
+def test_the_default_repository_passes_its_own_slow_tests(render, which):
     assert_tests_pass(render(), "slow", which)
 
 
@@ -46,27 +47,27 @@ def test_the_default_repository_passes_its_own_slow_tests_with_each_launch_scrip
 @pytest.mark.parametrize("data_set", ["image_folder", "csv", "cifar10", "mnist"])
 def test_a_repository_for_other_data_without_a_tracker_passes_its_own_fast_tests(render, data_set):
     folder = render(data_set=data_set, tracker="none")
-    of_no_data = ["test_blend", "test_checkpoints", "test_folds", "test_scores", "test_submit"]
-    for name in of_no_data:  # the same whatever is learned, and passed with the digits
+    independent = ["test_blend", "test_checkpoints", "test_folds", "test_scores", "test_submit"]
+    for name in independent:  # they do not depend on the data set, and pass with the digits
         assert not re.search(r"\bexperiment\b|\bimport train\b", (folder / f"tests/{name}.py").read_text()), name
-    assert_tests_pass(folder, "not slow", *(f"--ignore=tests/{name}.py" for name in of_no_data))
+    assert_tests_pass(folder, "not slow", *(f"--ignore=tests/{name}.py" for name in independent))
 
 
 def run_hooks(folder: Path, skip: str = "") -> subprocess.CompletedProcess[str]:
-    """All of pre-commit's hooks over a new git repository, with the tools of this environment."""
+    """Run all pre-commit hooks on a new git repository, with the tools of this environment."""
     git(folder, "init", "-q")
     git(folder, "add", "-A")
     environment = {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_NO_SYNC": "1", "SKIP": skip}
     return run_in(folder, sys.executable, "-m", "pre_commit", "run", "--all-files", **environment)
 
 
-THEIRS = {"author": "Nam", "project_name": "Ein Modell", "description": "Als `Adress`"}  # words of another language
+OTHER_LANGUAGE = {"author": "Nam", "project_name": "Ein Modell", "description": "Als `Adress`"}  # not English
 
 
 @NEEDS_UV
 @pytest.mark.slow
-@pytest.mark.parametrize("answers", [THEIRS, {"data_set": "csv", "tracker": "none"}])
-def test_every_hook_of_pre_commit_passes_right_after_git_init(render, tmp_path, answers):
+@pytest.mark.parametrize("answers", [OTHER_LANGUAGE, {"data_set": "csv", "tracker": "none"}])
+def test_every_pre_commit_hook_passes_after_git_init(render, tmp_path, answers):
     folder = shutil.copytree(render(**answers), tmp_path / "project")
     done = run_hooks(folder)
     assert done.returncode == 0, done.stdout
@@ -80,7 +81,7 @@ BAD_FILES = {
     "ruff format": ("ugly.py", b'"""Single quotes."""\n\nx = \'1\'\n'),
     "shellcheck": ("scripts/bad.sh", b"#!/bin/sh\ncd $1\n"),
     "typos": ("notes.md", b"The wrong lenght.\n"),
-    "no output in notebooks": ("look.ipynb", json.dumps(NOTEBOOK).encode()),
+    "no output in notebooks": ("notebook.ipynb", json.dumps(NOTEBOOK).encode()),
     "no file over 2 MB": ("large.bin", bytes(2_100_000)),
     "TOML": ("bad.toml", b"a =\n"),
     "YAML": ("bad.yaml", b"a: [\n"),
@@ -90,7 +91,7 @@ BAD_FILES = {
 
 @NEEDS_UV
 @pytest.mark.slow
-def test_each_hook_finds_what_it_is_there_for(render, tmp_path):
+def test_every_pre_commit_hook_finds_its_kind_of_error(render, tmp_path):
     folder = shutil.copytree(render(), tmp_path / "project")
     for name, content in BAD_FILES.values():
         (folder / name).write_bytes(content)
@@ -99,17 +100,17 @@ def test_each_hook_finds_what_it_is_there_for(render, tmp_path):
 
 
 @pytest.mark.slow
-def test_style_types_and_shell_scripts_are_clean_without_uv(render):
+def test_make_check_passes_without_uv(render):
     done = run_in(render(data_set="image_folder", tracker="none"), "make", "check")
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
-def test_types_are_right_for_the_other_data_sets_too(render, tmp_path):
+def test_the_type_checker_passes_for_the_other_data_sets(render, tmp_path):
     data_sets = ["cifar10", "mnist"]
     for data_set in data_sets:
         shutil.copytree(render(data_set=data_set, tracker="none"), tmp_path / data_set)
-    config = {  # one process for both reads torch once; batteries/ is that of every data set
+    config = {  # one process for both, so that torch is read once; batteries/ is the same for every data set
         "typeCheckingMode": "standard",
         "include": [f"{data_set}/{part}" for data_set in data_sets for part in ("*.py", "experiment")],
         "executionEnvironments": [{"root": data_set} for data_set in data_sets],

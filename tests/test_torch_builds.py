@@ -1,7 +1,7 @@
-"""Which index torch comes from, as uv resolves what was rendered.
+"""uv resolves torch of a generated repository from the chosen index.
 
-PyTorch's own index is not needed: a server of this machine stands in for it and for PyPI, with empty packages. That the
-real one still has each build is not shown here.
+PyTorch's index is not needed: a local server with empty packages replaces it and PyPI. Whether the real index still has
+each build is not tested.
 """
 
 import os
@@ -21,19 +21,19 @@ import pytest
 from options import CHOICES
 
 PYTORCH = "https://download.pytorch.org"
-OF_PYTORCH = ("torch", "torchvision", "triton-rocm")
-pytestmark = pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on the PATH; make test brings it along")
+PYTORCH_PACKAGES = ("torch", "torchvision", "triton-rocm")
+pytestmark = pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on the PATH; make test installs it")
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files and says nothing."""
+    """Serve files without logging."""
 
     def log_message(self, *arguments: object) -> None:
         pass
 
 
 def put_package(index: Path, name: str, version: str) -> None:
-    """An empty wheel, and the page that lists it."""
+    """Write an empty wheel, and the index page that lists it."""
     page = index / name
     page.mkdir(parents=True)
     stem = f"{name.replace('-', '_')}-{version}"
@@ -46,7 +46,7 @@ def put_package(index: Path, name: str, version: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(render, tmp_path_factory) -> Iterator[str]:
-    """PyPI at /pypi, PyTorch's index at /pytorch; everything is in both, and the versions say whose it is."""
+    """PyPI at /pypi and PyTorch's index at /pytorch; both have every package, in different versions."""
     root = tmp_path_factory.mktemp("indexes")
     wanted = set()
     for tracker in CHOICES["tracker"]:
@@ -65,7 +65,7 @@ def server(render, tmp_path_factory) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("build", CHOICES["torch"])
-def test_uv_takes_torch_from_the_chosen_index_and_all_else_from_yours(render, server, tmp_path, build):
+def test_only_torch_comes_from_the_chosen_index(render, server, tmp_path, build):
     text = (render(torch=build) / "pyproject.toml").read_text(encoding="utf-8")
     (tmp_path / "pyproject.toml").write_text(text.replace(PYTORCH, f"{server}/pytorch"), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
@@ -79,18 +79,19 @@ def test_uv_takes_torch_from_the_chosen_index_and_all_else_from_yours(render, se
     for package in locked:
         indexes.setdefault(package["name"], set()).add(package["source"].get("registry", "here").removeprefix(server))
     assert indexes.pop("my-experiment") == {"here"}
-    own, yours = f"/pytorch/whl/{build}", "/pypi"
+    chosen = f"/pytorch/whl/{build}"
+    default = "/pypi"
     for name, found in indexes.items():
-        if build == "default" or name not in OF_PYTORCH:
-            assert found == {yours}, name
+        if build == "default" or name not in PYTORCH_PACKAGES:
+            assert found == {default}, name
         elif name == "triton-rocm":
-            assert found == {own}, name
+            assert found == {chosen}, name
         else:
-            assert found == {own, yours}, name  # yours on systems that the build is not made for
+            assert found == {chosen, default}, name  # the default on systems without this build
     assert ("triton-rocm" in indexes) == build.startswith("rocm")
 
 
-def test_the_builds_are_asked_at_pytorchs_own_address(render):
+def test_the_index_of_a_build_has_pytorchs_address(render):
     for build in CHOICES["torch"]:
         uv = tomllib.loads((render(torch=build) / "pyproject.toml").read_text(encoding="utf-8"))["tool"].get("uv")
         if build == "default":

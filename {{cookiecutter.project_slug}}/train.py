@@ -76,20 +76,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Config:
-    """Train a model. `--config logs/x/config.json` repeats a run; options given beside it take precedence."""
+    """Train a model. `--config logs/x/config.json` repeats a run; other options override it."""
 
     # The recipe: the options that change most often.
     stages: tuple[Stage, ...] = (Stage("stage0", epochs=6, lr=3e-3), Stage("stage1", epochs=3, lr=3e-4))
     batch_size: Count = 32  # samples per optimizer step, over all ranks and micro-batches
     accumulation_steps: Count = 1  # micro-batches per optimizer step; more of them need less memory
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd has Nesterov momentum 0.9 and needs a larger lr, such as 0.1
-    weight_decay: NotNegative = 0.05  # of matrices and kernels; biases and norms have none
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: Nesterov momentum 0.9; needs a larger lr, such as 0.1
+    weight_decay: NotNegative = 0.05  # weight decay of matrices and kernels; biases and norms have none
     clip_norm: Positive | None = None  # maximum global gradient norm; 1.0 is common for transformers
     label_smoothing: UnitInterval = 0.0  # fraction of the target spread over all classes, in training only; often 0.1
     mixup: NotNegative = 0.0  # alpha of mixup; 0 disables it; mixing needs more epochs
     cutmix: NotNegative = 0.0  # alpha of CutMix; 0 disables it; with mixup too, each step uses one of them
     ema_decay: UnitInterval | None = None  # EMA decay, 0.99 to 0.9999; checkpoints are ranked by the EMA weights
-    patience: Count | None = None  # epochs without improvement after which a stage stops early
+    patience: Count | None = None  # stop a stage early after this many epochs without improvement
     min_delta: NotNegative = 0.0  # minimum improvement that resets --patience
     main_metric: str = "accuracy"  # validation metric that ranks checkpoints: loss, accuracy or one of SCORES
     minimize_metric: bool = False  # the main metric is better when it is lower
@@ -121,12 +121,12 @@ class Config:
     channels_last: bool = False  # channels-last memory format, faster for convolutions on tensor cores
     compile: bool = False  # torch.compile: faster steps after a minute or more of compilation
     deterministic: bool = True  # deterministic kernels; otherwise cuDNN chooses the fastest ones
-    sharing_strategy: Literal["file_system", "file_descriptor"] = "file_system"  # of loader processes; see docs
+    sharing_strategy: Literal["file_system", "file_descriptor"] = "file_system"  # how workers share tensors
     show_warnings: bool = False  # show Python warnings of libraries
     show_schedule: bool = False  # print the learning rate of each epoch and exit
     profile: bool = False  # write a trace of a few steps to logdir/profile
     tracker: tuple[TrackerName, ...] = field(default_factory=default_trackers)  # trackers besides metrics.jsonl
-    report: bool = True  # at the end, build the reports listed in pyproject.toml
+    report: bool = True  # at the end, run the report scripts listed in pyproject.toml
     quiet: bool = False  # print only warnings; train.log has everything
 
     def __post_init__(self) -> None:

@@ -1,1 +1,1 @@
-"""Yours: what is learned, and from what."""
+"""The data set, splits, augmentations, model and loss of this experiment; edit them."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on one device. All flags go to train.py; relative paths count from the repository's root.
+# Train on one device. All flags are passed to train.py; relative paths are relative to the repository's root directory.
 #
 #   scripts/train_device.sh --logdir logs/first
-#   DEVICE=cuda:1 scripts/train_device.sh        # or cpu, mps; auto takes a GPU where there is one
+#   DEVICE=cuda:1 scripts/train_device.sh        # or cpu, mps; the default, auto, prefers a GPU
 source "$(dirname "$0")/common.sh"
 run "${python[@]}" train.py ${DEVICE:+--device "$DEVICE"} "$@"

@@ -1,6 +1,6 @@
-"""One thread a process: tests fork, and a fork after torch has started its thread pool would hang.
+"""Settings of all tests. Each process has one thread: tests fork, and a fork of torch's thread pool would hang.
 
-What every run imports is imported here, once, for all forks.
+Modules that every run imports are imported here once, so that forked processes have them.
 """
 
 import importlib
@@ -11,35 +11,43 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+MODULES_OF_RUNS = (
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "tyro",
+    "rich.console",
+    "torch.utils.tensorboard",
+    "pandas",
+    "scipy.optimize",
+    "scipy.stats",
+)
+
 torch.set_num_threads(1)
-if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    # A fork breaks torch's own thread pool. The next call mends it, but two threads that make it at once break it again
-    # ("Invalid thread pool!" in 1 of 150 forks on 2 busy cores).
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    # A fork invalidates torch's thread pool. The next call recreates it, but two threads that do so at once invalidate
+    # it again ("Invalid thread pool!" in 1 of 150 forks on 2 busy cores).
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-for module in (
-    *("sklearn.datasets", "sklearn.model_selection", "tyro", "rich.console", "torch.utils.tensorboard"),
-    *("pandas", "scipy.optimize", "scipy.stats"),
-):
+for module in MODULES_OF_RUNS:
     try:
         importlib.import_module(module)
-    except ImportError:  # this project may go without a tracker
+    except ImportError:  # a project can be generated without a tracker
         assert module == "torch.utils.tensorboard"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_report() -> Iterator[None]:
-    """Runs of tests make no page: it takes seconds, and imports of its own."""
+    """Build no report after the runs of tests: it takes seconds, and has its own tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("batteries.run.run.make_reports", lambda *_: None)
         yield
 
 
 @pytest.fixture(autouse=True)
-def no_child_is_left() -> Iterator[None]:
-    """Kill what a failed test leaves: at its end Python waits for its children, and for one that hangs for ever."""
+def no_remaining_processes() -> Iterator[None]:
+    """Kill the processes that a failed test leaves: Python waits for its child processes at exit."""
     yield
     for child in multiprocessing.active_children():
-        if not child.daemon:  # those of a loader are daemons, and end with it
+        if not child.daemon:  # loader workers are daemons, which end with their loader
             child.kill()
 
 

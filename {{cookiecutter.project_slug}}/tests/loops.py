@@ -1,8 +1,8 @@
-"""What train_fn needs for some epochs on small pictures, without the folder of a run."""
+"""Everything that train_fn needs for some epochs on small images, without a run directory."""
 
 import torch
+from image_data import RandomImages, RandomNoise
 from models import CHANNELS
-from pictures import Pictures, Shake
 from torch import nn
 
 from batteries.data.loaders import TrainLoader
@@ -13,8 +13,6 @@ from train import Config
 SIZE, BATCH_SIZE, EPOCHS = 57, 16, 3  # the last step of an epoch has 9 samples
 CPU = torch.device("cpu")
 CONFIG = Config(tracker=("none",))
-
-
 LOGGER = SilentLogger(CPU)
 
 
@@ -24,7 +22,7 @@ def make_optimizer(model: nn.Module) -> tuple:
 
 
 class ExponentialLR(torch.optim.lr_scheduler.ExponentialLR):
-    """A scheduler of torch, as train_fn uses one."""
+    """A scheduler of torch with the method that train_fn calls."""
 
     def learning_rate(self) -> float:
         return self.get_last_lr()[0]
@@ -37,9 +35,9 @@ def make_state(model: nn.Module, data_parallel: bool = False, sync_batchnorm: bo
 
 def make_loader(accumulation_steps: int = 1) -> TrainLoader:
     return TrainLoader(
-        Pictures(SIZE, CHANNELS),
+        RandomImages(SIZE, CHANNELS),
         range(SIZE),
-        Shake(),
+        RandomNoise(),
         CPU,
         seed=3,
         batch_size=BATCH_SIZE,

@@ -1,4 +1,4 @@
-"""Small networks for tests, for images that `normalize` has given their channels."""
+"""Small networks for tests. Their input has the channels of the output of `normalize`."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ CHANNELS = len(MEAN)
 
 
 class ToType(nn.Module):
-    """Images (N, C, H, W) as another float type."""
+    """Convert images (N, C, H, W) to another floating-point dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -20,14 +20,14 @@ class ToType(nn.Module):
 
 
 def plain_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """A small network without dropout and without batch statistics."""
+    """Build a small network without dropout and batch norm."""
     torch.manual_seed(2)
     layers = [nn.Conv2d(CHANNELS, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(4 * 36, 4)]
     return nn.Sequential(ToType(dtype), *layers).to(dtype)
 
 
 def batchnorm_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """The same with batch norm."""
+    """Build a small network with batch norm."""
     torch.manual_seed(2)
     features = [nn.Conv2d(CHANNELS, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten()]
     layers = [*features, nn.Linear(4 * 36, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)]
@@ -35,5 +35,5 @@ def batchnorm_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def tiny_network(num_classes: int) -> nn.Module:
-    """In place of experiment.model.build_model, so that a whole run takes a second."""
+    """Build a network that replaces experiment.model.build_model, so that a complete run takes a second."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(CHANNELS * 16, num_classes))

@@ -1,6 +1,6 @@
-"""Runs functions in processes of their own: many ranks, or a command line whose end is looked at.
+"""Running functions in separate processes: on several ranks, or as a command with its exit code and output.
 
-Processes are forked from this one, which has imported torch already, so each costs milliseconds and not seconds.
+The processes are forked from this one, which has already imported torch, so that each takes milliseconds to start.
 """
 
 import multiprocessing
@@ -19,46 +19,52 @@ from batteries.core.command_line import run_command
 from batteries.distributed.connectivity import find_free_port
 from batteries.distributed.process_group import process_group
 
-SECONDS = 120  # a rank that takes longer hangs
+SECONDS = 120  # time limit of a process
 
 
 def run_ranks(world_size: int, function: Callable[[], Any], join: bool = True) -> list[Any]:
-    """What `function` gives on each of `world_size` ranks (gloo, one thread each), in order.
+    """Run `function` on `world_size` ranks (gloo, one thread each) and return the results in the order of ranks.
 
-    `join=False` leaves it to `function`, such as train.main, to join the process group.
+    With `join=False`, `function` joins the process group itself, as train.main does.
     """
     context = multiprocessing.get_context("fork")
     port = find_free_port()
-    pipes, processes = [], []
+    readers, processes = [], []
     for rank in range(world_size):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_run_rank, args=(function, rank, world_size, port, join, theirs))
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=_run_rank, args=(function, rank, world_size, port, join, writer))
         process.start()
-        theirs.close()
-        pipes.append(ours)
+        writer.close()
+        readers.append(reader)
         processes.append(process)
-    results = [pickle.loads(pipe.recv_bytes()) if pipe.poll(SECONDS) else None for pipe in pipes]
+    results = [pickle.loads(reader.recv_bytes()) if reader.poll(SECONDS) else None for reader in readers]
     for process in processes:
         process.join(SECONDS)
         assert process.exitcode == 0
     return results
 
 
-def _run_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, join: bool, pipe: Any) -> None:
+def _run_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, join: bool, writer: Any) -> None:
     join_ranks(rank, world_size, port)
     with process_group(torch.device("cpu")) if join else nullcontext():
         result = function()
-    pipe.send_bytes(pickle.dumps(result))
+    writer.send_bytes(pickle.dumps(result))
 
 
 def join_ranks(rank: int, world_size: int, port: int) -> None:
-    """Make this process one of many, as torchrun does."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    """Make this process one of several ranks, by the variables that torchrun sets."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
 
 
 class End(NamedTuple):
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -66,21 +72,23 @@ class End(NamedTuple):
 
 
 def run_train(main: Callable[[Any], object], config_class: type, *flags: str, name: str = "train.py") -> End:
-    """`python train.py FLAGS` in a forked process, or another verb by its `name`."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
+    """Run `python train.py FLAGS` in a forked process, or another command by its `name`."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "out"
+        err = Path(directory) / "err"
         process = multiprocessing.get_context("fork").Process(
             target=_run_command, args=(main, config_class, (name, *flags), out, err)
         )
         process.start()
         process.join(SECONDS)
-        assert process.exitcode is not None, "the command hangs"
+        assert process.exitcode is not None, f"the command did not exit within {SECONDS} s"
         return End(process.exitcode, out.read_text(), err.read_text())
 
 
 def _run_command(main: Any, config_class: type, command: tuple[str, ...], out: Path, err: Path) -> None:
-    sys.argv = [*command]
-    sys.stdout, sys.stderr = out.open("w"), err.open("w")
+    sys.argv = list(command)
+    sys.stdout = out.open("w")
+    sys.stderr = err.open("w")
     try:
         run_command(main, config_class, repeats=command[0] in ("train.py", "tools/check.py"))
     finally:

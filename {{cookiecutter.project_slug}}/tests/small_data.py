@@ -1,19 +1,19 @@
-"""Data for whole runs in tests: this project's own, which need no files."""
+"""Small data for whole runs in tests: the digits, which need no files."""
 
 from pathlib import Path
 
 from experiment.dataset import Digits
 
-NEEDS_PATCH = False  # scripts, which start processes of their own, can read it
-TEST_FILES = ()  # with nothing but the official test split in them
+NEEDS_PATCH = False  # whether new processes, such as scripts, cannot read the data
+TEST_FILES = ()  # the files that contain only the official test split
 
 
-def make_data(folder: Path) -> Path:
-    """The `data_dir` for a test."""
-    return folder
+def make_data(directory: Path) -> Path:
+    """Create the data and return their `data_dir`."""
+    return directory
 
 
 def change_one_sample(dataset: Digits) -> Digits:
-    """The same data but for one image."""
+    """Return the same data except for one image."""
     dataset.images[0] = 255 - dataset.images[0]
     return dataset

@@ -1,4 +1,4 @@
-"""Tables of predictions for tests, and the verbs that read them, called as from the command line."""
+"""Tables of predictions for tests, and calls of the tools that read them."""
 
 import contextlib
 import io
@@ -15,10 +15,10 @@ from batteries.evaluation.predictions import Predictions
 CLASSES = ("cat", "dog", "0")
 
 
-def random_table(
+def random_predictions(
     size: int = 12, seed: int = 0, classes: tuple[str, ...] = CLASSES, targets: bool = True
 ) -> Predictions:
-    """Rows that sum to one, with targets that the most probable class often meets."""
+    """Return random rows that sum to one, with targets for which many of them are correct."""
     generator = np.random.default_rng(seed)
     values = generator.dirichlet(np.ones(len(classes)), size)
     known = np.random.default_rng(7).integers(len(classes), size=size) if targets else None
@@ -29,31 +29,34 @@ def random_table(
 
 
 def write_lines(path: Path, *lines: str) -> Path:
-    """A file of `lines`."""
+    """Write a file of `lines`, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
 
 
-def call(verb: Any, *flags: object) -> End:
-    """`python VERB.py FLAGS`, in this process: verbs that read tables leave nothing behind in it."""
-    form = getattr(verb, "COMMANDS", None) or verb.Options
-    default = verb.Show() if hasattr(verb, "Show") else None
-    out, err, before, code = io.StringIO(), io.StringIO(), sys.argv, 0
-    sys.argv = [f"{verb.__name__}.py", *map(str, flags)]
+def call_tool(tool: Any, *flags: object) -> End:
+    """Run `python tools/TOOL.py FLAGS` in this process; tools that read tables change nothing in it."""
+    options = getattr(tool, "COMMANDS", None) or tool.Options
+    default = tool.Show() if hasattr(tool, "Show") else None
+    out = io.StringIO()
+    err = io.StringIO()
+    code: Any = 0
+    arguments = sys.argv
+    sys.argv = [f"{tool.__name__.replace('.', '/')}.py", *map(str, flags)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run_command(verb.main, form, repeats=False, default=default)
+            run_command(tool.main, options, repeats=False, default=default)
     except SystemExit as end:
         code = end.code
     finally:
-        sys.argv = before
+        sys.argv = arguments
     assert isinstance(code, int)
     return End(code, out.getvalue(), err.getvalue())
 
 
-def refused(end: End, sentence: str) -> None:
-    """Asserts one sentence on stderr, exit code 2 and no other word."""
+def assert_rejected(end: End, message: str) -> None:
+    """Assert that a command printed one line on stderr with `message`, nothing on stdout, and has exit code 2."""
     assert (end.code, end.err.count("\n"), end.out) == (2, 1, ""), end
     assert end.err.startswith("error: ")
-    assert sentence in end.err, end.err
+    assert message in end.err, end.err

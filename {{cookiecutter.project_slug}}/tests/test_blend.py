@@ -1,11 +1,10 @@
-"""Tables come back as they were written, blends are what their formulas say, and bad tables are named."""
+"""Tests of prediction tables, blending, fitted weights and tools/blend.py."""
 
 import decimal
 import math
 import warnings
 from dataclasses import replace
 
-import blend as verb
 import numpy as np
 import pytest
 import scipy.special
@@ -14,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import log_loss
-from tables import CLASSES, call, random_table, refused, write_lines
+from tables import CLASSES, assert_rejected, call_tool, random_predictions, write_lines
 
 from batteries.core.errors import UserError
 from batteries.evaluation.predictions import Predictions, match_predictions, read_predictions, write_predictions
 from batteries.evaluation.scoring import bootstrap_gap, score
 from batteries.submission.blending import blend, fit_weights, ranks
+from tools import blend as blend_tool
 
 probability = st.floats(0, 1, allow_subnormal=True)
 coarse = st.sampled_from([0.0, 0.25, 0.5, 1.0])  # for ties
@@ -28,14 +28,14 @@ shapes = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 4))
 
 @st.composite
 def stacks(draw, elements=coarse | probability):
-    """Tables (M, N, C) and weights (M,)."""
+    """Draw tables (M, N, C) and weights (M,)."""
     shape = draw(shapes)
     weights = draw(st.lists(st.floats(0.01, 9), min_size=shape[0], max_size=shape[0]))
     return draw(arrays(np.float64, shape, elements=elements)), weights
 
 
 def slow_blend(tables, method, weights, power) -> list[list[float]]:
-    """One number at a time, by the formula."""
+    """Blend one number at a time, by the formula."""
     total = sum(weights)
 
     def one(row: int, column: int) -> float:
@@ -51,17 +51,17 @@ def slow_blend(tables, method, weights, power) -> list[list[float]]:
 
 @settings(max_examples=60, deadline=None)
 @given(stacks(), st.sampled_from(["mean", "power", "geometric"]), st.floats(0.5, 5))
-def test_means_are_what_their_formulas_say_number_by_number(stack, method, power):
+def test_blends_match_their_formulas(stack, method, power):
     tables, weights = stack
     wanted = slow_blend(tables, method, weights, power)
-    assert blend(tables, method, weights, power, normalise=False) == pytest.approx(
+    assert blend(tables, method, weights, power, normalize_rows=False) == pytest.approx(
         np.array(wanted), rel=1e-9, abs=1e-14
     )
 
 
 @settings(max_examples=60, deadline=None)
 @given(stacks(), st.sampled_from(["power", "geometric"]))
-def test_rows_that_summed_to_one_do_so_again(stack, method):
+def test_rows_of_blended_distributions_sum_to_one(stack, method):
     tables, weights = stack
     tables = tables + 0.01
     tables /= tables.sum(2, keepdims=True)
@@ -70,7 +70,7 @@ def test_rows_that_summed_to_one_do_so_again(stack, method):
 
 @settings(max_examples=60, deadline=None)
 @given(stacks())
-def test_ranks_are_scipys_with_ties_averaged_on_the_scale_0_to_1_by_column(stack):
+def test_ranks_match_scipy_by_column_on_the_scale_0_to_1(stack):
     tables, weights = stack
     size = tables.shape[1]
     for table in tables:
@@ -82,12 +82,13 @@ def test_ranks_are_scipys_with_ties_averaged_on_the_scale_0_to_1_by_column(stack
 
 
 def exact_power_mean(values: list[float], weights: list[float], power: float) -> float:
-    """By decimals of 60 digits and any exponent."""
+    """Compute with decimals of 60 digits and any exponent."""
     with decimal.localcontext(decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX)):
         exact = [decimal.Decimal(value) for value in values]
-        shares = [decimal.Decimal(weight) for weight in weights]
-        total = sum((share * value ** decimal.Decimal(power) for share, value in zip(shares, exact, strict=True)))
-        return float((total / sum(shares)) ** (1 / decimal.Decimal(power)))
+        factors = [decimal.Decimal(weight) for weight in weights]
+        exponent = decimal.Decimal(power)
+        total = sum(factor * value**exponent for factor, value in zip(factors, exact, strict=True))
+        return float((total / sum(factors)) ** (1 / exponent))
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,31 +98,31 @@ def exact_power_mean(values: list[float], weights: list[float], power: float) ->
     st.sampled_from([1e-300, 1.0, 1e308]),
     st.sampled_from([1e-9, 1e-3, 0.5, 2.0, 300.0, 5000.0, 1e6]),
 )
-def test_a_power_mean_is_exact_for_any_power_and_weights(tables, weights, scale, power):
+def test_power_mean_is_accurate_for_any_power_and_weights(tables, weights, scale, power):
     weights = [weight * scale for weight in weights]
     wanted = exact_power_mean(tables[:, 0, 0].tolist(), weights, power)
-    assert blend(tables, "power", weights, power, normalise=False).item() == pytest.approx(wanted, rel=1e-6)
+    assert blend(tables, "power", weights, power, normalize_rows=False).item() == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("flags", [["--power", "5000"], ["--power", "1e-12"], ["--weights", "1e308,1.7e308"]])
-def test_large_powers_and_weights_blend_to_rows_that_sum_to_one(tmp_path, flags):
+def test_extreme_powers_and_weights_give_rows_that_sum_to_one(tmp_path, flags):
     for number in (1, 2):
-        write_predictions(tmp_path / f"{number}.csv", random_table(20, number))
-    end = call(
-        verb, tmp_path / "1.csv", tmp_path / "2.csv", "--method", "power", "--output", tmp_path / "o.csv", *flags
+        write_predictions(tmp_path / f"{number}.csv", random_predictions(20, number))
+    end = call_tool(
+        blend_tool, tmp_path / "1.csv", tmp_path / "2.csv", "--method", "power", "--output", tmp_path / "o.csv", *flags
     )
     assert end.code == 0, end.err
     assert read_predictions(tmp_path / "o.csv").sums_to_one()
 
 
-def test_ranks_do_not_see_how_a_model_is_calibrated():
-    table = random_table(50).probabilities
+def test_ranks_do_not_depend_on_calibration():
+    table = random_predictions(50).probabilities
     assert np.array_equal(ranks(table), ranks(table**3))
 
 
 @settings(max_examples=40, deadline=None)
 @given(arrays(np.float64, (3, 2), elements=probability))
-def test_a_table_comes_back_with_the_same_bits_and_the_same_file_from_them(tmp_path_factory, values):
+def test_written_predictions_are_read_back_bit_identically(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("tables") / "x.csv"
     table = Predictions(str(path), ("01", "NA", "a,b"), ("nan", "1"), values, np.array([1, 0, 1]))
     write_predictions(path, table)
@@ -132,8 +133,8 @@ def test_a_table_comes_back_with_the_same_bits_and_the_same_file_from_them(tmp_p
     assert path.read_text() == text
 
 
-def test_rows_are_matched_by_id_and_columns_by_class_whatever_their_order(tmp_path):
-    table = random_table()
+def test_rows_are_matched_by_id_and_columns_by_class(tmp_path):
+    table = random_predictions()
     order, columns = np.random.default_rng(1).permutation(12), [2, 0, 1]
     shuffled = Predictions(
         "b.csv",
@@ -146,7 +147,8 @@ def test_rows_are_matched_by_id_and_columns_by_class_whatever_their_order(tmp_pa
     write_predictions(tmp_path / "b.csv", shuffled)
     first, second = match_predictions([read_predictions(tmp_path / name) for name in ("a.csv", "b.csv")])
     assert first.probabilities.tobytes() == second.probabilities.tobytes()
-    end = call(verb, tmp_path / "a.csv", tmp_path / "b.csv", "--output", tmp_path / "out.csv", "--weights", "2,6")
+    inputs = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    end = call_tool(blend_tool, *inputs, "--output", tmp_path / "out.csv", "--weights", "2,6")
     assert end.code == 0, end.err
     assert "weight 0.2500" in end.out
     assert read_predictions(tmp_path / "out.csv").probabilities == pytest.approx(table.probabilities, abs=1e-15)
@@ -156,44 +158,50 @@ GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
 
 
 @pytest.mark.parametrize(
-    ("lines", "sentence"),
+    ("lines", "message"),
     [
         (["id,cat,dog", "a,0.5,0.5"], "good.csv and {bad} do not match: id b missing in {bad}."),
-        ([*GOOD, "c,1,0"], "good.csv and {bad} do not match: id c only there."),
+        ([*GOOD, "c,1,0"], "good.csv and {bad} do not match: id c only in {bad}."),
         ([*GOOD, "b,1,0"], "{bad} has more than one row of id b."),
-        (["id,cat,cow", *GOOD[1:]], "do not match: class dog missing in {bad}, class cow only there."),
+        (["id,cat,cow", *GOOD[1:]], "do not match: class dog missing in {bad}, class cow only in {bad}."),
         (["id,cat,dog", "a,0.5,nan", GOOD[2]], "{bad} has nan for class dog of id a; a probability is 0 to 1."),
-        (["id,cat,dog", "a,0.5,", GOOD[2]], "{bad} has '' for class dog of id a, which is no number."),
-        (["id,cat,dog", "a,0.5,x", GOOD[2]], "{bad} has 'x' for class dog of id a, which is no number."),
+        (["id,cat,dog", "a,0.5,", GOOD[2]], "{bad} has '' for class dog of id a; a probability is a number."),
+        (["id,cat,dog", "a,0.5,x", GOOD[2]], "{bad} has 'x' for class dog of id a; a probability is a number."),
         (["id,cat,dog", "a,-0.5,1.5", GOOD[2]], "{bad} has -0.5 for class cat of id a; a probability is 0 to 1."),
         (
             ["id,cat,dog", "a,0.5,0.4", GOOD[2]],
             "{bad}: the probabilities of id a sum to 0.9, not to 1 (in 1 of 2 rows)",
         ),
-        (["id,cat,dog", ",0.5,0.5", GOOD[2]], "{bad} has an empty id, in row 1."),
+        (["id,cat,dog", ",0.5,0.5", GOOD[2]], "{bad} has an empty id in row 1."),
         (["id,cat,cat", *GOOD[1:]], "{bad} has more than one column cat."),
-        (["name,cat,dog", *GOOD[1:]], "{bad} needs a column id and one of probabilities for each class; it has name, "),
-        (["id,target", "a,cat"], "{bad} needs a column id and one of probabilities"),
+        (
+            ["name,cat,dog", *GOOD[1:]],
+            "{bad} needs a column id and one column of probabilities per class; it has name,",
+        ),
+        (["id,target", "a,cat"], "{bad} needs a column id and one column of probabilities"),
         (["id,cat,dog"], "{bad} has no rows."),
-        ([], "{bad} needs a column id and one of probabilities for each class; it has none."),
+        ([], "{bad} needs a column id and one column of probabilities per class; it has none."),
         (["x" * 200_000], "{bad} cannot be read as a table (field larger than field limit"),
-        (["id,cat,dog,target", "a,0.5,0.5,cow", "b,1,0,cat"], "{bad} has the target 'cow' for id a, which is none of"),
-        (["id,cat,dog,target", "a,0.5,0.5,dog", "b,1,0,cat"], "{bad} has another target than "),
+        (
+            ["id,cat,dog,target", "a,0.5,0.5,cow", "b,1,0,cat"],
+            "{bad} has the target 'cow' for id a, which is not one of its classes.",
+        ),
+        (["id,cat,dog,target", "a,0.5,0.5,dog", "b,1,0,cat"], "good.csv and {bad} have different targets for id a."),
     ],
 )
-def test_a_table_that_does_not_fit_is_refused_by_name_and_nothing_is_written(tmp_path, lines, sentence):
-    good = ["id,cat,dog,target", "a,0.5,0.5,cat", "b,0.25,0.75,cat"] if "another target" in sentence else GOOD
+def test_an_invalid_table_is_rejected_without_output(tmp_path, lines, message):
+    good = ["id,cat,dog,target", "a,0.5,0.5,cat", "b,0.25,0.75,cat"] if "different targets" in message else GOOD
     first, bad = write_lines(tmp_path / "good.csv", *good), write_lines(tmp_path / "bad.csv", *lines)
-    end = call(verb, first, bad, "--output", tmp_path / "out.csv")
-    refused(end, sentence.format(bad=bad))
+    end = call_tool(blend_tool, first, bad, "--output", tmp_path / "out.csv")
+    assert_rejected(end, message.format(bad=bad))
     assert not (tmp_path / "out.csv").exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
-        (["--weights", "1"], "--weights 1 are 1, for 2 files; give as many."),
-        (["--weights", "1,x"], "--weights 1,x must be numbers with commas between them, such as 2,1."),
+        (["--weights", "1"], "--weights 1 has 1 weight for 2 inputs; give one per input."),
+        (["--weights", "1,x"], "--weights 1,x must be numbers separated by commas, such as 2,1."),
         (["--weights", "1,-1"], "--weights 1,-1 must be 0 or more, finite, and not all 0."),
         (["--weights", "0,0"], "--weights 0,0 must be 0 or more, finite, and not all 0."),
         (["--weights", "1,nan"], "--weights 1,nan must be 0 or more"),
@@ -202,95 +210,97 @@ def test_a_table_that_does_not_fit_is_refused_by_name_and_nothing_is_written(tmp
         (["--power", "2", "--method", "rank"], "--power is for --method power, not rank."),
         (
             ["--method", "median"],
-            "--method median is no choice; did you mean 'mean'? Use one of: mean, power, geometric, rank.",
+            "--method median is not a valid choice; did you mean 'mean'? Use one of: mean, power, geometric, rank.",
         ),
-        (["--fit-on", "x.csv"], "--fit-on has 1 files, for 2 inputs; give as many."),
+        (["--fit-on", "x.csv"], "--fit-on has 1 file for 2 inputs; give one per input."),
         (["--fit-on", "x.csv", "x.csv", "--weights", "1,1"], "--weights and --fit-on exclude each other"),
         (["--fit-on", "x.csv", "x.csv", "--method", "rank"], "which --method rank does not have; give --weights."),
-        (["--fit-on", "{a}", "{a}"], "--fit-on needs a column target in one of its files"),
-        (["--fit-on", "tests", "tests"], "tests is a folder; give a file of predictions"),
-        (["--fit-on", "x.csv", "x.csv"], "x.csv is not there; give a file of predictions"),
+        (["--fit-on", "{a}", "{a}"], "--fit-on needs a file with a column target"),
+        (["--fit-on", "tests", "tests"], "tests is a directory; give a file of predictions"),
+        (["--fit-on", "x.csv", "x.csv"], "x.csv does not exist; give a file of predictions"),
         (["--weights", "1,1", "--weights", "2,1"], "--weights is given twice; give it once, with all its values."),
-        (["--wieghts", "1,1"], "--wieghts is no flag; did you mean '--weights'? See python tools/blend.py --help."),
+        (["--wieghts", "1,1"], "unknown option --wieghts; did you mean '--weights'? See python tools/blend.py --help."),
     ],
 )
-def test_flags_that_cannot_be_meant_get_a_sentence(tmp_path, flags, sentence):
+def test_invalid_options_are_rejected_without_output(tmp_path, flags, message):
     good = write_lines(tmp_path / "good.csv", *GOOD)
-    refused(
-        call(verb, good, good, "--output", tmp_path / "out.csv", *(flag.format(a=good) for flag in flags)), sentence
-    )
+    given = [flag.format(a=good) for flag in flags]
+    assert_rejected(call_tool(blend_tool, good, good, "--output", tmp_path / "out.csv", *given), message)
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_how_alike_the_inputs_are_is_said_by_pearsons_correlation(tmp_path):
-    tables = [random_table(20, number) for number in (1, 2, 3)]
+def test_correlations_of_the_inputs_are_printed(tmp_path):
+    tables = [random_predictions(20, number) for number in (1, 2, 3)]
     paths = [tmp_path / f"{number}.csv" for number in (1, 2, 3)]
     for path, table in zip(paths, tables, strict=True):
         write_predictions(path, table)
-    end = call(verb, *paths, "--output", tmp_path / "out.csv")
+    end = call_tool(blend_tool, *paths, "--output", tmp_path / "out.csv")
     values = [table.probabilities.ravel() for table in tables]
-    lines = end.out.partition("alike    Pearson")[2].splitlines()[1:4]
+    lines = end.out.partition("corr     Pearson")[2].splitlines()[1:4]
     for number, line in enumerate(lines):
         wanted = [scipy.stats.pearsonr(values[number], other).statistic for other in values]
         assert line.split() == [str(number + 1), *(f"{value:.4f}" for value in wanted)]
 
 
-def test_a_constant_table_is_like_no_other_without_a_warning(tmp_path):
+def test_a_constant_table_has_no_correlation_and_no_warning(tmp_path):
     write_lines(tmp_path / "a.csv", "id,cat,dog", "a,0.5,0.5", "b,0.5,0.5")
     write_lines(tmp_path / "b.csv", "id,cat,dog", "a,0.25,0.75", "b,1,0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        end = call(verb, tmp_path / "a.csv", tmp_path / "b.csv", "--output", tmp_path / "out.csv")
+        end = call_tool(blend_tool, tmp_path / "a.csv", tmp_path / "b.csv", "--output", tmp_path / "out.csv")
     assert (end.code, end.err) == (0, "")
-    lines = end.out.partition("alike    Pearson")[2].splitlines()[1:3]
+    lines = end.out.partition("corr     Pearson")[2].splitlines()[1:3]
     assert [line.split() for line in lines] == [["1", "none", "none"], ["2", "none", "1.0000"]]
 
 
-def test_one_file_is_no_blend(tmp_path):
-    refused(call(verb, write_lines(tmp_path / "good.csv", *GOOD)), "blend.py needs two files of predictions or more.")
+def test_a_single_input_is_rejected(tmp_path):
+    end = call_tool(blend_tool, write_lines(tmp_path / "good.csv", *GOOD))
+    assert_rejected(end, "blend.py needs two or more predictions files, not 1.")
 
 
-def test_an_output_with_other_contents_stays_and_one_with_the_same_is_no_matter(tmp_path):
+def test_an_output_with_different_contents_is_not_overwritten(tmp_path):
     first, second = write_lines(tmp_path / "a.csv", *GOOD), write_lines(tmp_path / "b.csv", GOOD[0], "a,1,0", "b,0,1")
     output = tmp_path / "out.csv"
-    assert call(verb, first, second, "--output", output).code == 0
+    assert call_tool(blend_tool, first, second, "--output", output).code == 0
     before = output.read_bytes()
-    assert call(verb, first, second, "--output", output).code == 0
-    sentence = f"{output} is there already, with other contents; give --overwrite, or another --output."
-    refused(call(verb, first, second, "--output", output, "--weights", "2,1"), sentence)
+    assert call_tool(blend_tool, first, second, "--output", output).code == 0
+    message = f"{output} already exists with different contents; give --overwrite, or another --output."
+    assert_rejected(call_tool(blend_tool, first, second, "--output", output, "--weights", "2,1"), message)
     assert output.read_bytes() == before
-    assert call(verb, first, second, "--output", output, "--weights", "2,1", "--overwrite").code == 0
+    assert call_tool(blend_tool, first, second, "--output", output, "--weights", "2,1", "--overwrite").code == 0
     assert output.read_bytes() != before
 
 
-def test_the_file_that_knows_the_target_is_the_one_that_is_named(tmp_path):
+def test_conflicting_targets_are_reported_with_both_files(tmp_path):
     tables = [GOOD, ["id,cat,dog,target", "a,1,0,cat", "b,0,1,dog"], ["id,cat,dog,target", "a,1,0,dog", "b,0,1,dog"]]
     paths = [write_lines(tmp_path / f"{name}.csv", *lines) for name, lines in zip("xyz", tables, strict=True)]
-    end = call(verb, *paths, "--output", tmp_path / "out.csv")
-    refused(end, f"{paths[2]} has another target than {paths[1]} for id a.")
+    end = call_tool(blend_tool, *paths, "--output", tmp_path / "out.csv")
+    assert_rejected(end, f"{paths[1]} and {paths[2]} have different targets for id a.")
 
 
-def test_a_mark_at_the_beginning_which_excel_writes_is_no_part_of_a_name(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     path = tmp_path / "excel.csv"
     path.write_text("\ufeffid,cat,dog\na,0.5,0.5\n", encoding="utf-8")
     assert read_predictions(path).ids == ("a",)
 
 
-def test_rows_that_do_not_sum_to_one_are_for_ranks_and_for_independent_classes(tmp_path):
+def test_rank_and_independent_accept_rows_that_do_not_sum_to_one(tmp_path):
     table = write_lines(tmp_path / "a.csv", "id,cat,dog", "a,0.9,0.9", "b,0.2,0.1")
     for flags in (["--method", "rank"], ["--independent"]):
-        assert call(verb, table, table, "--output", tmp_path / f"{flags[0]}.csv", *flags).code == 0
+        assert call_tool(blend_tool, table, table, "--output", tmp_path / f"{flags[0]}.csv", *flags).code == 0
     assert (tmp_path / "--independent.csv").read_text() == table.read_text()
     assert (tmp_path / "--method.csv").read_text() == "id,cat,dog\na,1.0,1.0\nb,0.0,0.0\n"
 
 
 def some_models(size: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Three tables: one good, one worse, one that knows nothing; and their targets."""
-    good, worse, blind = random_table(size, 1), random_table(size, 2), random_table(size, 3, targets=False)
-    return np.stack([good.probabilities**3, worse.probabilities, blind.probabilities]), good.targets  # type: ignore[return-value]
+    """Return three tables (a good one, a worse one, a random one) and their targets."""
+    good = random_predictions(size, 1)
+    worse = random_predictions(size, 2)
+    random = random_predictions(size, 3, targets=False)
+    return np.stack([good.probabilities**3, worse.probabilities, random.probabilities]), good.targets  # type: ignore[return-value]
 
 
-def test_the_weights_that_are_found_are_no_worse_than_any_of_a_grid():
+def test_fitted_weights_are_at_least_as_good_as_a_grid_search():
     tables, targets = some_models()
     tables /= tables.sum(2, keepdims=True)
     found = fit_weights(tables, targets, lambda rows, weights: blend(rows, "mean", weights))
@@ -302,16 +312,16 @@ def test_the_weights_that_are_found_are_no_worse_than_any_of_a_grid():
     assert found.equal_loss == pytest.approx(log_loss(targets, tables.mean(0)))
 
 
-@pytest.mark.parametrize("sure", [6, 9, 12, 15])
+@pytest.mark.parametrize("confidence", [6, 9, 12, 15])
 @pytest.mark.parametrize("method", ["mean", "geometric"])
-def test_weights_are_found_where_losses_are_small_too(sure, method):
+def test_weights_are_fitted_when_losses_are_small(confidence, method):
     generator = np.random.default_rng(0)
     targets = generator.integers(4, size=2000)
 
     def model(logit: float) -> np.ndarray:
         return scipy.special.softmax(generator.normal(size=(2000, 4)) + logit * np.eye(4)[targets], axis=1)
 
-    tables = np.stack([model(sure), model(sure - 2)])
+    tables = np.stack([model(confidence), model(confidence - 2)])
 
     def loss(weight: float) -> float:
         return -np.log(blend(tables, method, [weight, 1 - weight])[np.arange(2000), targets]).mean()
@@ -320,32 +330,32 @@ def test_weights_are_found_where_losses_are_small_too(sure, method):
     assert loss(found.weights[0]) <= min(map(loss, np.linspace(0, 1, 101))) * (1 + 1e-3)
 
 
-def test_models_that_are_always_right_weigh_the_same():
+def test_perfect_models_get_equal_weights():
     targets = np.arange(40) % 3
     tables = np.stack([np.eye(3)[targets]] * 2)
     found = fit_weights(tables, targets, lambda rows, weights: blend(rows, "mean", weights))
     assert found.weights.tolist() == [0.5] * 2
 
 
-def test_cross_validation_of_weights_never_scores_a_sample_that_they_were_fitted_on():
+def test_weights_are_scored_on_samples_they_were_not_fitted_on():
     tables, targets = some_models(50)
-    seen = []
+    sizes = []
 
-    def note(rows, weights):
-        seen.append(rows.shape[1])
+    def record_size(rows, weights):
+        sizes.append(rows.shape[1])
         return blend(rows, "mean", weights)
 
-    found = fit_weights(tables / tables.sum(2, keepdims=True), targets, note)
-    assert set(seen) == {40, 10, 50}
+    found = fit_weights(tables / tables.sum(2, keepdims=True), targets, record_size)
+    assert set(sizes) == {40, 10, 50}
     assert found.loss > 0
 
 
-def test_found_weights_are_used_on_the_test_predictions(tmp_path):
+def test_fitted_weights_are_applied_to_the_test_predictions(tmp_path):
     for number in (1, 2):
-        write_predictions(tmp_path / f"valid{number}.csv", random_table(60, number))
-        write_predictions(tmp_path / f"test{number}.csv", random_table(9, number + 5, targets=False))
+        write_predictions(tmp_path / f"valid{number}.csv", random_predictions(60, number))
+        write_predictions(tmp_path / f"test{number}.csv", random_predictions(9, number + 5, targets=False))
     tests, valids = ([tmp_path / f"{kind}{number}.csv" for number in (1, 2)] for kind in ("test", "valid"))
-    end = call(verb, *tests, "--fit-on", *valids, "--output", tmp_path / "out.csv")
+    end = call_tool(blend_tool, *tests, "--fit-on", *valids, "--output", tmp_path / "out.csv")
     assert end.code == 0, end.err
     assert "by cross-validation of the weights" in end.out
     first, second = (read_predictions(path) for path in tests)
@@ -354,17 +364,17 @@ def test_found_weights_are_used_on_the_test_predictions(tmp_path):
     assert read_predictions(tmp_path / "out.csv").probabilities == pytest.approx(blended, abs=1e-4)
 
 
-def test_weights_are_not_found_on_predictions_of_other_classes(tmp_path):
-    write_predictions(tmp_path / "test.csv", random_table(9, targets=False))
-    write_predictions(tmp_path / "valid.csv", random_table(30, classes=("cat", "dog", "cow")))
+def test_fit_on_rejects_predictions_of_other_classes(tmp_path):
+    write_predictions(tmp_path / "test.csv", random_predictions(9, targets=False))
+    write_predictions(tmp_path / "valid.csv", random_predictions(30, classes=("cat", "dog", "cow")))
     test, valid, output = (tmp_path / f"{name}.csv" for name in ("test", "valid", "out"))
-    end = call(verb, test, test, "--fit-on", valid, valid, "--output", output)
-    refused(end, f"{test} and {valid} do not match: class 0 missing in {valid}, class cow only there.")
+    end = call_tool(blend_tool, test, test, "--fit-on", valid, valid, "--output", output)
+    assert_rejected(end, f"{test} and {valid} do not match: class 0 missing in {valid}, class cow only in {valid}.")
     assert not output.exists()
 
 
-def test_scores_are_those_of_scikit_learn():
-    table = random_table(40)
+def test_scores_match_scikit_learn():
+    table = random_predictions(40)
     scores = score(table)
     assert scores["loss"] == pytest.approx(log_loss(table.targets, table.probabilities, labels=[0, 1, 2]))
     assert scores["accuracy"] == np.mean(table.probabilities.argmax(1) == table.targets)
@@ -372,7 +382,7 @@ def test_scores_are_those_of_scikit_learn():
     assert "loss" not in score(replace(table, probabilities=table.probabilities / 2))
 
 
-def test_the_bootstrap_interval_is_scipys_and_the_same_each_time():
+def test_bootstrap_interval_matches_scipy_and_is_reproducible():
     generator = np.random.default_rng(3)
     first, second = (generator.random(300) < 0.9) * 1.0, (generator.random(200) < 0.8) * 1.0
     gap = bootstrap_gap(first, second)
@@ -382,11 +392,11 @@ def test_the_bootstrap_interval_is_scipys_and_the_same_each_time():
     assert gap == bootstrap_gap(first, second)
     assert (gap.low, gap.high) == pytest.approx((wanted.low, wanted.high), abs=0.01)
     assert gap.difference == second.mean() - first.mean()
-    assert "more than sampling explains" in str(gap)
-    assert "sampling alone explains it" in str(bootstrap_gap(first, first))
+    assert "larger than sampling noise" in str(gap)
+    assert "within sampling noise" in str(bootstrap_gap(first, first))
 
 
-def test_a_row_that_is_longer_than_the_header_is_refused_and_not_cut(tmp_path):
+def test_a_row_longer_than_the_header_is_rejected(tmp_path):
     (tmp_path / "a.csv").write_text("id,x,y\none,0.5,0.5,0.1\ntwo,0.5,0.5,0.1\n")
     with pytest.raises(UserError, match=r"a\.csv cannot be read as a table \(its rows are longer than its header\)"):
         read_predictions(tmp_path / "a.csv")

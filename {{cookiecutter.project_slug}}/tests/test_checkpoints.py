@@ -1,4 +1,4 @@
-"""Checkpoints are whole, best is best, and a file that is not what it should be is named."""
+"""Tests of retention, the manifest, best and last, atomic writes, and the verification of loaded files."""
 
 import functools
 import hashlib
@@ -19,16 +19,17 @@ from batteries.distributed.unwrap import unwrap_model
 from batteries.training.wrap import prepare_model, wrap_model
 
 
-def some_checkpoint(epoch: int = 1) -> dict:
+def make_example(epoch: int = 1) -> dict:
     model = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(model.weight, float(epoch))
     return make_checkpoint("stage0", epoch, model, step=epoch * 10)
 
 
-def process(folder, scores, **options) -> CheckpointManager:
-    manager = CheckpointManager(logdir=folder, metric="accuracy", **options)
+def process(directory, scores, **options) -> CheckpointManager:
+    """Process one epoch per score."""
+    manager = CheckpointManager(logdir=directory, metric="accuracy", **options)
     for epoch, score in enumerate(scores, start=1):
-        manager.process(score=score, epoch=epoch, checkpoint=some_checkpoint(epoch))
+        manager.process(score=score, epoch=epoch, checkpoint=make_example(epoch))
     return manager
 
 
@@ -36,11 +37,12 @@ def epoch_in(path) -> int:
     return torch.load(path, weights_only=True)["epoch"]
 
 
-def files(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+def files(directory) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
-NAN, INFINITE = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 
 
 @pytest.mark.parametrize(
@@ -51,15 +53,15 @@ NAN, INFINITE = math.nan, math.inf
         ([0.1, 0.3, 0.2, 0.25], False, 2, 2, {2, 3, 4}),
         ([0.5, 0.3, 0.2, 0.25], False, 1, 1, {1, 3, 4}),
         ([0.1, 0.3, 0.2], True, 1, 1, {1, 2, 3}),
-        ([0.3, 0.3, 0.3], False, 1, 1, {1, 2, 3}),  # a tie keeps the earlier
+        ([0.3, 0.3, 0.3], False, 1, 1, {1, 2, 3}),  # on a tie the earlier epoch stays best
         ([0.3, 0.3, 0.3, 0.1], False, 2, 1, {1, 2, 3, 4}),
         ([NAN, 0.1, NAN], False, 1, 2, {2, 3}),
-        ([0.2, NAN, INFINITE, 0.1], False, 3, 1, {1, 3, 4}),
-        ([0.2, -INFINITE, NAN], True, 3, 1, {1, 2, 3}),
+        ([0.2, NAN, INF, 0.1], False, 3, 1, {1, 3, 4}),
+        ([0.2, -INF, NAN], True, 3, 1, {1, 2, 3}),
         ([np.float32(0.1), torch.tensor(0.5), np.float64(0.2)], False, 1, 2, {2, 3}),
     ],
 )
-def test_the_n_best_and_the_two_newest_are_kept_and_nothing_else(tmp_path, scores, minimize, n_best, best, kept):
+def test_only_the_n_best_and_the_two_newest_checkpoints_are_kept(tmp_path, scores, minimize, n_best, best, kept):
     manager = process(tmp_path, scores, metric_minimization=minimize, save_n_best=n_best)
     assert manager.best_epoch == best
     assert epoch_in(tmp_path / "best.pth") == epoch_in(manager.best_path()) == best
@@ -68,54 +70,54 @@ def test_the_n_best_and_the_two_newest_are_kept_and_nothing_else(tmp_path, score
     assert files(tmp_path) == expected
 
 
-def test_where_no_score_is_finite_there_is_no_best_and_the_last_stands_in(tmp_path):
+def test_last_replaces_best_if_no_score_is_finite(tmp_path):
     manager = process(tmp_path, [NAN, NAN])
     assert manager.best_score is None
     assert manager.best_path() == tmp_path / "last.pth"
     assert not (tmp_path / "best.pth").exists()
 
 
-def test_the_ledger_lists_each_file_with_its_bytes_and_sha256(tmp_path):
+def test_manifest_lists_size_and_sha256_of_each_file(tmp_path):
     process(tmp_path, [0.1, NAN, 0.2])
-    ledger = json.loads((tmp_path / "checkpoints.json").read_text())
-    assert [row["epoch"] for row in ledger["checkpoints"]] == [1, 2, 3]
-    for row in ledger["checkpoints"]:
-        data = (tmp_path / row["file"]).read_bytes()
-        assert row["bytes"] == len(data)
-        assert row["sha256"] == hashlib.sha256(data).hexdigest()
-        assert row["step"] == row["epoch"] * 10
+    manifest = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert [entry["epoch"] for entry in manifest["checkpoints"]] == [1, 2, 3]
+    for entry in manifest["checkpoints"]:
+        data = (tmp_path / entry["file"]).read_bytes()
+        assert entry["bytes"] == len(data)
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest()
+        assert entry["step"] == entry["epoch"] * 10
 
 
-def test_best_and_last_cost_no_second_write(tmp_path):
+def test_best_and_last_are_hard_links(tmp_path):
     process(tmp_path, [0.1])
     inodes = {(tmp_path / name).stat().st_ino for name in ("epoch_1.pth", "best.pth", "last.pth")}
     assert len(inodes) == 1
 
 
-def test_where_the_file_system_has_no_links_best_and_last_are_copies(tmp_path, monkeypatch):
-    def refuse(*arguments):
-        raise OSError("no links here")
+def test_best_and_last_are_copies_without_hard_links(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("links are not supported")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", fail)
     process(tmp_path, [0.2, 0.1])
     assert (epoch_in(tmp_path / "best.pth"), epoch_in(tmp_path / "last.pth")) == (1, 2)
 
 
-def test_a_save_that_fails_halfway_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
     path = tmp_path / "x.pth"
-    save_checkpoint(path, some_checkpoint(1))
+    save_checkpoint(path, make_example(1))
 
     def fail(*arguments):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, some_checkpoint(2))
+        save_checkpoint(path, make_example(2))
     assert epoch_in(path) == 1
     assert files(tmp_path) == {"x.pth"}
 
 
-def test_model_optimizer_and_scheduler_come_back_bit_for_bit(tmp_path):
+def test_model_optimizer_and_scheduler_are_restored_bit_for_bit(tmp_path):
     def build():
         model = batchnorm_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -131,14 +133,14 @@ def test_model_optimizer_and_scheduler_come_back_bit_for_bit(tmp_path):
     copies = build()
     loaded = load_checkpoint(tmp_path / "x.pth", *copies)
     assert loaded["metrics"] == {"valid": {"accuracy": 0.5}}
-    for ours, theirs in zip((model, optimizer, scheduler), copies, strict=True):
-        save_checkpoint(tmp_path / "ours.pth", {"state": ours.state_dict()})
-        save_checkpoint(tmp_path / "theirs.pth", {"state": theirs.state_dict()})
-        assert (tmp_path / "ours.pth").read_bytes() == (tmp_path / "theirs.pth").read_bytes()
+    for original, restored in zip((model, optimizer, scheduler), copies, strict=True):
+        save_checkpoint(tmp_path / "original.pth", {"state": original.state_dict()})
+        save_checkpoint(tmp_path / "restored.pth", {"state": restored.state_dict()})
+        assert (tmp_path / "original.pth").read_bytes() == (tmp_path / "restored.pth").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "zero"])
-def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
+def test_damaged_checkpoint_is_rejected(tmp_path, damage):
     process(tmp_path, [0.1])
     path = tmp_path / "epoch_1.pth"
     data = bytearray(path.read_bytes())
@@ -149,11 +151,11 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
     else:
         data[:512] = bytes(512)
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"epoch_1\.pth is not the file that checkpoints\.json beside it lists"):
+    with pytest.raises(UserError, match=r"epoch_1\.pth does not match the sha256 in checkpoints\.json next to it"):
         load_checkpoint(path, torch.nn.Linear(2, 2))
 
 
-def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
+def test_pickled_code_is_rejected_and_not_executed(tmp_path):
     class Attack:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "attacked"),)
@@ -164,57 +166,62 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path):
     assert not (tmp_path / "attacked").exists()
 
 
-def test_another_architecture_is_refused_with_its_keys_and_nothing_is_loaded(tmp_path):
+def test_different_architecture_is_rejected_before_loading(tmp_path):
     save_checkpoint(tmp_path / "x.pth", make_checkpoint("stage0", 1, torch.nn.Linear(2, 3)))
     model = torch.nn.Sequential(torch.nn.Linear(2, 3))
     before = model[0].weight.clone()
     with pytest.raises(UserError, match=r"missing: 0\.weight, 0\.bias; unexpected: weight, bias"):
         load_checkpoint(tmp_path / "x.pth", model)
-    with pytest.raises(UserError, match=r"of another shape: weight \(3, 2\) instead of \(4, 2\)"):
+    with pytest.raises(UserError, match=r"different shape: weight \(3, 2\) instead of \(4, 2\)"):
         load_checkpoint(tmp_path / "x.pth", torch.nn.Linear(2, 4))
     assert torch.equal(model[0].weight, before)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.pth is not there"):
+def test_missing_checkpoint_is_rejected(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.pth does not exist"):
         load_checkpoint(tmp_path / "nowhere.pth", torch.nn.Linear(2, 2))
 
 
-def shared_model(way: str) -> torch.nn.Module:
-    """One model as each launch script has it."""
+WRAPPERS = ("device", "dp", "ddp", "compiled")
+
+
+def wrapped_model(wrapper: str) -> torch.nn.Module:
+    """Build the model as a launch script does; `wrapper` is one of WRAPPERS, "ddp" in a process group."""
     device = torch.device("cpu")
     model = prepare_model(batchnorm_model(), device)
-    return wrap_model(model, device, data_parallel=way == "dp", compiled=way == "compiled")
+    return wrap_model(model, device, data_parallel=wrapper == "dp", compiled=wrapper == "compiled")
 
 
-def test_checkpoints_of_device_dp_ddp_and_compiled_models_are_the_same_and_load_into_one_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # no compiler needed
+def test_wrapped_models_have_the_same_checkpoints_and_load_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # needs no compiler
 
-    def save(way: str) -> None:
-        model = shared_model(way)
+    def save(wrapper: str) -> None:
+        model = wrapped_model(wrapper)
         for number, buffer in enumerate(unwrap_model(model).buffers()):
             buffer.fill_(number)
-        save_checkpoint(tmp_path / f"{way}.pth", make_checkpoint("stage0", 1, model))
+        save_checkpoint(tmp_path / f"{wrapper}.pth", make_checkpoint("stage0", 1, model))
 
-    def load(way: str) -> list[bool]:
-        found = []
-        for other in ("device", "dp", "ddp", "compiled"):
-            model = shared_model(way)
+    def load(wrapper: str) -> list[bool]:
+        are_equal = []
+        for other in WRAPPERS:
+            model = wrapped_model(wrapper)
             saved = load_checkpoint(tmp_path / f"{other}.pth", model)["model_state_dict"]
             state = unwrap_model(model).state_dict()
-            found.append(saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in saved))
-        return found
+            are_equal.append(
+                saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in saved)
+            )
+        return are_equal
 
-    for way in ("device", "dp", "compiled"):
-        save(way)
+    for wrapper in ("device", "dp", "compiled"):
+        save(wrapper)
     run_ranks(1, lambda: save("ddp"))
-    device, *others = ((tmp_path / f"{name}.pth").read_bytes() for name in ("device", "dp", "ddp", "compiled"))
-    assert others == [device] * 3
-    assert [load(way) for way in ("device", "dp", "compiled")] == [[True] * 4] * 3
+    contents = [(tmp_path / f"{wrapper}.pth").read_bytes() for wrapper in WRAPPERS]
+    assert contents == [contents[0]] * 4
+    assert [load(wrapper) for wrapper in ("device", "dp", "compiled")] == [[True] * 4] * 3
     assert run_ranks(1, lambda: load("ddp")) == [[True] * 4]
 
 
-def test_a_file_that_rank_0_cannot_read_fails_on_all_ranks_together(tmp_path):
+def test_missing_checkpoint_is_rejected_on_all_ranks(tmp_path):
     def fail() -> str:
         with pytest.raises(UserError) as error:
             load_checkpoint(tmp_path / "nowhere.pth", torch.nn.Linear(2, 2))
@@ -222,4 +229,4 @@ def test_a_file_that_rank_0_cannot_read_fails_on_all_ranks_together(tmp_path):
 
     messages = run_ranks(3, fail)
     assert len(set(messages)) == 1
-    assert "nowhere.pth is not there" in messages[0]
+    assert "nowhere.pth does not exist" in messages[0]

@@ -1,5 +1,6 @@
-"""L2, elastic-close: one device, many ranks and accumulation end with the same weights. The oracle is a bare loop."""
+"""Any number of ranks and accumulation steps ends with the same weights, compared with a plain training loop."""
 
+import copy
 import os
 import sys
 import time
@@ -11,15 +12,17 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
+from image_data import RandomImages
 from loops import CONFIG, CPU, EPOCHS, LOGGER, SIZE, make_loader, make_optimizer, make_state
 from models import CHANNELS, batchnorm_model, plain_model
-from pictures import Pictures
 from processes import run_ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from batteries.core.errors import RunError
+from batteries.data.loaders import EvalLoader
 from batteries.distributed.process_group import process_group
-from batteries.distributed.sync_batchnorm import SyncBatchNormCPU
+from batteries.distributed.sync_batchnorm import SyncBatchNormCPU, convert_sync_batchnorm
 from batteries.distributed.unwrap import unwrap_model
 from batteries.training.wrap import eval_mode
 from experiment.augmentations import normalize
@@ -27,88 +30,87 @@ from train import train_fn, valid_fn
 
 
 def train(build: Callable[[], nn.Module], accumulation_steps: int = 1, data_parallel: bool = False) -> dict:
-    """The weights and metrics after some epochs of train.py's own loop, on this rank."""
+    """Train some epochs with train_fn; return the weights and metrics of this rank."""
     state = make_state(build(), data_parallel)
     loader = make_loader(accumulation_steps)
     for epoch in range(1, EPOCHS + 1):
         metrics = train_fn(state, loader.epoch(0, epoch), LOGGER, CONFIG)
     with eval_mode(state.model):
-        pass  # sends the buffers
-    return {"weights": numbers(unwrap_model(state.model)), "metrics": metrics}
+        pass  # broadcasts the buffers
+    return {"weights": to_numpy(unwrap_model(state.model)), "metrics": metrics}
 
 
-def bare_loop(build: Callable[[], nn.Module], micro_batches: int = 1) -> dict:
-    """What `train` ought to give, with nothing of ours in it but the data."""
+def train_plainly(build: Callable[[], nn.Module], micro_batches: int = 1) -> dict:
+    """Return what `train` must return, from a plain loop that uses only the data of the project."""
     model = build()
     optimizer, scheduler = make_optimizer(model)
     loader = make_loader()
     for epoch in range(1, EPOCHS + 1):
-        losses, correct = 0.0, 0
+        total_loss = 0.0
+        correct = 0
         for batch in loader.epoch(0, epoch):
             optimizer.zero_grad()
             size = len(batch.targets)
-            cuts = [size * part // micro_batches for part in range(micro_batches + 1)]
-            for start, stop in pairwise(cuts):
-                images, targets = batch.images[start:stop], batch.targets[start:stop]
+            bounds = [size * number // micro_batches for number in range(micro_batches + 1)]
+            for start, stop in pairwise(bounds):
+                images = batch.images[start:stop]
+                targets = batch.targets[start:stop]
                 logits = model(normalize(images))
                 loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
                 (loss / size).backward()
-                losses += loss.item()
+                total_loss += loss.item()
                 correct += int((logits.argmax(1) == targets).sum())
             optimizer.step()
             scheduler.step()
-    return {"weights": numbers(model), "metrics": {"accuracy": correct / SIZE, "loss": losses / SIZE}}
+    return {"weights": to_numpy(model), "metrics": {"accuracy": correct / SIZE, "loss": total_loss / SIZE}}
 
 
-def numbers(model: nn.Module) -> dict[str, np.ndarray]:
+def to_numpy(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: value.detach().double().numpy().copy() for name, value in model.state_dict().items()}
 
 
-def assert_close(got: dict, wanted: dict, tolerance: float) -> None:
-    """Equal up to `tolerance`, relative to the length of all weights together, and in each metric."""
-    assert got["weights"].keys() == wanted["weights"].keys()
-    ours, theirs = (np.concatenate([values.ravel() for values in run["weights"].values()]) for run in (got, wanted))
-    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
-    assert got["metrics"]["accuracy"] == wanted["metrics"]["accuracy"]
-    assert got["metrics"]["loss"] == pytest.approx(wanted["metrics"]["loss"], rel=tolerance)
+def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
+    """Assert equality up to `tolerance`, relative to the norm of all weights and to the loss."""
+    assert actual["weights"].keys() == expected["weights"].keys()
+    actual_weights = np.concatenate([values.ravel() for values in actual["weights"].values()])
+    expected_weights = np.concatenate([values.ravel() for values in expected["weights"].values()])
+    assert np.linalg.norm(actual_weights - expected_weights) <= tolerance * np.linalg.norm(expected_weights)
+    assert actual["metrics"]["accuracy"] == expected["metrics"]["accuracy"]
+    assert actual["metrics"]["loss"] == pytest.approx(expected["metrics"]["loss"], rel=tolerance)
 
 
-# float32 shows the promise; float64 that only rounding is left of the difference.
+# float32 is what users train with; float64 shows that the difference is only rounding.
 TOLERANCES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=str)
 
 
 @TOLERANCES
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_any_ranks_and_accumulation_end_with_the_weights_of_a_bare_loop(
-    world_size, accumulation_steps, dtype, tolerance
-):
+def test_ranks_and_accumulation_do_not_change_the_weights(world_size, accumulation_steps, dtype, tolerance):
     build = partial(plain_model, dtype)
-    wanted = bare_loop(build)
-    for got in run_ranks(world_size, lambda: train(build, accumulation_steps)):
-        assert_close(got, wanted, tolerance)
+    expected = train_plainly(build)
+    for actual in run_ranks(world_size, lambda: train(build, accumulation_steps)):
+        assert_close(actual, expected, tolerance)
 
 
 @TOLERANCES
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_with_synchronised_batch_norm_any_ranks_end_with_the_weights_of_a_bare_loop(
-    world_size, accumulation_steps, dtype, tolerance
-):
-    # Batch norm sees one micro-batch at a time, so the bare loop accumulates as well.
+def test_ranks_do_not_change_the_weights_with_sync_batchnorm(world_size, accumulation_steps, dtype, tolerance):
+    # Batch norm normalises one micro-batch at a time, so the plain loop accumulates as well.
     build = partial(batchnorm_model, dtype)
-    wanted = bare_loop(build, micro_batches=accumulation_steps)
-    for got in run_ranks(world_size, lambda: train(build, accumulation_steps)):
-        assert_close(got, wanted, tolerance)
+    expected = train_plainly(build, micro_batches=accumulation_steps)
+    for actual in run_ranks(world_size, lambda: train(build, accumulation_steps)):
+        assert_close(actual, expected, tolerance)
 
 
-def test_one_process_and_data_parallel_without_gpus_end_with_the_weights_of_a_bare_loop():
-    wanted = bare_loop(plain_model)
-    assert_close(train(plain_model), wanted, 1e-6)
-    assert_close(train(plain_model, data_parallel=True), wanted, 1e-6)
+def test_single_process_and_data_parallel_without_gpus_equal_a_plain_loop():
+    expected = train_plainly(plain_model)
+    assert_close(train(plain_model), expected, 1e-6)
+    assert_close(train(plain_model, data_parallel=True), expected, 1e-6)
 
 
-def test_without_synchronised_batch_norm_all_ranks_take_rank_0s_statistics_before_validation():
+def test_rank_0_broadcasts_batchnorm_statistics_before_validation():
     def statistics() -> np.ndarray:
         state = make_state(batchnorm_model(), sync_batchnorm=False)
         train_fn(state, make_loader().epoch(0, 1), LOGGER, CONFIG)
@@ -119,41 +121,47 @@ def test_without_synchronised_batch_norm_all_ranks_take_rank_0s_statistics_befor
     np.testing.assert_array_equal(first, second)
 
 
-def test_our_batch_norm_equals_torchs_in_outputs_gradients_and_statistics():
+def make_batchnorm(bias: bool) -> nn.BatchNorm1d:
+    """Build a batch norm; without bias as nn.BatchNorm1d(5, bias=False) of torch 2.15 does."""
+    module = nn.BatchNorm1d(5)
+    if not bias:
+        module.bias = None
+    return module
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sync_batchnorm_matches_torch_in_outputs_gradients_and_statistics(bias):
     values = torch.randn(24, 5, 3, generator=torch.Generator().manual_seed(0)) * 3 + 100
 
     def synchronised() -> tuple:
-        part = values.chunk(3)[torch.distributed.get_rank()].clone().requires_grad_()
-        module = nn.BatchNorm1d(5)
-        module.__class__ = SyncBatchNormCPU
-        output = module(part)
+        chunk = values.chunk(3)[torch.distributed.get_rank()].clone().requires_grad_()
+        module = convert_sync_batchnorm(make_batchnorm(bias), CPU)
+        output = module(chunk)
         output.pow(3).sum().backward()
         weight_gradient = module.weight.grad.clone()
         torch.distributed.all_reduce(weight_gradient)
-        buffers = [module.running_mean, module.running_var]
-        return tuple(value.detach().numpy() for value in (output, part.grad, weight_gradient, *buffers))
+        tensors = [output, chunk.grad, weight_gradient, module.running_mean, module.running_var]
+        return tuple(tensor.detach().numpy() for tensor in tensors)
 
-    whole = values.clone().requires_grad_()
-    module = nn.BatchNorm1d(5)
-    output = module(whole)
+    batch = values.clone().requires_grad_()
+    module = make_batchnorm(bias)
+    output = module(batch)
     output.pow(3).sum().backward()
     ranks = run_ranks(3, synchronised)
-    compare = {"rtol": 1e-4, "atol": 1e-5}
-    np.testing.assert_allclose(np.concatenate([rank[0] for rank in ranks]), output.detach(), **compare)
-    np.testing.assert_allclose(np.concatenate([rank[1] for rank in ranks]), whole.grad, **compare)
+    np.testing.assert_allclose(np.concatenate([rank[0] for rank in ranks]), output.detach(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([rank[1] for rank in ranks]), batch.grad, rtol=1e-4, atol=1e-5)
     for rank in ranks:
-        np.testing.assert_allclose(rank[2], module.weight.grad, **compare)
+        np.testing.assert_allclose(rank[2], module.weight.grad, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(rank[3], module.running_mean, rtol=1e-6)
         np.testing.assert_allclose(rank[4], module.running_var, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_our_batch_norm_takes_statistics_of_halves_in_float32_as_torch_does(dtype):
+def test_sync_batchnorm_computes_half_precision_statistics_in_float32(dtype):
     values = (torch.randn(24, 5, 40, generator=torch.Generator().manual_seed(0)) * 30 + 100).to(dtype)
 
     def synchronised() -> tuple:
-        module = nn.BatchNorm1d(5)
-        module.__class__ = SyncBatchNormCPU
+        module = convert_sync_batchnorm(nn.BatchNorm1d(5), CPU)
         output = module(values.chunk(2)[torch.distributed.get_rank()])
         return output.dtype, output.detach().float().numpy(), module.running_mean.numpy(), module.running_var.numpy()
 
@@ -167,8 +175,117 @@ def test_our_batch_norm_takes_statistics_of_halves_in_float32_as_torch_does(dtyp
         np.testing.assert_allclose(rank[3], module.running_var, rtol=1e-5)
 
 
-def test_no_rank_goes_on_before_all_have_joined(monkeypatch):
-    joined, init = get_context("fork").Event(), torch.distributed.init_process_group
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Batch norm with a ReLU, as in several model libraries."""
+
+    def __init__(self, num_features: int, scale: float) -> None:
+        super().__init__(num_features)
+        self.scale = scale
+        self.activation = nn.ReLU()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.activation(super().forward(images))
+
+
+def subclass_model() -> nn.Sequential:
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(2, 4, 3), BatchNormAct2d(4, scale=1.5), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+
+
+def forward_backward(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return the logits, and the gradients and the state of `model` after one backward pass."""
+    logits = model(images)
+    nn.functional.cross_entropy(logits, targets).backward()
+    network = unwrap_model(model)
+    gradients = {f"gradient of {name}": value.grad.numpy() for name, value in network.named_parameters()}
+    return {"logits": logits.detach().numpy()} | gradients | to_numpy(network)
+
+
+def test_sync_batchnorm_under_ddp_matches_one_process_with_the_full_batch():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 2, 8, 8, generator=generator, dtype=torch.float64) * 3 + 5
+    targets = torch.randint(3, (16,), generator=generator)
+    expected = forward_backward(subclass_model(), images, targets)
+
+    def synchronised() -> dict[str, np.ndarray]:
+        rank = torch.distributed.get_rank()
+        model = DistributedDataParallel(convert_sync_batchnorm(subclass_model(), CPU))
+        return forward_backward(model, images.chunk(2)[rank], targets.chunk(2)[rank])
+
+    ranks = run_ranks(2, synchronised)
+    logits = np.concatenate([rank.pop("logits") for rank in ranks])
+    np.testing.assert_allclose(logits, expected.pop("logits"), rtol=1e-11, atol=1e-12)
+    for rank in ranks:
+        assert rank.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_allclose(rank[name], values, rtol=1e-11, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_converted_subclass_keeps_attributes_state_and_hooks(device):
+    model = subclass_model()
+    before = model[1]
+    calls: list[str] = []
+    before.register_forward_pre_hook(lambda module, inputs: calls.append("before"))
+    before.register_forward_hook(lambda module, inputs, output: calls.append("after"))
+    tensors = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    converted = convert_sync_batchnorm(model, torch.device(device))
+    assert converted is model
+    after = model[1]
+    assert isinstance(after, BatchNormAct2d)
+    assert isinstance(after, SyncBatchNormCPU if device == "cpu" else nn.SyncBatchNorm)
+    assert (after.scale, after.activation, after.momentum) == (1.5, before.activation, before.momentum)
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == tensors
+    model.eval()
+    output = after(-torch.ones(1, 4, 2, 2, dtype=torch.float64))
+    assert torch.equal(output, torch.zeros_like(output))  # the activation is applied
+    assert calls == ["before", "after"]
+
+
+class SharedNorm(nn.Module):
+    """One batch norm with three names, two of them in the same module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm1d(5)
+        self.second = self.first
+        self.inner = nn.ModuleDict({"third": self.first})
+
+
+def test_module_with_several_names_stays_one_module():
+    model = SharedNorm()
+    names = list(model.state_dict())
+    convert_sync_batchnorm(model, CPU)
+    assert isinstance(model.first, SyncBatchNormCPU)
+    assert model.first is model.second is model.inner["third"]
+    assert list(model.state_dict()) == names
+
+
+def test_converting_twice_changes_nothing():
+    model = nn.Sequential(nn.BatchNorm1d(5), BatchNormAct2d(4, scale=1.0))
+    modules = list(convert_sync_batchnorm(model, CPU))
+    assert list(convert_sync_batchnorm(model, CPU)) == modules
+
+
+def test_sync_batchnorm_of_torch_is_replaced_on_a_cpu():
+    module = convert_sync_batchnorm(nn.SyncBatchNorm(5), CPU)
+    assert type(module) is SyncBatchNormCPU
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_converted_model_can_be_copied(device):
+    def copy_model() -> bool:
+        model = convert_sync_batchnorm(subclass_model(), torch.device(device))
+        duplicate = copy.deepcopy(model)  # as EMA does
+        return type(duplicate[1]) is type(model[1]) and duplicate[1].weight is not model[1].weight
+
+    assert run_ranks(1, copy_model) == [True]
+
+
+def test_ranks_wait_until_all_have_joined(monkeypatch):
+    joined = get_context("fork").Event()
+    init = torch.distributed.init_process_group
 
     def init_slowly(backend: str) -> None:
         init(backend)
@@ -180,7 +297,7 @@ def test_no_rank_goes_on_before_all_have_joined(monkeypatch):
     assert run_ranks(2, joined.is_set) == [True, True]
 
 
-def test_a_rank_forks_only_when_no_thread_is_about_to_enter_python_where_python_does_not_see_to_that(monkeypatch):
+def test_fork_waits_for_gloo_threads_before_python_3_11_8(monkeypatch):
     def fork() -> int:
         waits = []
         monkeypatch.setattr(sys, "_current_frames", lambda: waits.append(1))
@@ -193,7 +310,7 @@ def test_a_rank_forks_only_when_no_thread_is_about_to_enter_python_where_python_
     assert run_ranks(1, fork) == [1 if sys.version_info < (3, 11, 8) else 0]
 
 
-def test_a_rank_whose_launcher_was_killed_while_it_started_ends(monkeypatch):
+def test_rank_exits_if_its_launcher_died_while_it_started(monkeypatch):
     def join() -> str:
         try:
             with process_group(torch.device("cpu")):
@@ -202,43 +319,41 @@ def test_a_rank_whose_launcher_was_killed_while_it_started_ends(monkeypatch):
             return str(error)
 
     monkeypatch.setenv("BATTERIES_LAUNCHER", "1")
-    assert run_ranks(1, join, join=False) == ["the launcher has gone, and its processes end with it."]
+    assert run_ranks(1, join, join=False) == ["the launcher process died, so this rank exits."]
     monkeypatch.setenv("BATTERIES_LAUNCHER", str(os.getpid()))
     assert run_ranks(1, join, join=False) == ["joined"]
 
 
-def test_gradients_are_exchanged_once_a_step_and_not_for_each_micro_batch():
-    def exchanges() -> tuple[int, int]:
-        counted = []
+def test_gradients_are_exchanged_once_per_step():
+    def count_exchanges() -> tuple[int, int]:
+        buckets = []
 
-        def count(state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            counted.append(bucket.index())
+        def record(state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            buckets.append(bucket.index())
             future = torch.futures.Future()
             future.set_result(bucket.buffer())
             return future
 
         state = make_state(plain_model())
-        state.model.register_comm_hook(None, count)
+        state.model.register_comm_hook(None, record)
         loader = make_loader(accumulation_steps=4)
         train_fn(state, loader.epoch(0, 1), LOGGER, CONFIG)
-        return len(counted), len(loader)
+        return len(buckets), len(loader)
 
-    assert run_ranks(2, exchanges) == [(4, 4), (4, 4)]
+    assert run_ranks(2, count_exchanges) == [(4, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_scores_equal_a_plain_computation_for_any_ranks(world_size):
-    from batteries.data.loaders import EvalLoader
-
-    pictures = Pictures(101, CHANNELS)
+def test_validation_metrics_do_not_depend_on_the_number_of_ranks(world_size):
+    dataset = RandomImages(101, CHANNELS)
     model = plain_model().eval()
     with torch.no_grad():
-        logits = model(normalize(pictures.images))
-    accuracy = (logits.argmax(1) == pictures.targets).double().mean().item()
-    loss = nn.functional.cross_entropy(logits.double(), pictures.targets).item()
+        logits = model(normalize(dataset.images))
+    accuracy = (logits.argmax(1) == dataset.targets).double().mean().item()
+    loss = nn.functional.cross_entropy(logits.double(), dataset.targets).item()
 
     def validate() -> dict[str, float]:
-        loader = EvalLoader(pictures, range(101), None, CPU, batch_size=64)
+        loader = EvalLoader(dataset, range(101), None, CPU, batch_size=64)
         return valid_fn(make_state(plain_model()).model, loader, LOGGER, CONFIG)
 
     for metrics in run_ranks(world_size, validate):
@@ -246,15 +361,16 @@ def test_validation_scores_equal_a_plain_computation_for_any_ranks(world_size):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_dropout_follows_from_the_position_and_not_from_what_was_drawn_before():
-    def weights(disturb: bool) -> dict[str, np.ndarray]:
+def test_dropout_depends_on_the_position_only():
+    def train_two_epochs(draws_between_epochs: bool) -> dict[str, np.ndarray]:
         state = make_state(nn.Sequential(*plain_model(), nn.Dropout(0.5)))
         for epoch in (1, 2):
-            if disturb:
+            if draws_between_epochs:
                 torch.rand(epoch * 7)
             train_fn(state, make_loader().epoch(0, epoch), LOGGER, CONFIG)
-        return numbers(state.model)
+        return to_numpy(state.model)
 
-    quiet, disturbed = weights(disturb=False), weights(disturb=True)
-    for name, values in quiet.items():
-        np.testing.assert_array_equal(disturbed[name], values)
+    expected = train_two_epochs(draws_between_epochs=False)
+    actual = train_two_epochs(draws_between_epochs=True)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(actual[name], values)

@@ -1,9 +1,10 @@
-"""Predictions are what the model says of each sample, once and in order, the same bytes however they are made."""
+"""Tests of tools/predict.py, tools/average.py and the selection of checkpoints."""
 
 import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from models import CHANNELS, tiny_network
 from processes import run_ranks, run_train
 from sklearn.metrics import f1_score
 from small_data import make_data
-from tables import refused
+from tables import assert_rejected
 from test_scripts import environment
 from torch import nn
 from torchvision.io import write_png
@@ -21,21 +22,22 @@ import train
 from batteries.core.errors import UserError
 from batteries.data.image_files import ImageFiles
 from batteries.data.splits import Split
+from batteries.evaluation.inference import load_split
 from batteries.evaluation.predictions import read_predictions
-from batteries.evaluation.run_selection import find_checkpoint
+from batteries.evaluation.run_selection import find_checkpoint, read_config
 from batteries.evaluation.tta import make_views
 from experiment.augmentations import normalize, valid_transform
 from tools import average, predict
-from tools.predict import Options, load_split
+from tools.predict import Options
 from train import Config, Stage
 
 STAGES = (Stage("one", 2, 3e-3), Stage("two", 1, 1e-3))
 
-UNSIZED = pytest.mark.skipif(valid_transform() is not None, reason="the oracle knows images as they are, not resized")
+UNSIZED = pytest.mark.skipif(valid_transform() is not None, reason="the oracle does not resize images")
 
 
 def network(num_classes: int) -> nn.Module:
-    """With batch norm, so that averaging has something to estimate anew."""
+    """Build a network with batch norm, whose statistics averaging has to estimate again."""
     return nn.Sequential(nn.BatchNorm2d(CHANNELS), tiny_network(num_classes))
 
 
@@ -49,7 +51,7 @@ def small_model():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, small_model):
-    """The folders of two folds, trained."""
+    """The run directories of two folds."""
     folder, data_dir = tmp_path_factory.mktemp("runs"), make_data(tmp_path_factory.mktemp("data"))
     for fold in (0, 1):
         config = Config(
@@ -60,23 +62,23 @@ def runs(tmp_path_factory, small_model):
 
 
 def config_of(run) -> Config:
-    return predict.read_config(run, Config)
+    return read_config(run, Config)
 
 
 def split_of(run) -> tuple:
-    """The data set of a run and its split."""
+    """Return the data set of a run and its split."""
     dataset = train.load_dataset(config_of(run).data_dir)
-    return dataset, load_split(dataset, config_of(run))._asdict()
+    return dataset, load_split(dataset, config_of(run), train.make_folds)._asdict()
 
 
 def run_predict(*runs, ranks: int = 1, **options):
-    """What predict.main gives on the first of `ranks` processes."""
+    """Return the result of predict.main on the first of `ranks` processes."""
     made = Options(run=runs, device="cpu", **options)
     return run_ranks(ranks, lambda: predict.main(made), join=False)[0]
 
 
 def by_hand(run, name: str, path=None) -> np.ndarray:
-    """Probabilities (N, C) of the best checkpoint, or that in `path`, one sample at a time."""
+    """Compute probabilities (N, C) of the best checkpoint, or of `path`, one sample at a time."""
     dataset, split = split_of(run)
     path = path or find_checkpoint(run, [stage.name for stage in STAGES], None, "best", minimize=False)
     model = network(len(dataset.classes))
@@ -88,7 +90,7 @@ def by_hand(run, name: str, path=None) -> np.ndarray:
 
 
 @UNSIZED
-def test_each_sample_of_the_split_is_predicted_once_and_in_order(runs, tmp_path):
+def test_every_sample_of_a_split_is_predicted_once_in_order(runs, tmp_path):
     made = run_predict(runs[0], output=tmp_path)
     dataset, split = split_of(runs[0])
     assert set(made) == {name for name in ("valid", "test") if name in split}
@@ -103,27 +105,27 @@ def test_each_sample_of_the_split_is_predicted_once_and_in_order(runs, tmp_path)
 
 @UNSIZED
 @pytest.mark.parametrize(
-    ("asked", "file"),
+    ("selection", "file"),
     [
         ({"checkpoint": "last"}, "two/last.pth"),
         ({"checkpoint": "last", "stage": "one"}, "one/last.pth"),
         ({"checkpoint": "{}/one/epoch_1.pth"}, "one/epoch_1.pth"),
     ],
 )
-def test_the_checkpoint_that_is_asked_for_predicts(runs, tmp_path, asked, file):
-    asked = {name: value.format(runs[0]) for name, value in asked.items()}
-    made = run_predict(runs[0], output=tmp_path, split="valid", **asked)["valid"]
+def test_predictions_come_from_the_selected_checkpoint(runs, tmp_path, selection, file):
+    selection = {name: value.format(runs[0]) for name, value in selection.items()}
+    made = run_predict(runs[0], output=tmp_path, split="valid", **selection)["valid"]
     assert made.probabilities == pytest.approx(by_hand(runs[0], "valid", runs[0] / file), abs=1e-6)
 
 
-def test_the_score_of_the_best_checkpoint_is_that_of_training(runs, tmp_path):
+def test_the_score_of_the_best_checkpoint_equals_that_of_training(runs, tmp_path):
     table = run_predict(runs[0], output=tmp_path, split="valid")["valid"]
     lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     assert predict.score(table)["accuracy"] == max(line["valid"]["accuracy"] for line in lines)
 
 
 @pytest.mark.parametrize(("ranks", "num_workers"), [(2, 0), (3, 0), (1, 2)])
-def test_processes_and_workers_change_no_byte(runs, tmp_path, ranks, num_workers):
+def test_predictions_do_not_depend_on_processes_and_workers(runs, tmp_path, ranks, num_workers):
     for folder, count, workers in (("one", 1, 0), ("many", ranks, num_workers)):
         run_predict(runs[0], ranks=count, num_workers=workers, output=tmp_path / folder, batch_size=16)
     for path in (tmp_path / "one").iterdir():
@@ -131,28 +133,28 @@ def test_processes_and_workers_change_no_byte(runs, tmp_path, ranks, num_workers
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_other_batch_sizes_change_no_more_than_rounding(runs, tmp_path, batch_size):
+def test_batch_size_changes_predictions_only_by_rounding(runs, tmp_path, batch_size):
     first = run_predict(runs[0], output=tmp_path / "a", split="valid")["valid"]
     second = run_predict(runs[0], output=tmp_path / "b", split="valid", batch_size=batch_size)["valid"]
     assert second.probabilities == pytest.approx(first.probabilities, abs=1e-6)
 
 
-def test_over_folds_valid_is_out_of_fold_and_the_rest_is_the_mean(runs, tmp_path):
+def test_several_folds_give_out_of_fold_valid_and_mean_test(runs, tmp_path):
     together = run_predict(*runs, output=tmp_path / "both")
-    alone = [run_predict(run, output=tmp_path / run.name) for run in runs]
+    single = [run_predict(run, output=tmp_path / run.name) for run in runs]
     rows = {}
-    for tables in alone:
+    for tables in single:
         rows |= dict(zip(tables["valid"].ids, tables["valid"].probabilities, strict=True))
-    assert list(together["valid"].ids) == sorted(rows)  # ids of both data sets are in the order of their names
+    assert list(together["valid"].ids) == sorted(rows)  # the ids of the data sets are sorted
     assert np.array_equal(together["valid"].probabilities, [rows[name] for name in together["valid"].ids])
-    assert set(alone[0]["valid"].ids).isdisjoint(alone[1]["valid"].ids)
+    assert set(single[0]["valid"].ids).isdisjoint(single[1]["valid"].ids)
     for name in set(together) - {"valid"}:
-        mean = np.mean([tables[name].probabilities for tables in alone], axis=0)
+        mean = np.mean([tables[name].probabilities for tables in single], axis=0)
         assert together[name].probabilities == pytest.approx(mean, abs=1e-15)
 
 
 @UNSIZED
-def test_with_test_time_augmentation_the_mean_over_the_views_is_written(runs, tmp_path):
+def test_tta_averages_the_views(runs, tmp_path):
     made = run_predict(runs[0], output=tmp_path, split="valid", tta="flip")["valid"]
     dataset, split = split_of(runs[0])
     plain = by_hand(runs[0], "valid")
@@ -167,7 +169,7 @@ def test_with_test_time_augmentation_the_mean_over_the_views_is_written(runs, tm
 
 
 @pytest.mark.parametrize(("kind", "count"), [("none", 1), ("flip", 2), ("crops", 5), ("flip-crops", 10)])
-def test_views_have_the_shape_of_the_images_and_the_first_is_the_images(kind, count):
+def test_views_have_the_shape_of_the_images_and_start_with_them(kind, count):
     images = torch.randint(256, (3, 2, 16, 24), dtype=torch.uint8)
     views = make_views(images, kind)
     assert len(views) == count
@@ -183,7 +185,7 @@ def test_views_have_the_shape_of_the_images_and_the_first_is_the_images(kind, co
 
 @UNSIZED
 @pytest.mark.parametrize("listed", [False, True])
-def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(runs, tmp_path, listed):
+def test_images_of_a_directory_or_table_are_predicted_like_the_split(runs, tmp_path, listed):
     dataset, split = split_of(runs[0])
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -203,42 +205,42 @@ def test_images_of_a_folder_or_a_table_get_the_predictions_of_the_same_samples(r
     assert made.probabilities == pytest.approx(wanted.probabilities, abs=1e-6)
 
 
-def test_a_table_of_images_without_a_name_in_a_row_is_refused_before_anything_is_read(tmp_path):
+def test_a_table_of_images_with_an_empty_id_is_rejected(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "photos.csv").write_text("id,path\none,a.png\n,a.png\n")
     with pytest.raises(UserError, match=r"--images .*photos\.csv has an empty id, in row 2\."):
         ImageFiles(tmp_path / "photos.csv", 3)
 
 
-@pytest.mark.parametrize("place", [20, 60, -30])
-def test_a_png_with_a_changed_byte_is_refused_by_name(tmp_path, place):
+@pytest.mark.parametrize("position", [20, 60, -30])
+def test_a_damaged_png_is_rejected_with_its_path(tmp_path, position):
     file = tmp_path / "a.png"
     write_png(torch.arange(3 * 64, dtype=torch.uint8).view(3, 8, 8), str(file))
     assert ImageFiles(tmp_path, 3)[0][0].shape == (3, 8, 8)
     data = bytearray(file.read_bytes())
-    data[place] ^= 0xFF  # torchvision would crash on some
+    data[position] ^= 0xFF  # torchvision crashes on some of these files
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.png cannot be read as an image: it is empty, damaged or none\."):
+    with pytest.raises(UserError, match=r"a\.png cannot be read as an image: it is empty, damaged or not an image\."):
         ImageFiles(tmp_path, 3)[0]
 
 
 @UNSIZED
-def test_images_of_different_sizes_for_a_model_that_takes_one_are_refused_by_name(runs, tmp_path):
+def test_images_of_different_sizes_are_rejected_with_their_names(runs, tmp_path):
     for size in (8, 9):
         write_png(torch.zeros(CHANNELS, size, size, dtype=torch.uint8), str(tmp_path / f"{size}.png"))
     end = call_predict("--run", runs[0], "--images", tmp_path, "--output", tmp_path / "out")
     shapes = f"({CHANNELS}, 8, 8) of 8.png and ({CHANNELS}, 9, 9) of 9.png"
-    refused_but_for_weights(end, f"images of one batch have different shapes: {shapes}; bring all to one size")
+    assert_rejected_after_loading(end, f"images of one batch have different shapes: {shapes}; resize all to one size")
     assert not (tmp_path / "out").exists()
 
 
-def refused_but_for_weights(end, sentence: str) -> None:
-    """One sentence on stderr, after the line that names the checkpoint."""
+def assert_rejected_after_loading(end, message: str) -> None:
+    """Assert exit code 2 and one line on stderr with `message`; stdout has a line about the checkpoint."""
     assert (end.code, end.err.count("\n")) == (2, 1), end
-    assert sentence in end.err
+    assert message in end.err
 
 
-def test_the_scores_that_the_run_asked_for_are_printed_too(runs, monkeypatch, tmp_path):
+def test_the_scores_of_the_options_of_the_run_are_printed(runs, monkeypatch, tmp_path):
     config = dataclasses.replace(config_of(runs[0]), scores=("macro_f1", "balanced_accuracy"))
     monkeypatch.setattr("batteries.evaluation.inference.read_config", lambda *_: config)
     end = call_predict("--run", runs[0], "--split", "valid", "--output", tmp_path)
@@ -254,30 +256,36 @@ def call_predict(*flags: object):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
-        (["--run", "nowhere"], "--run nowhere holds no run: config.json is missing; give one, such as logs/baseline."),
-        (["--run", "{0}", "{1}"], "several runs need --output, a folder for what they predict together."),
-        (["--run", "{0}", "--stage", "tow"], "--stage tow is none of {0}; did you mean 'two'? It has: one, two."),
-        (["--run", "{0}", "--checkpoint", "swa"], "--checkpoint swa: no swa.pth in {0}; run tools/average.py first."),
-        (["--run", "{0}", "--checkpoint", "no.pth"], "no.pth is not there; give the path of a checkpoint"),
-        (["--run", "{0}", "--checkpoint", "{0}"], " is a folder; give the path of a checkpoint"),
-        (["--run", "{0}", "--split", "train"], "--split train is no choice"),
-        (["--run", "{0}", "--batch-size", "0"], "--batch-size 0 must be at least 1."),
+        (
+            ["--run", "nowhere"],
+            "--run nowhere does not hold a run (config.json is missing); give a run directory, such as logs/baseline.",
+        ),
+        (["--run", "{0}", "{1}"], "several runs need --output, a directory for their common predictions."),
+        (
+            ["--run", "{0}", "--stage", "tow"],
+            "--stage tow is not a stage of {0}; did you mean 'two'? Its stages: one, two.",
+        ),
+        (["--run", "{0}", "--checkpoint", "swa"], "--checkpoint swa: {0} has no swa.pth; run tools/average.py first."),
+        (["--run", "{0}", "--checkpoint", "no.pth"], "no.pth does not exist; give the path of a checkpoint"),
+        (["--run", "{0}", "--checkpoint", "{0}"], " is a directory; give the path of a checkpoint"),
+        (["--run", "{0}", "--split", "train"], "--split train is not a valid choice"),
+        (["--run", "{0}", "--batch-size", "0"], "--batch-size 0 must be 1 or more."),
         (["--run", "{0}", "--images", "nowhere"], "--images nowhere has no images (.jpg, .jpeg, .png, .webp, .gif)"),
-        (["--run"], "--run needs the folder of a run"),
+        (["--run"], "--run needs a run directory, such as logs/baseline."),
         (["--run", "{0}", "{0}/", "--output", "x"], "--run {0} is given twice; it would count twice in the mean."),
     ],
 )
-def test_what_cannot_be_predicted_gets_a_sentence_and_nothing_is_written(runs, flags, sentence, tmp_path):
+def test_invalid_options_are_rejected_without_side_effects(runs, flags, message, tmp_path):
     end = call_predict(*(flag.format(*runs) for flag in flags))
     assert (end.code, end.err.count("\n")) == (2, 1), end
-    assert sentence.format(*runs) in end.err
+    assert message.format(*runs) in end.err
     assert not any((run / "predictions").exists() for run in runs)
 
 
 @pytest.mark.slow
-def test_the_launcher_leaves_the_flags_of_predict_py_alone():
+def test_the_launcher_passes_flags_to_predict():
     command = [
         sys.executable,
         "-m",
@@ -289,71 +297,71 @@ def test_the_launcher_leaves_the_flags_of_predict_py_alone():
         "cpu",
     ]
     done = subprocess.run(
-        command, cwd=predict.__file__.rpartition("/")[0], env=environment(), capture_output=True, text=True, timeout=300
+        command, cwd=Path(predict.__file__).parents[1], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
-    assert "--run nowhere holds no run" in done.stderr
+    assert "--run nowhere does not hold a run" in done.stderr
 
 
-def test_over_folds_it_says_that_test_is_the_mean_of_several_models(runs, tmp_path):
-    together, alone = (
-        call_predict("--run", *runs, "--output", tmp_path),
-        call_predict("--run", runs[0], "--output", tmp_path / "one"),
-    )
-    assert (together.code, alone.code) == (0, 0), together.err + alone.err
+def test_predict_prints_that_test_is_the_mean_of_several_models(runs, tmp_path):
+    together = call_predict("--run", *runs, "--output", tmp_path)
+    single = call_predict("--run", runs[0], "--output", tmp_path / "one")
+    assert (together.code, single.code) == (0, 0), together.err + single.err
     has_test = len(split_of(runs[0])[1].get("test", ())) > 0
     assert ("note     test is the mean of 2 models" in together.out) == has_test
-    assert "note" not in alone.out
+    assert "note" not in single.out
 
 
-def test_the_test_split_is_scored_and_compared_with_validation(runs, tmp_path):
+def test_the_test_split_is_scored_and_compared_with_valid(runs, tmp_path):
     end = call_predict("--run", runs[0], "--output", tmp_path)
     assert end.code == 0, end.err
     table = read_predictions(tmp_path / "test.csv")
     accuracy = np.mean(table.probabilities.argmax(1) == table.targets)
     assert f"test     {len(table.ids):,} rows  accuracy {accuracy:.4f}" in end.out
-    assert "gap      accuracy of test less valid " in end.out
+    assert "gap      accuracy of test minus valid " in end.out
 
 
-def test_predictions_that_are_there_and_differ_are_not_overwritten(runs, tmp_path):
+def test_different_predictions_are_not_overwritten(runs, tmp_path):
     flags = ["--run", runs[0], "--split", "valid", "--output", tmp_path]
     assert call_predict(*flags).code == 0
     before = (tmp_path / "valid.csv").read_bytes()
     assert call_predict(*flags).code == 0
     end = call_predict(*flags, "--tta", "flip")
-    assert "is there already, with other contents; give --overwrite" in end.err
+    assert "already exists with different contents; give --overwrite" in end.err
     assert (end.code, (tmp_path / "valid.csv").read_bytes()) == (2, before)
     assert call_predict(*flags, "--tta", "flip", "--overwrite").code == 0
     assert (tmp_path / "valid.csv").read_bytes() != before
 
 
-def test_where_one_file_is_refused_none_is_written(runs, tmp_path):
+def test_no_file_is_written_if_one_is_rejected(runs, tmp_path):
     (tmp_path / "test.csv").write_text("mine\n")
     end = call_predict("--run", runs[0], "--output", tmp_path)
     assert (end.code, [path.name for path in tmp_path.iterdir()]) == (2, ["test.csv"])
-    assert "test.csv is there already, with other contents" in end.err
+    assert "test.csv already exists with different contents" in end.err
 
 
-def test_another_split_than_the_run_learned_from_is_refused(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr("batteries.evaluation.inference.load_split", lambda *_: Split(np.arange(9), np.arange(5), np.arange(0)))
+def test_a_different_split_than_that_of_training_is_rejected(runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "batteries.evaluation.inference.load_split", lambda *_: Split(np.arange(9), np.arange(5), np.arange(0))
+    )
     end = call_predict("--run", runs[0], "--output", tmp_path / "out")
     assert end.code == 2
-    assert f"--run {runs[0]} learned from other data, or another split of them, than" in end.err
+    assert f"--run {runs[0]} was trained on different data, or on a different split of the data, than" in end.err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_note_of_an_average_that_was_cut_is_named(tmp_path):
-    write_ledger(tmp_path / "a", 0.5, ("best.pth", "swa.pth"))
+def test_a_damaged_swa_json_is_reported(tmp_path):
+    write_manifest(tmp_path / "a", 0.5, ("best.pth", "swa.pth"))
     (tmp_path / "a/swa.json").write_text('{"score')
     with pytest.raises(UserError, match=r"swa\.json is damaged \("):
         find_checkpoint(tmp_path, ["a"], None, "swa", minimize=False)
 
 
-def write_ledger(folder, score, files=("best.pth", "last.pth")) -> None:
+def write_manifest(folder, score, files=("best.pth", "last.pth")) -> None:
     folder.mkdir()
-    ledger = {"checkpoints": [], "best": {"epoch": 1, "score": score}}
-    (folder / "checkpoints.json").write_text(json.dumps(ledger))
+    manifest = {"checkpoints": [], "best": {"epoch": 1, "score": score}}
+    (folder / "checkpoints.json").write_text(json.dumps(manifest))
     for name in files:
         (folder / name).touch()
 
@@ -369,9 +377,9 @@ def write_ledger(folder, score, files=("best.pth", "last.pth")) -> None:
         ((0.5, 0.9, 0.9), False, "a", "last", "a/last.pth"),
     ],
 )
-def test_without_a_stage_the_one_with_the_best_score_is_taken(tmp_path, scores, minimize, stage, which, found):
+def test_the_default_stage_is_the_one_with_the_best_score(tmp_path, scores, minimize, stage, which, found):
     for name, score in zip("abc", scores, strict=True):
-        write_ledger(tmp_path / name, score, ("last.pth",) if score is None else ("best.pth", "last.pth"))
+        write_manifest(tmp_path / name, score, ("last.pth",) if score is None else ("best.pth", "last.pth"))
     assert find_checkpoint(tmp_path, ["a", "b", "c"], stage, which, minimize=minimize) == tmp_path / found
 
 
@@ -379,7 +387,7 @@ def call_average(*flags: object):
     return run_train(average.main, average.Options, "--device", "cpu", *map(str, flags), name="tools/average.py")
 
 
-def test_an_average_is_scored_kept_and_predicted_with(runs, tmp_path):
+def test_an_average_is_scored_saved_and_used_for_prediction(runs, tmp_path):
     end = call_average("--run", runs[1] / "one")
     assert end.code == 0, end.err
     note = json.loads((runs[1] / "one/swa.json").read_text())
@@ -387,24 +395,24 @@ def test_an_average_is_scored_kept_and_predicted_with(runs, tmp_path):
     assert note["score"] == max(note["scores"].values())
     made = run_predict(runs[1], checkpoint="swa", split="valid", output=tmp_path)["valid"]
     assert predict.score(made)["accuracy"] == note["score"]
-    refused(call_average("--run", runs[1] / "one"), "swa.pth is there already; give --overwrite to replace it.")
+    assert_rejected(call_average("--run", runs[1] / "one"), "swa.pth already exists; give --overwrite to replace it.")
     assert call_average("--run", runs[1] / "one", "--overwrite").code == 0
     assert json.loads((runs[1] / "one/swa.json").read_text()) == note
     data = bytearray((runs[1] / "one/swa.pth").read_bytes())
     data[len(data) // 2] ^= 1
     (runs[1] / "one/swa.pth").write_bytes(data)
-    end = call_predict("--run", runs[1], "--checkpoint", "swa", "--output", tmp_path / "torn")
-    assert "swa.pth is not the file that swa.json beside it lists: it was torn or changed" in end.err
+    end = call_predict("--run", runs[1], "--checkpoint", "swa", "--output", tmp_path / "damaged")
+    assert "swa.pth does not match the sha256 in swa.json next to it: it is truncated or was changed" in end.err
     (runs[1] / "one/swa.pth").unlink()
     (runs[1] / "one/swa.json").unlink()
 
 
-def test_where_averaging_does_not_help_it_says_so_and_keeps_the_single_best(runs, monkeypatch):
-    scores = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.9])  # each alone, the mean, the greedy steps, the choice again
+def test_average_saves_the_best_checkpoint_if_averaging_does_not_help(runs, monkeypatch):
+    scores = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.9])  # each checkpoint, the mean, the greedy steps, the choice again
     monkeypatch.setattr(average, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
     end = call_average("--run", runs[1] / "one")
     assert end.code == 0, end.err
-    assert "averaging did not help: no average is over epoch_" in end.out
+    assert "averaging did not help: no average is better than epoch_" in end.out
     note = json.loads((runs[1] / "one/swa.json").read_text())
     single = torch.load(runs[1] / "one" / note["files"][0], weights_only=True)["model_state_dict"]
     kept = torch.load(runs[1] / "one/swa.pth", weights_only=True)["model_state_dict"]
@@ -414,7 +422,7 @@ def test_where_averaging_does_not_help_it_says_so_and_keeps_the_single_best(runs
     (runs[1] / "one/swa.json").unlink()
 
 
-def test_checkpoints_of_two_stages_keep_their_scores_apart(runs, monkeypatch):
+def test_scores_of_equally_named_checkpoints_are_separate(runs, monkeypatch):
     scores = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.9])
     monkeypatch.setattr(average, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
     files = [runs[1] / name / "best.pth" for name in ("two", "one")]
@@ -429,13 +437,22 @@ def test_checkpoints_of_two_stages_keep_their_scores_apart(runs, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
-        (["--run", "nowhere"], "--run nowhere holds no run: config.json is missing; give one, such as logs/baseline."),
-        (["--run", "{}/one", "--checkpoints", "best:1"], "--checkpoints best:1 are 1 in {}/one, and an average needs"),
-        (["--run", "{}/one", "--checkpoints", "best"], "--checkpoints best is no file; give best:5, last:3, or paths"),
+        (
+            ["--run", "nowhere"],
+            "--run nowhere does not hold a run (config.json is missing); give a run directory, such as logs/baseline.",
+        ),
+        (
+            ["--run", "{}/one", "--checkpoints", "best:1"],
+            "--checkpoints best:1 selects 1 of {}/one, and an average needs",
+        ),
+        (
+            ["--run", "{}/one", "--checkpoints", "best"],
+            "--checkpoints best is not a file; give best:5, last:3, or paths",
+        ),
     ],
 )
-def test_what_cannot_be_averaged_gets_a_sentence(runs, flags, sentence):
-    refused(call_average(*(flag.format(runs[0]) for flag in flags)), sentence.format(runs[0]))
+def test_average_rejects_invalid_options(runs, flags, message):
+    assert_rejected(call_average(*(flag.format(runs[0]) for flag in flags)), message.format(runs[0]))
     assert not (runs[0] / "one/swa.pth").exists()

@@ -1,4 +1,4 @@
-"""The sheet shows what training gets."""
+"""tools/preview.py and image grids show what training gets."""
 
 import warnings
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pictures import Pictures, Shake
+from image_data import RandomImages, RandomNoise
 from processes import End, run_train
 from small_data import make_data
 from torchvision.io import ImageReadMode, decode_image, read_file
@@ -27,35 +27,39 @@ def run_preview(data_dir, tmp_path, *flags: str) -> End:
 
 
 @pytest.mark.parametrize("mixing", [[], ["--mixup", "0.4", "--cutmix", "1"]])
-def test_a_sheet_is_drawn_and_the_range_of_values_is_said(data_dir, tmp_path, mixing):
+def test_the_image_is_drawn_and_the_range_of_values_printed(data_dir, tmp_path, mixing):
     sheet = tmp_path / "logs/sheet.png"
     end = run_preview(data_dir, tmp_path, "--sheet", str(sheet), "--samples", "3", "--epochs", "2", *mixing)
     assert end.code == 0, end.err
-    picture = decode_image(read_file(str(sheet)), ImageReadMode.RGB)
-    assert picture.shape[2] > picture.shape[1] > 300
-    assert len(picture.flatten(1).unique(dim=1)[0]) > 20
-    assert "a batch  (3, " in end.out
+    image = decode_image(read_file(str(sheet)), ImageReadMode.RGB)
+    assert image.shape[2] > image.shape[1] > 300
+    assert len(image.flatten(1).unique(dim=1)[0]) > 20
+    assert "batch    (3, " in end.out
     assert "deviation" in end.out
     assert not (tmp_path / "x.csv").exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         (["--samples", "1"], "--samples 1 must be 2 or more."),
         (["--epochs", "0"], "--epochs 0 must be 1 or more."),
-        (["--samples", "12", "--batch-size", "4"], "--samples 12 are drawn of one batch: use --batch-size 12 or more."),
+        (
+            ["--samples", "12", "--batch-size", "4"],
+            "--samples 12 must not exceed --batch-size 4, because they come from one batch; "
+            "use --batch-size 12 or more.",
+        ),
         (["--mixup", "-1"], "--mixup -1.0 must be 0 or more."),
         (["--cutmix", "nan"], "--cutmix nan must be 0 or more."),
         (["--sheet", "README.md/p.png"], "README.md/p.png cannot be written (File exists); use another --sheet."),
         (["--sheet", "sheet.jpg"], "--sheet sheet.jpg must end in .png."),
-        (["--fold", "7"], "--fold 7 is not there"),
+        (["--fold", "7"], "--fold 7 does not exist"),
     ],
 )
-def test_bad_input_is_told_in_a_sentence(data_dir, tmp_path, flags, sentence):
+def test_invalid_options_are_rejected_with_one_line(data_dir, tmp_path, flags, message):
     end = run_preview(data_dir, tmp_path, *flags)
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert sentence in end.err
+    assert message in end.err
 
 
 @pytest.mark.parametrize(
@@ -68,45 +72,46 @@ def test_bad_input_is_told_in_a_sentence(data_dir, tmp_path, flags, sentence):
         (f"{'0065 ' * 30}end", f"{' '.join(['0065'] * 5)}\n{' '.join(['0065'] * 5)}\n{' '.join(['0065'] * 5)} …"),
     ],
 )
-def test_a_title_is_wrapped_and_its_beginning_is_never_cut(title, shown):
-    assert preview.wrap(title) == shown
+def test_titles_are_wrapped_and_keep_their_beginning(title, shown):
+    assert preview.wrap_title(title) == shown
 
 
-def test_letters_that_the_font_lacks_and_dollars_are_drawn_without_a_word(tmp_path):
-    image, titles = torch.zeros(1, 8, 8, dtype=torch.uint8), ["猫: $x^$"] * 2
+def test_missing_glyphs_and_dollar_signs_do_not_warn(tmp_path):
+    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    titles = ["猫: $x^$"] * 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         preview.draw(tmp_path / "x.png", [image] * 2, [[image] * 2], torch.zeros(2, 1, 8, 8), titles, titles)
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
-def test_a_sample_can_be_looked_up_in_any_epoch_as_training_sees_it(cpu):
-    loader = TrainLoader(Pictures(20), range(20), Shake(), cpu, seed=0, batch_size=20)
+def test_sample_returns_the_augmentation_of_any_epoch(cpu):
+    loader = TrainLoader(RandomImages(20), range(20), RandomNoise(), cpu, seed=0, batch_size=20)
     epoch = loader.epoch(0, 3)
     [batch] = epoch
     for position, index in enumerate(epoch.order.tolist()):
         assert torch.equal(epoch.sample(index)[0], batch.images[position])
 
 
-def test_the_sheet_for_the_tracker_has_originals_above_and_the_models_view_below(cpu):
-    loader = TrainLoader(Pictures(20), range(20), Shake(), cpu, seed=0, batch_size=20)
-    sheet = sample_grid(loader, lambda images: images.float() / 255 - 0.5)
-    assert sheet is not None
-    assert (sheet.dtype, sheet.shape) == (torch.uint8, (3, 22, 82))  # eight pictures of 8x8 in a row, two pixels apart
+def test_the_grid_has_originals_above_the_model_inputs(cpu):
+    loader = TrainLoader(RandomImages(20), range(20), RandomNoise(), cpu, seed=0, batch_size=20)
+    grid = sample_grid(loader, lambda images: images.float() / 255 - 0.5)
+    assert grid is not None
+    assert (grid.dtype, grid.shape) == (torch.uint8, (3, 22, 82))  # eight images of 8x8 in a row, two pixels apart
     originals, images, _ = loader.epoch(0, 1).peek(8)
-    np.testing.assert_array_equal(sheet[0, 2:10, 2:10], originals[0][0])
-    seen = images[1, 0].float() - images.min()
-    np.testing.assert_allclose(sheet[0, 12:20, 12:20], seen / (images.max() - images.min()) * 255, atol=1)
+    np.testing.assert_array_equal(grid[0, 2:10, 2:10], originals[0][0])
+    shifted = images[1, 0].float() - images.min()
+    np.testing.assert_allclose(grid[0, 12:20, 12:20], shifted / (images.max() - images.min()) * 255, atol=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 6])
-def test_images_of_any_channels_and_sizes_can_be_shown(channels):
+def test_grids_accept_any_number_of_channels_and_sizes(channels):
     originals = [torch.randint(256, (channels, 5 + size, 9), dtype=torch.uint8) for size in range(3)]
     assert make_grid_of_samples(originals, torch.randn(3, channels, 8, 8)).shape == (3, 22, 32)
 
 
-def test_what_is_no_image_has_no_sheet(cpu):
-    class Numbers(Pictures):
+def test_samples_that_are_not_images_have_no_grid(cpu):
+    class Numbers(RandomImages):
         def __getitem__(self, index):
             return torch.zeros(5), 0
 
@@ -123,5 +128,5 @@ def test_what_is_no_image_has_no_sheet(cpu):
         (torch.zeros(8, 6), "8 x 6"),
     ],
 )
-def test_a_target_of_any_kind_is_told_in_words(target, words):
-    assert preview.name_of(target, SimpleNamespace(classes=("sky", "land", "sea"))) == words
+def test_targets_of_any_kind_are_described(target, words):
+    assert preview.describe_target(target, SimpleNamespace(classes=("sky", "land", "sea"))) == words

@@ -1,10 +1,11 @@
-"""L1, crash-exact: a run that is killed at any instant and resumed ends bit for bit as one that was not."""
+"""Crash-exact resume: a run that is killed at any instant and resumed ends bit-identical to an uninterrupted run."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -20,8 +21,7 @@ from small_data import change_one_sample, make_data
 from torch import nn
 
 import train
-from batteries.core import command_line as cli
-from batteries.core import signals as interrupts
+from batteries.core import command_line, signals
 from batteries.core.config_io import to_json
 from batteries.core.files import DirectoryLock
 from batteries.distributed.connectivity import find_free_port
@@ -32,7 +32,7 @@ STAGES = (Stage("stage0", 3, 1e-2), Stage("stage1", 2, 1e-3, "plateau"))
 
 
 def dropout_network(num_classes: int) -> nn.Module:
-    """Small, with dropout and batch norm, so that everything that can differ would."""
+    """Build a small network with dropout and batch norm, so that any state that is not restored changes the result."""
     layers = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(CHANNELS * 16, 16), nn.BatchNorm1d(16)]
     return nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(16, num_classes))
 
@@ -55,7 +55,7 @@ def config(monkeypatch, data_dir, tmp_path) -> Config:
         device="cpu",
         tracker=("none",),
         num_workers=0,
-        limit_batches=4,  # the smallest data of the tests give no more
+        limit_batches=4,  # the smallest test data have no more
         save_n_best=1,
         ema_decay=0.9,
         clip_norm=1.0,
@@ -67,19 +67,22 @@ def config(monkeypatch, data_dir, tmp_path) -> Config:
 
 
 def start(config: Config, world_size: int = 1, command: bool = False) -> list:
-    """The processes of a run, one for each rank, forked from here so that nothing is imported anew.
+    """Start a run and return its processes, one for each rank; forked, so that nothing is imported again.
 
-    With `command` they end as the command line does, with its exit code.
+    Args:
+        config: The options.
+        world_size: The number of ranks.
+        command: Whether a process ends as the command line does, with its exit code.
     """
     port = find_free_port()
 
     def rank_main(rank: int) -> None:
-        os.setpgrp()  # so that a kill reaches the workers of its loader as well
+        os.setpgrp()  # so that a signal also reaches the loader processes
         if world_size > 1:
             join_ranks(rank, world_size, port)
         if command:
             sys.argv = ["train.py"]
-            cli.run_command(lambda _: train.main(config), Config)
+            command_line.run_command(lambda _: train.main(config), Config)
         else:
             train.main(config)
 
@@ -96,7 +99,7 @@ def finish(config: Config, world_size: int = 1) -> None:
 
 
 def kill_after(seconds: float, config: Config, world_size: int = 1) -> bool:
-    """Start the run and end it with SIGKILL; whether it was still running."""
+    """Start the run and send SIGKILL after some seconds; return whether it was still running."""
     processes = start(config, world_size)
     time.sleep(seconds)
     running = all(process.exitcode is None for process in processes)
@@ -108,42 +111,42 @@ def kill_after(seconds: float, config: Config, world_size: int = 1) -> bool:
 
 
 def digest(logdir: Path) -> dict[str, str]:
-    """sha256 of all that the last and the best checkpoint of each stage hold, and of the metrics."""
+    """Return the sha256 of the state in the last and best checkpoint of each stage, and of metrics.jsonl."""
     found = {"metrics": hashlib.sha256((logdir / "metrics.jsonl").read_bytes()).hexdigest()}
     for file in sorted(logdir.glob("stage*/*.pth")):
         if file.name in ("best.pth", "last.pth"):
             checkpoint = torch.load(file, weights_only=True)
-            parts = ("model", "optimizer", "scheduler", "scaler", "ema", "stopping")
-            state = [checkpoint[f"{part}_state_dict"] for part in parts]
+            names = ("model", "optimizer", "scheduler", "scaler", "ema", "stopping")
+            state = [checkpoint[f"{name}_state_dict"] for name in names]
             found[f"{file.parent.name}/{file.name}"] = f"{hash_of(state)} of epoch {checkpoint['epoch']}"
     return found
 
 
 def hash_of(value) -> str:
-    """sha256 over nested tensors and plain values."""
+    """Return the sha256 of nested tensors and plain values."""
     if isinstance(value, torch.Tensor):
         data = value.contiguous().numpy().tobytes()
     elif isinstance(value, dict):
-        data = "".join(f"{name}:{hash_of(part)}" for name, part in value.items()).encode()
+        data = "".join(f"{name}:{hash_of(item)}" for name, item in value.items()).encode()
     elif isinstance(value, list | tuple):
-        data = "".join(hash_of(part) for part in value).encode()
+        data = "".join(hash_of(item) for item in value).encode()
     else:
         data = repr(value).encode()
     return hashlib.sha256(data).hexdigest()
 
 
-def whole_run(config: Config, world_size: int = 1) -> tuple[dict[str, str], float]:
-    """What the run ends with when nobody kills it, and how long it takes; made once for each config."""
-    whole = dataclasses.replace(config, logdir=config.logdir.with_name("whole"))
+def uninterrupted_run(config: Config, world_size: int = 1) -> tuple[dict[str, str], float]:
+    """Return the digest of an uninterrupted run, and its seconds; each config is run once."""
+    uninterrupted = dataclasses.replace(config, logdir=config.logdir.with_name("uninterrupted"))
     key = repr(dataclasses.replace(config, logdir=Path(), split_file=Path())), world_size
-    if key not in WHOLE_RUNS:
+    if key not in UNINTERRUPTED_RUNS:
         begin = time.monotonic()
-        finish(whole, world_size)
-        WHOLE_RUNS[key] = digest(whole.logdir), time.monotonic() - begin
-    return WHOLE_RUNS[key]
+        finish(uninterrupted, world_size)
+        UNINTERRUPTED_RUNS[key] = digest(uninterrupted.logdir), time.monotonic() - begin
+    return UNINTERRUPTED_RUNS[key]
 
 
-WHOLE_RUNS: dict[tuple[str, int], tuple[dict[str, str], float]] = {}
+UNINTERRUPTED_RUNS: dict[tuple[str, int], tuple[dict[str, str], float]] = {}
 
 
 @pytest.mark.parametrize(
@@ -156,26 +159,26 @@ WHOLE_RUNS: dict[tuple[str, int], tuple[dict[str, str], float]] = {}
         pytest.param(0, 2, 5, 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_killed_at_random_instants_ends_as_one_that_was_not(
+def test_run_killed_at_random_instants_ends_bit_identically(
     config, num_workers, world_size, kills, checkpoint_every_steps
 ):
     config = dataclasses.replace(config, num_workers=num_workers, checkpoint_every_steps=checkpoint_every_steps)
-    wanted, seconds = whole_run(config, world_size)
-    assert len(wanted) == 5
-    chance = random.Random(num_workers + checkpoint_every_steps)
+    expected, seconds = uninterrupted_run(config, world_size)
+    assert len(expected) == 5
+    rng = random.Random(num_workers + checkpoint_every_steps)
     done = 0
     while done < kills:
-        if kill_after(chance.uniform(0, seconds), config, world_size):
+        if kill_after(rng.uniform(0, seconds), config, world_size):
             done += 1
-        else:  # it had ended: the next kills fall on a new run
-            assert digest(config.logdir) == wanted
+        else:  # it had finished; kill a new run
+            assert digest(config.logdir) == expected
             shutil.rmtree(config.logdir)
     finish(config, world_size)
-    assert digest(config.logdir) == wanted
+    assert digest(config.logdir) == expected
 
 
 def kill_at(config: Config, stage: str, file: str) -> None:
-    """Start the run and end it with SIGKILL right after it has saved `file`."""
+    """Start the run and send SIGKILL right after it has saved `file` of `stage`."""
     original = train.CheckpointManager.save
 
     def save_and_die(self, checkpoint):
@@ -194,15 +197,15 @@ def kill_at(config: Config, stage: str, file: str) -> None:
 
 
 @pytest.fixture
-def cut_run(config, cuts) -> Config:
-    """A run that was killed within the second epoch of its second stage, with a checkpoint in that epoch."""
-    if not cuts.exists():
+def interrupted_run(config, saved_run) -> Config:
+    """Return the config of a run that was killed in the second epoch of its second stage, after a checkpoint."""
+    if not saved_run.exists():
         kill_at(config, "stage1", "epoch_2_step_6.pth")
-        shutil.copytree(config.logdir, cuts)
-        shutil.copy(config.split_file, cuts.with_suffix(".csv"))
+        shutil.copytree(config.logdir, saved_run)
+        shutil.copy(config.split_file, saved_run.with_suffix(".csv"))
     else:
-        shutil.copytree(cuts, config.logdir)
-        shutil.copy(cuts.with_suffix(".csv"), config.split_file)
+        shutil.copytree(saved_run, config.logdir)
+        shutil.copy(saved_run.with_suffix(".csv"), config.split_file)
         record = json.loads((config.logdir / "run.json").read_text())
         record["split"]["file"] = str(config.split_file)
         (config.logdir / "run.json").write_text(json.dumps(record))
@@ -210,32 +213,32 @@ def cut_run(config, cuts) -> Config:
 
 
 @pytest.fixture(scope="session")
-def cuts(tmp_path_factory) -> Path:
-    """Where the first cut run is kept for the tests that want one like it."""
-    return tmp_path_factory.mktemp("cuts") / "run"
+def saved_run(tmp_path_factory) -> Path:
+    """Return the directory that keeps a copy of the first interrupted run, for other tests."""
+    return tmp_path_factory.mktemp("saved_run") / "run"
 
 
 def resume(config: Config, **changes) -> End:
-    """The end of `python train.py --resume` with this config."""
+    """Run `python train.py --resume` with this config and changes to it."""
     path = config.logdir.with_name("config.json")
     path.write_text(json.dumps(to_json(dataclasses.replace(config, **changes))))
     return run_train(train.main, Config, "--config", str(path), "--resume")
 
 
-def test_a_resumed_run_says_where_it_goes_on(cut_run):
-    end = resume(cut_run)
+def test_resumed_run_logs_where_it_continues(interrupted_run):
+    end = resume(interrupted_run)
     assert end.code == 0, end.err
     where = "stage1/epoch_2_step_6.pth, in stage1 epoch 2 after 2 steps"
-    assert f"weights  resumed from {cut_run.logdir}/{where}" in end.out
-    record = json.loads((cut_run.logdir / "run.json").read_text())
+    assert f"weights  resumed from {interrupted_run.logdir}/{where}" in end.out
+    record = json.loads((interrupted_run.logdir / "run.json").read_text())
     assert len(record["resumed"]) == 1
     assert record["exit"] == "finished"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "remove"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(cut_run, damage):
-    wanted, _ = whole_run(cut_run)
-    path = cut_run.logdir / "stage1/epoch_2_step_6.pth"
+def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(interrupted_run, damage):
+    expected, _ = uninterrupted_run(interrupted_run)
+    path = interrupted_run.logdir / "stage1/epoch_2_step_6.pth"
     data = bytearray(path.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 1
@@ -247,80 +250,84 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(cut_run, d
         path.unlink()
     else:
         path.write_bytes(data)
-    end = resume(cut_run)
+    end = resume(interrupted_run)
     assert end.code == 0, end.err
     assert f"{path} is " in end.out
-    assert "The run goes on from stage1/epoch_1.pth; 2 steps of it are done again." in end.out
+    assert "The run resumes from stage1/epoch_1.pth; 2 steps will be repeated." in end.out
     assert (path.with_name(f"{path.name}.corrupt").exists()) == (damage != "remove")
-    assert digest(cut_run.logdir) == wanted
+    assert digest(interrupted_run.logdir) == expected
 
 
-def test_a_stage_whose_checkpoints_are_all_damaged_is_done_again_from_the_stage_before(cut_run):
-    wanted, _ = whole_run(cut_run)
-    for path in (cut_run.logdir / "stage1").glob("epoch_*.pth"):
-        path.write_bytes(b"torn")
-    end = resume(cut_run)
+def test_stage_without_valid_checkpoint_restarts_from_the_previous_stage(interrupted_run):
+    expected, _ = uninterrupted_run(interrupted_run)
+    for path in (interrupted_run.logdir / "stage1").glob("epoch_*.pth"):
+        path.write_bytes(b"truncated")
+    end = resume(interrupted_run)
     assert end.code == 0, end.err
-    assert "The run goes on from stage0/epoch_3.pth; 6 steps of stage1 are done again." in end.out
-    assert digest(cut_run.logdir) == wanted
+    assert "The run resumes from stage0/epoch_3.pth; 6 steps of stage1 will be repeated." in end.out
+    assert digest(interrupted_run.logdir) == expected
 
 
-def test_where_no_checkpoint_is_sound_the_run_is_refused_and_never_started_afresh(cut_run):
-    for path in cut_run.logdir.glob("stage*/epoch_*.pth"):
-        path.write_bytes(b"torn")
-    metrics = (cut_run.logdir / "metrics.jsonl").read_bytes()
-    end = resume(cut_run)
+def test_run_without_valid_checkpoint_is_rejected_and_not_restarted(interrupted_run):
+    for path in interrupted_run.logdir.glob("stage*/epoch_*.pth"):
+        path.write_bytes(b"truncated")
+    metrics = (interrupted_run.logdir / "metrics.jsonl").read_bytes()
+    end = resume(interrupted_run)
     assert end.code == 2
-    assert "--resume finds no sound checkpoint in " in end.err
-    assert (cut_run.logdir / "metrics.jsonl").read_bytes() == metrics
+    assert "--resume finds no valid checkpoint in " in end.err
+    assert (interrupted_run.logdir / "metrics.jsonl").read_bytes() == metrics
 
 
 @pytest.mark.parametrize("file", ["stage1/checkpoints.json", "run.json", "metrics.jsonl"])
-def test_a_damaged_record_is_refused_by_name(cut_run, file):
-    (cut_run.logdir / file).write_text("{torn\n")
-    end = resume(cut_run)
+def test_damaged_run_file_is_rejected(interrupted_run, file):
+    (interrupted_run.logdir / file).write_text("{truncated\n")
+    end = resume(interrupted_run)
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert f"{cut_run.logdir}/{file} is damaged" in end.err
+    assert f"{interrupted_run.logdir}/{file} is damaged" in end.err
 
 
-def test_a_damaged_end_of_an_epoch_gives_way_to_the_checkpoint_at_its_last_step(config):
+def test_damaged_checkpoint_at_the_end_of_an_epoch_is_replaced(config):
     kill_at(config, "stage0", "epoch_1_step_2.pth")
-    finish(config := dataclasses.replace(config, stages=STAGES[:1]))
+    config = dataclasses.replace(config, stages=STAGES[:1])
+    finish(config)
     last = config.logdir / "stage0/epoch_3.pth"
-    last.write_bytes(b"torn")
+    last.write_bytes(b"truncated")
     assert resume(config).code == 0
     assert last.with_name("epoch_3.pth.corrupt").exists()
 
 
 @pytest.mark.parametrize("lost", ["the file", "the last line"])
-def test_metrics_that_lack_an_epoch_are_refused_by_name(cut_run, lost):
-    path = cut_run.logdir / "metrics.jsonl"
+def test_metrics_jsonl_that_lacks_an_epoch_is_rejected(interrupted_run, lost):
+    path = interrupted_run.logdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     if lost == "the file":
         path.unlink()
     else:
-        path.write_text("".join(lines[:3]))  # stage0 alone, and the run is in stage1
-    end = resume(cut_run)
+        path.write_text("".join(lines[:3]))  # only those of stage0; the run is in stage1
+    end = resume(interrupted_run)
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert f"{path} lacks the epoch before that of {cut_run.logdir}/stage1/epoch_2_step_6.pth; put it back" in end.err
+    assert (
+        f"{path} lacks the epoch before that of {interrupted_run.logdir}/stage1/epoch_2_step_6.pth; restore the file"
+        in end.err
+    )
 
 
-def test_a_missing_ledger_is_refused_by_name(cut_run):
-    (cut_run.logdir / "stage1/checkpoints.json").unlink()
-    end = resume(cut_run)
+def test_missing_manifest_is_rejected(interrupted_run):
+    (interrupted_run.logdir / "stage1/checkpoints.json").unlink()
+    end = resume(interrupted_run)
     assert end.code == 2
-    assert f"{cut_run.logdir}/stage1/checkpoints.json is missing" in end.err
+    assert f"{interrupted_run.logdir}/stage1/checkpoints.json is missing" in end.err
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
-        ({"batch_size": 16}, "--batch-size was 32 and is 16; give --batch-size 32, or another --logdir."),
+        ({"batch_size": 16}, "--batch-size was 32 and is 16; give --batch-size 32, or use another --logdir."),
         ({"seed": 1}, "--seed was 0 and is 1"),
         ({"fold": 1}, "--fold was 0 and is 1"),
         ({"accumulation_steps": 1}, "--accumulation-steps was 2 and is 1"),
-        ({"tf32": False}, "--tf32 was True and is False; give --tf32, or another --logdir."),
-        ({"scores": ("roc_auc",)}, "--scores was [] and is ['roc_auc']; leave --scores out, or another --logdir."),
+        ({"tf32": False}, "--tf32 was True and is False; give --tf32, or use another --logdir."),
+        ({"scores": ("roc_auc",)}, "--scores was [] and is ['roc_auc']; leave --scores out, or use another --logdir."),
         (
             {"stages": (STAGES[0], dataclasses.replace(STAGES[1], name="tuned"))},
             "--stages.1.name was stage1",
@@ -329,21 +336,21 @@ def test_a_missing_ledger_is_refused_by_name(cut_run):
             {"stages": (Stage("stage0", 4, 1e-2), STAGES[1])},
             "--stages.0.epochs was 3 and is 4; give --stages",
         ),
-        ({"ema_decay": None}, "--ema-decay was 0.9 and is None; give --ema-decay 0.9, or another --logdir."),
+        ({"ema_decay": None}, "--ema-decay was 0.9 and is None; give --ema-decay 0.9, or use another --logdir."),
         ({"precision": "bf16"}, "--precision was fp32 and is bf16"),
         ({"stages": (STAGES[0], Stage("stage1", 2, 2e-3))}, "--stages.1.lr was 0.001 and is 0.002; give"),
     ],
 )
-def test_another_run_is_not_resumed_and_the_difference_is_named(cut_run, changes, sentence):
-    before = {path: path.read_bytes() for path in cut_run.logdir.rglob("[!.]*") if path.is_file()}
-    end = resume(cut_run, **changes)
+def test_changed_option_is_rejected_at_resume(interrupted_run, changes, message):
+    before = {path: path.read_bytes() for path in interrupted_run.logdir.rglob("[!.]*") if path.is_file()}
+    end = resume(interrupted_run, **changes)
     assert end.code == 2
-    assert sentence in end.err
+    assert message in end.err
     assert end.err.count("\n") == 1
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_other_data_are_not_resumed(cut_run, monkeypatch, tmp_path):
+def test_changed_data_are_rejected_at_resume(interrupted_run, monkeypatch, tmp_path):
     load_dataset = train.load_dataset
 
     def load_changed(data_dir):
@@ -351,59 +358,59 @@ def test_other_data_are_not_resumed(cut_run, monkeypatch, tmp_path):
         return change_one_sample(load_dataset(tmp_path / "changed"))
 
     monkeypatch.setattr(train, "load_dataset", load_changed)
-    end = resume(cut_run)
+    end = resume(interrupted_run)
     assert end.code == 2
-    assert "the data or their split are not those of " in end.err
+    assert "the data or their split differ from those of " in end.err
 
 
 @pytest.mark.parametrize("change", ["another fold", "the order of its rows", "another file"])
-def test_a_split_file_that_was_edited_since_is_not_resumed(cut_run, change):
-    path = cut_run.split_file
+def test_changed_split_file_is_rejected_at_resume(interrupted_run, change):
+    path = interrupted_run.split_file
     header, *rows = path.read_text().splitlines()
-    if change == "another fold":  # groups stay whole
+    if change == "another fold":  # all samples of a group stay in one fold
         swapped = {"3": "4", "4": "3"}
-        parts = [row.split(",") for row in rows]
-        rows = [",".join([*part[:2], swapped.get(part[2], part[2]), *part[3:]]) for part in parts]
+        cells = [row.split(",") for row in rows]
+        rows = [",".join([*row[:2], swapped.get(row[2], row[2]), *row[3:]]) for row in cells]
     else:
         rows.reverse()
     path.write_text("\n".join([header, *rows]) + "\n")
     if change == "another file":
-        cut_run = dataclasses.replace(cut_run, split_file=path.rename(path.with_name("other.csv")))
-    before = (cut_run.logdir / "run.json").read_bytes()
-    end = resume(cut_run)
+        interrupted_run = dataclasses.replace(interrupted_run, split_file=path.rename(path.with_name("other.csv")))
+    before = (interrupted_run.logdir / "run.json").read_bytes()
+    end = resume(interrupted_run)
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert f"--resume would change the run: {cut_run.split_file} is not what the run began with, {path} of sha256" in (
-        end.err
-    )
-    assert (cut_run.logdir / "run.json").read_bytes() == before
+    problem = f"{interrupted_run.split_file} is not the split file that the run began with, {path} with sha256 "
+    assert f"--resume would change the run: {problem}" in end.err
+    assert (interrupted_run.logdir / "run.json").read_bytes() == before
 
 
-def test_a_split_file_may_lie_elsewhere_when_the_run_goes_on(cut_run):
-    wanted, _ = whole_run(cut_run)
-    moved = cut_run.split_file.rename(cut_run.split_file.with_name("moved.csv"))
-    end = resume(cut_run, split_file=moved)
+def test_moved_split_file_is_accepted_at_resume(interrupted_run):
+    expected, _ = uninterrupted_run(interrupted_run)
+    moved = interrupted_run.split_file.rename(interrupted_run.split_file.with_name("moved.csv"))
+    end = resume(interrupted_run, split_file=moved)
     assert end.code == 0, end.err
-    assert digest(cut_run.logdir) == wanted
+    assert digest(interrupted_run.logdir) == expected
 
 
-def test_another_model_is_not_resumed(cut_run, monkeypatch):
+def test_changed_model_is_rejected_at_resume(interrupted_run, monkeypatch):
     monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(dropout_network(num_classes)))
-    before = {path: path.read_bytes() for path in cut_run.logdir.rglob("[!.]*") if path.is_file()}
-    end = resume(cut_run)
+    before = {path: path.read_bytes() for path in interrupted_run.logdir.rglob("[!.]*") if path.is_file()}
+    end = resume(interrupted_run)
     assert end.code == 2
-    assert "epoch_2_step_6.pth is of another architecture than the model (missing: 0.2.weight" in end.err
+    assert "epoch_2_step_6.pth does not fit the architecture of the model (missing: 0.2.weight" in end.err
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_other_versions_are_said_to_change_the_rounding(cut_run, monkeypatch):
+def test_changed_versions_are_reported_at_resume(interrupted_run, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    end = resume(cut_run)
+    end = resume(interrupted_run)
     assert end.code == 0, end.err
-    assert " before and 9.9.9 now: it goes on equal to rounding, not bit for bit." in end.out
+    changes = r"Changed since the run was saved: torch \S+ -> 9\.9\.9\. "
+    assert re.search(changes + r"The results are equal up to rounding, not bit-identical\.\n", end.out)
 
 
-def test_an_early_end_survives_a_kill_and_its_stage_is_not_gone_on_with(config, monkeypatch):
-    """The stage ends at its second epoch; the run is killed right after that checkpoint."""
+def test_early_stop_survives_a_kill_and_its_stage_is_not_continued(config, monkeypatch):
+    """The stage stops early after its second epoch, and the run is killed right after that checkpoint."""
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": 0.5, "loss": 1.0})
     config = dataclasses.replace(config, patience=1)
     process = train.CheckpointManager.process
@@ -421,71 +428,77 @@ def test_an_early_end_survives_a_kill_and_its_stage_is_not_gone_on_with(config, 
     finish(config)
     lines = [json.loads(line) for line in (config.logdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["epoch"]) for line in lines] == [
-        *(("stage0", 1), ("stage0", 2), ("stage1", 1), ("stage1", 2))
+        ("stage0", 1),
+        ("stage0", 2),
+        ("stage1", 1),
+        ("stage1", 2),
     ]
 
 
-def test_what_changes_no_number_may_change(cut_run):
-    wanted, _ = whole_run(cut_run)
-    assert resume(cut_run, num_workers=2, checkpoint_every_steps=None, show_warnings=True).code == 0
-    assert digest(cut_run.logdir) == wanted
+def test_options_that_do_not_affect_results_may_change_at_resume(interrupted_run):
+    expected, _ = uninterrupted_run(interrupted_run)
+    assert resume(interrupted_run, num_workers=2, checkpoint_every_steps=None, show_warnings=True).code == 0
+    assert digest(interrupted_run.logdir) == expected
 
 
-def test_a_stage_that_has_not_begun_may_change(config):
+def test_stage_that_has_not_begun_may_change_at_resume(config):
     first = dataclasses.replace(config, stages=STAGES[:1])
     finish(first)
     assert resume(config).code == 0
-    wanted, _ = whole_run(config)
-    assert digest(config.logdir) == wanted
+    expected, _ = uninterrupted_run(config)
+    assert digest(config.logdir) == expected
 
 
-def test_a_finished_run_says_so_and_changes_no_number(config):
+def test_resuming_a_finished_run_changes_nothing(config):
     finish(config)
     before = digest(config.logdir)
     end = resume(config)
     assert end.code == 0
-    assert "finished already" in end.out
+    assert "already finished" in end.out
     assert digest(config.logdir) == before
 
 
-def test_resume_starts_a_run_where_there_is_none(config):
+def test_resume_starts_a_new_run_in_an_empty_logdir(config):
     end = resume(config)
     assert end.code == 0
     assert "weights  random, from seed 0" in end.out
-    assert digest(config.logdir) == whole_run(config)[0]
+    assert digest(config.logdir) == uninterrupted_run(config)[0]
 
 
-def test_a_second_process_on_the_same_logdir_is_refused(cut_run):
-    lock = DirectoryLock(cut_run.logdir / ".lock")
+def test_second_process_on_the_same_logdir_is_rejected(interrupted_run):
+    lock = DirectoryLock(interrupted_run.logdir / ".lock")
     lock.acquire()
-    end = resume(cut_run)
+    end = resume(interrupted_run)
     lock.release()
     assert end.code == 2
     assert f"is in use by process {os.getpid()} on " in end.err
 
 
-def test_ranks_may_change_at_a_resume_and_then_weights_agree_to_rounding_and_it_is_said(config, monkeypatch, data_dir):
+def test_world_size_may_change_at_resume_up_to_rounding(config, monkeypatch, data_dir):
     layers = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(CHANNELS * 16, 10)]
     monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(*layers))  # without dropout
-    finish(dataclasses.replace(config, logdir=config.logdir.with_name("whole")))
+    finish(dataclasses.replace(config, logdir=config.logdir.with_name("uninterrupted")))
     kill_at(config, "stage1", "epoch_2_step_6.pth")
     finish(config, world_size=2)
-    assert "equal to rounding, not bit for bit" in (config.logdir / "train.log").read_text()
-    ours, theirs = (
-        torch.load(logdir / "stage1/last.pth", weights_only=True)["model_state_dict"]
-        for logdir in (config.logdir, config.logdir.with_name("whole"))
-    )
-    for name, values in theirs.items():
-        torch.testing.assert_close(ours[name], values, rtol=1e-5, atol=1e-6)
-    ours, theirs = (
-        [json.loads(line)["train"]["loss"] for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-        for logdir in (config.logdir, config.logdir.with_name("whole"))
-    )
-    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert "equal up to rounding, not bit-identical" in (config.logdir / "train.log").read_text()
+    uninterrupted = config.logdir.with_name("uninterrupted")
+    actual_weights = read_weights(config.logdir)
+    expected_weights = read_weights(uninterrupted)
+    for name, values in expected_weights.items():
+        torch.testing.assert_close(actual_weights[name], values, rtol=1e-5, atol=1e-6)
+    assert read_losses(config.logdir) == pytest.approx(read_losses(uninterrupted), rel=1e-6)
+
+
+def read_weights(logdir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(logdir / "stage1/last.pth", weights_only=True)["model_state_dict"]
+
+
+def read_losses(logdir: Path) -> list[float]:
+    return [json.loads(line)["train"]["loss"] for line in (logdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def wait_for_start(logdir: Path, starts: int) -> None:
-    """Wait until the run has said for the `starts`-th time where it begins: from then on it listens to signals."""
+    """Wait until the run has logged its header `starts` times: from then on it handles signals."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         if (logdir / "train.log").exists() and (logdir / "train.log").read_text().count("INFO code ") >= starts:
@@ -497,60 +510,60 @@ def wait_for_start(logdir: Path, starts: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_to_one_rank_saves_the_run_on_all_and_it_goes_on_bit_for_bit(config, name, world_size):
+def test_signal_to_one_rank_saves_the_run_and_resume_is_bit_identical(config, name, world_size):
     config = dataclasses.replace(config, checkpoint_every_steps=None, num_workers=1)
-    wanted, seconds = whole_run(config, world_size)
+    expected, seconds = uninterrupted_run(config, world_size)
     number = getattr(signal, name)
-    chance = random.Random(number)
+    rng = random.Random(number)
     stopped = started = 0
     while stopped < 3:
         processes = start(config, world_size, command=True)
         wait_for_start(config.logdir, starts=started + 1)
         started += 1
-        time.sleep(0.1 + chance.uniform(0, seconds / 2))
+        time.sleep(0.1 + rng.uniform(0, seconds / 2))
         if processes[-1].exitcode is None:
             os.kill(processes[-1].pid, number)
         for process in processes:
             process.join(60)
-        exit_said = json.loads((config.logdir / "run.json").read_text())["exit"]
-        if exit_said == "finished":  # it had ended before the signal came
-            assert digest(config.logdir) == wanted
+        outcome = json.loads((config.logdir / "run.json").read_text())["exit"]
+        if outcome == "finished":  # it had finished before the signal
+            assert digest(config.logdir) == expected
             shutil.rmtree(config.logdir)
             started = 0
             continue
         assert {process.exitcode for process in processes} == {128 + number}
-        assert exit_said == f"preempted by {name}"
+        assert outcome == f"preempted by {name}"
         stopped += 1
     finish(config, world_size)
-    assert digest(config.logdir) == wanted
+    assert digest(config.logdir) == expected
 
 
-def test_a_second_signal_ends_the_run_at_once(config, monkeypatch):
+def test_second_signal_ends_the_run_immediately(config, monkeypatch):
     def hang(*_):
         (config.logdir / "hangs").touch()
         time.sleep(60)
 
     monkeypatch.setattr(train, "valid_fn", hang)
-    monkeypatch.setattr(interrupts, "SECONDS_APART", 0.0)
+    monkeypatch.setattr(signals, "MIN_SECONDS_APART", 0.0)
     [process] = start(config)
     until = time.monotonic() + 60
     while not (config.logdir / "hangs").exists() and time.monotonic() < until:
         time.sleep(0.01)
     for number in (signal.SIGTERM, signal.SIGINT):
-        assert process.exitcode is None  # one signal alone is waited with until the step is done
+        assert process.exitcode is None  # one signal does not end the run within a step
         os.kill(process.pid, number)
         process.join(1)
     assert process.exitcode == 130
 
 
-def test_a_checkpoint_is_written_within_the_epoch_when_the_minutes_are_over(config):
+def test_checkpoint_is_written_within_an_epoch_after_some_minutes(config):
     config = dataclasses.replace(config, checkpoint_every_steps=None, checkpoint_every_minutes=0.0, stages=STAGES[:1])
     finish(config)
-    ledger = json.loads((config.logdir / "stage0/checkpoints.json").read_text())
-    assert "epoch_3_step_11.pth" in [row["file"] for row in ledger["checkpoints"]]
+    manifest = json.loads((config.logdir / "stage0/checkpoints.json").read_text())
+    assert "epoch_3_step_11.pth" in [entry["file"] for entry in manifest["checkpoints"]]
 
 
-def test_the_best_checkpoint_survives_restarts(config, monkeypatch):
+def test_best_checkpoint_survives_restarts(config, monkeypatch):
     scores = [0.4, 0.9, 0.5, 0.3, 0.2]  # three epochs of the first stage, two of the second
     config = dataclasses.replace(config, ema_decay=None)
     path = config.logdir.with_name("calls")
@@ -582,11 +595,9 @@ def test_the_best_checkpoint_survives_restarts(config, monkeypatch):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_signal_in_the_last_validation_ends_the_run_saved_and_it_goes_on_to_the_same_end(
-    config, monkeypatch, world_size
-):
+def test_signal_during_the_last_validation_saves_the_run(config, monkeypatch, world_size):
     config = dataclasses.replace(config, ema_decay=None, stages=STAGES[:1])
-    wanted, _ = whole_run(config, world_size)
+    expected, _ = uninterrupted_run(config, world_size)
     valid_fn, calls = train.valid_fn, []
 
     def stop(*arguments):
@@ -603,21 +614,21 @@ def test_a_signal_in_the_last_validation_ends_the_run_saved_and_it_goes_on_to_th
     assert {process.exitcode for process in processes} == {128 + signal.SIGTERM}
     assert json.loads((config.logdir / "run.json").read_text())["exit"] == "preempted by SIGTERM"
     finish(config, world_size)
-    assert digest(config.logdir) == wanted
+    assert digest(config.logdir) == expected
 
 
-def test_code_that_changed_since_the_run_was_saved_is_named_at_its_resume(config, monkeypatch):
+def test_changed_code_is_reported_at_resume(config, monkeypatch):
     config = dataclasses.replace(config, stages=STAGES[:1])
     finish(config)
     hashes = hash_code()
     assert {"train.py", "experiment/model.py", "experiment/augmentations.py"} <= set(hashes)
     monkeypatch.setattr("batteries.run.run.hash_code", lambda: hashes | {"experiment/model.py": "another"})
     finish(config)
-    said = (config.logdir / "train.log").read_text()
-    assert said.count("experiment/model.py changed since the run was saved: it goes on with the new code.") == 1
+    log = (config.logdir / "train.log").read_text()
+    assert log.count("experiment/model.py changed since the run was saved; the resumed run uses the new code.") == 1
 
 
-def test_a_run_that_goes_on_remembers_which_weights_it_began_with(config):
+def test_resumed_run_keeps_its_initial_weight_options(config):
     first = dataclasses.replace(config, stages=STAGES[:1], logdir=config.logdir.with_name("first"))
     finish(first)
     best = first.logdir / "stage0/best.pth"

@@ -1,4 +1,4 @@
-"""A split is written once, checked whenever it is read, and leaks nothing."""
+"""Splits: written once, validated whenever they are read, without leakage; and tools/split.py."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from pictures import Pictures
+from image_data import RandomImages
 from processes import End, run_train
 
 from batteries.core.errors import UserError
@@ -20,13 +20,13 @@ from experiment.splits import make_folds
 from tools import split
 
 
-class Samples(Pictures):
-    """Pictures as a data set that can be split, with ids."""
+class Samples(RandomImages):
+    """Images with ids, and other attributes of a data set."""
 
     def __init__(self, size: int = 80, **attributes: object) -> None:
         super().__init__(size)
         self.size = size
-        self.ids = [f"picture {index}, a" for index in range(size)]
+        self.ids = [f"image {index}, a" for index in range(size)]
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -42,14 +42,14 @@ def open_splits(tmp_path, dataset=None, make=make_folds) -> SplitFile:
 
 
 def groups_of(size: int) -> list[str]:
-    """About four samples each."""
+    """Return random groups of about four samples each."""
     return [f"group{number}" for number in np.random.default_rng(0).integers(size // 4, size=size)]
 
 
 @pytest.mark.parametrize("targets", ["classes", "numbers", "several labels", "none"])
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("official", [False, True])
-def test_folds_cover_each_sample_once_and_neither_groups_nor_the_test_split_leak(targets, groups, official):
+def test_folds_cover_each_sample_once_without_leakage(targets, groups, official):
     size = 400
     dataset = Samples(size, groups=groups_of(size) if groups else None)
     if targets != "classes":
@@ -77,55 +77,67 @@ def test_folds_cover_each_sample_once_and_neither_groups_nor_the_test_split_leak
             assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_a_column_that_the_user_brings_decides():
-    brought = np.arange(80) % 3 - 1
-    assert (make_folds(Samples(folds=brought)) == brought).all()
+def test_folds_of_the_data_set_are_used():
+    folds = np.arange(80) % 3 - 1
+    assert (make_folds(Samples(folds=folds)) == folds).all()
 
 
 @pytest.mark.parametrize(
-    ("dataset", "numbers"),
+    ("dataset", "arguments", "message"),
     [
-        (Samples(folds=np.arange(80) % 3 - 1), {"num_folds": 10}),
-        (Samples(folds=np.arange(80) % 3 - 1), {"test_fraction": 0.5}),
-        (Samples(official_test=np.arange(80) < 20), {"test_fraction": 0.5}),
+        (
+            Samples(folds=np.arange(80) % 3 - 1),
+            {"num_folds": 10},
+            "the data set defines its own folds; remove --num-folds and --test-fraction.",
+        ),
+        (
+            Samples(folds=np.arange(80) % 3 - 1),
+            {"test_fraction": 0.5},
+            "the data set defines its own folds; remove --num-folds and --test-fraction.",
+        ),
+        (
+            Samples(official_test=np.arange(80) < 20),
+            {"test_fraction": 0.5},
+            "the data set has an official test split; remove --test-fraction.",
+        ),
     ],
 )
-def test_a_number_that_would_change_nothing_is_refused(dataset, numbers):
+def test_arguments_without_effect_are_rejected(dataset, arguments, message):
     make_folds(dataset)
-    with pytest.raises(UserError, match=rf"the data bring .* of their own: leave .*--{next(iter(numbers))[:3]}"):
-        make_folds(dataset, **numbers)
+    with pytest.raises(UserError, match=re.escape(message)):
+        make_folds(dataset, **arguments)
 
 
 @pytest.mark.parametrize("classes", [True, False])
-@pytest.mark.parametrize("share", [0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 0.9])
-def test_the_test_share_is_what_was_asked_for_with_groups_too(share, classes):
+@pytest.mark.parametrize("fraction", [0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 0.9])
+def test_the_test_fraction_is_reached_with_groups(fraction, classes):
     size = 800
     dataset = Samples(size, groups=groups_of(size), targets=np.arange(size) % 4, classes=tuple("abcd"))
     if not classes:
         dataset.classes = dataset.targets = None
-    assert (make_folds(dataset, test_fraction=share) == TEST).mean() == pytest.approx(share, abs=0.03)
+    assert (make_folds(dataset, test_fraction=fraction) == TEST).mean() == pytest.approx(fraction, abs=0.03)
 
 
-def test_parts_share_no_sample_and_training_is_what_neither_validates_nor_tests(tmp_path):
+def test_splits_are_disjoint_and_complete(tmp_path):
     splits = open_splits(tmp_path)
     for fold in range(5):
-        parts = splits.select(fold)
-        assert sorted(np.concatenate(parts).tolist()) == list(range(80))
-        assert (splits.folds[parts.valid] == fold).all()
-        assert (splits.folds[parts.test] == TEST).all()
+        selected = splits.select(fold)
+        assert sorted(np.concatenate(selected).tolist()) == list(range(80))
+        assert (splits.folds[selected.valid] == fold).all()
+        assert (splits.folds[selected.test] == TEST).all()
 
 
-def test_the_file_is_what_counts_from_then_on_and_its_rows_may_stand_in_another_order(tmp_path):
+def test_an_existing_file_is_used_with_rows_in_any_order(tmp_path):
     first = open_splits(tmp_path)
     first.write()
     header, *rows = first.path.read_text().splitlines()
     first.path.write_text("\n".join([header, *reversed(rows)]) + "\n")
-    again = open_splits(tmp_path, make=lambda _: pytest.fail("made anew"))
+    again = open_splits(tmp_path, make=lambda _: pytest.fail("the folds were made again"))
     assert (again.folds == first.folds).all()
     assert again.sha256 != first.sha256
 
 
-def test_a_table_that_went_through_a_spreadsheet_is_still_the_same(tmp_path):
+def test_a_file_saved_by_a_spreadsheet_is_the_same_split(tmp_path):
     splits = open_splits(tmp_path)
     splits.write()
     header, *rows = splits.path.read_text().splitlines()
@@ -136,111 +148,142 @@ def test_a_table_that_went_through_a_spreadsheet_is_still_the_same(tmp_path):
 
 
 def edit(text: str, row: int, column: int, value: str) -> str:
-    """`text` with another value in one cell of x.csv."""
+    """Return `text` with another value in one cell."""
     lines = [line.rsplit(",", text.splitlines()[0].count(",")) for line in text.splitlines()]
     lines[row][column] = value
     return "\n".join(",".join(line) for line in lines) + "\n"
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
-        (lambda text: text + text.splitlines()[1] + "\n", "x.csv has ids more than once: picture 0, a;"),
-        (lambda text: "\n".join(text.splitlines()[:-2]), "without 2 samples of it (picture 78, a, picture 79, a)"),
-        (lambda text: text + "other,0,1,g\n", "with 1 that it does not have (other)"),
-        (lambda text: edit(text, 1, 1, "3"), "has target '3' for picture 0, a, and the data set '0'"),
-        (lambda text: edit(text, 1, 1, "north"), "has target 'north' for picture 0, a, and the data set '0'"),
-        (lambda text: edit(text, 1, 3, "g9"), "has group 'g9' for picture 0, a, and the data set 'g0'"),
+        (lambda text: text + text.splitlines()[1] + "\n", "x.csv has repeated ids: image 0, a; keep one row of each."),
+        (lambda text: "\n".join(text.splitlines()[:-2]), "2 samples not in the file (image 78, a, image 79, a)"),
+        (
+            lambda text: text + "other,0,1,g\n",
+            "x.csv belongs to another data set: 1 sample not in the data set (other)",
+        ),
+        (lambda text: edit(text, 1, 1, "3"), "has target '3' for image 0, a, but the data set has '0'"),
+        (lambda text: edit(text, 1, 1, "north"), "has target 'north' for image 0, a, but the data set has '0'"),
+        (lambda text: edit(text, 1, 3, "g9"), "has group 'g9' for image 0, a, but the data set has 'g0'"),
         (lambda text: edit(text, 1, 2, "4"), "x.csv has group g0 in folds 4 and "),
-        (lambda text: edit(text, 1, 2, "1.5"), "has fold '1.5' for picture 0, a; give a whole number from 0, or -1"),
-        (lambda text: edit(text, 1, 2, "-2"), "has fold '-2' for picture 0, a"),
+        (lambda text: edit(text, 1, 2, "1.5"), "has fold '1.5' for image 0, a; use an integer from 0, or -1"),
+        (lambda text: edit(text, 1, 2, "-2"), "has fold '-2' for image 0, a"),
         (
             lambda text: text.replace("group", " Group"),
-            "x.csv has a column ' Group', which is not read; call it 'group'",
+            "x.csv has a column ' Group', which is not read; rename it to 'group'",
         ),
-        (lambda text: text.replace("target", "fold"), "x.csv has column fold more than once; leave one."),
+        (lambda text: text.replace("target", "fold"), "x.csv has more than one column fold; keep one."),
         (lambda text: text.replace("fold", "part"), "x.csv has no column fold; it has id, target, part, group."),
-        (lambda text: text.replace(",4,", ",5,"), "x.csv has the folds 0, 1, 2, 3, 5; number two or more from 0 on"),
+        (
+            lambda text: text.replace(",4,", ",5,"),
+            "x.csv has the folds 0, 1, 2, 3, 5; number two or more folds from 0 on",
+        ),
         (lambda text: "", "x.csv has no column id, fold, target, group; it has none."),
     ],
 )
-def test_a_file_that_does_not_fit_the_data_is_refused_by_name(tmp_path, change, sentence):
+def test_a_file_that_does_not_fit_the_data_is_rejected(tmp_path, change, message):
     dataset = Samples(groups=[f"g{index // 2}" for index in range(80)])
     splits = open_splits(tmp_path, dataset, lambda _: np.arange(80) // 2 % 6 - 1)
     splits.write()
-    splits.path.write_text(change(splits.path.read_text()).replace("picture", '"picture').replace(", a,", ', a",'))
+    splits.path.write_text(change(splits.path.read_text()).replace("image", '"image').replace(", a,", ', a",'))
     splits.path.write_text(splits.path.read_text().replace('""', '"'))
     with pytest.raises(UserError) as error:
         open_splits(tmp_path, dataset)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
-def in_class(index: int, size: int = 80) -> torch.Tensor:
-    """Targets of which one class has a single sample, number `index`."""
+def single_sample_class(index: int, size: int = 80) -> torch.Tensor:
+    """Return targets of which one class has a single sample, number `index`."""
     targets = torch.arange(size) % 3
     targets[index] = 3
     return targets
 
 
 @pytest.mark.parametrize(
-    ("dataset", "sentence"),
+    ("dataset", "message"),
     [
-        (Samples(targets=in_class(7)), "class west has 1 sample, too few for 6 parts"),
-        (Samples(targets=torch.arange(80) % 3), "class west has 0 samples, too few for 6 parts"),
-        (Samples(groups=["one"] * 80), "1 groups are too few for 5 parts"),
-        (Samples(3, classes=None), "2 samples are too few for 5 parts"),
-        (Samples(folds=np.arange(79) % 5), "gave int64 of shape (79,); give a whole number for each of 80 samples"),
-        (Samples(folds=np.arange(80) % 5 / 2), "gave float64 of shape (80,)"),
-        (Samples(folds=np.zeros(80, int)), "has the folds 0; number two or more"),
-        (Samples(ids=["one"] * 80), "the data set's ids repeat: one; each sample needs one of its own."),
-        (Samples(folds=np.arange(80) % 5, targets=np.full(80, 9)), "has target 9; with 4 classes a target is a whole"),
-        (Samples(folds=np.arange(80) % 5, targets=np.full(80, 0.5)), "has target 0.5; with 4 classes a target is"),
-        (Samples(folds=np.arange(80) % 5, targets=np.full(80, -1)), "trains on samples without a target: picture 0"),
-        (Samples(classes=("id", "b", "c", "d")), "a class is called id, as is a column of predictions/*.csv; call it"),
-        (Samples(classes=("a", "b", "c", "target")), "a class is called target, as is a column of predictions/*.csv"),
-        (Samples(classes=("a", "b", "c", "a")), "more than one class is called a; each needs a name of its own."),
+        (
+            Samples(targets=single_sample_class(7)),
+            "class west has 1 sample, too few for 6 subsets (folds and test split); add samples until",
+        ),
+        (Samples(targets=torch.arange(80) % 3), "class west has 0 samples, too few for 6 subsets"),
+        (Samples(groups=["one"] * 80), "1 group cannot be divided into 5 subsets; add groups, or"),
+        (Samples(3, classes=None), "2 samples cannot be divided into 5 subsets; add samples, or"),
+        (
+            Samples(folds=np.arange(79) % 5),
+            "returned int64 of shape (79,); return an integer for each of the 80 samples",
+        ),
+        (Samples(folds=np.arange(80) % 5 / 2), "returned float64 of shape (80,)"),
+        (Samples(folds=np.zeros(80, int)), "has the folds 0; number two or more folds"),
+        (Samples(ids=["one"] * 80), "the data set has repeated ids: one; make each id unique."),
+        (
+            Samples(folds=np.arange(80) % 5, targets=np.full(80, 9)),
+            "has target 9; with 4 classes it must be an integer",
+        ),
+        (Samples(folds=np.arange(80) % 5, targets=np.full(80, 0.5)), "has target 0.5; with 4 classes it must be"),
+        (Samples(folds=np.arange(80) % 5, targets=np.full(80, -1)), "has samples without a target in folds: image 0"),
+        (
+            Samples(classes=("id", "b", "c", "d")),
+            "a class has the name id, as a column of predictions/*.csv does; rename",
+        ),
+        (
+            Samples(classes=("a", "b", "c", "target")),
+            "a class has the name target, as a column of predictions/*.csv does",
+        ),
+        (Samples(classes=("a", "b", "c", "a")), "more than one class has the name a; make each name unique."),
     ],
 )
-def test_data_that_cannot_be_split_are_refused_with_the_reason(tmp_path, dataset, sentence):
+def test_data_that_cannot_be_split_are_rejected_with_the_reason(tmp_path, dataset, message):
     with pytest.raises(UserError) as error:
         open_splits(tmp_path, dataset)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("dataset", "share", "sentence"),
+    ("dataset", "fraction", "message"),
     [
         (
             Samples(),
             0.03,
-            "is 3 to test and 77 for the folds; both need 4 or more, one for each class: use 0.05 to 0.95, or 0.",
+            "is 3 for the test split and 77 for the folds; both need 4 or more, one for each class: "
+            "use 0.05 to 0.95, or 0.",
         ),
-        (Samples(), 0.99, "--test-share 0.99 of 80 samples is 80 to test and 0 for the folds; both need 4 or more"),
-        (Samples(classes=None), 0.99, "--test-share 0.99 of 80 samples is 80 to test and 0 for the folds; both need 1"),
-        (Samples(), 0.8, "class north keeps 4 samples beside the test split, too few for 5 folds; bring more, or use"),
+        (
+            Samples(),
+            0.99,
+            "--test-fraction 0.99 of 80 samples is 80 for the test split and 0 for the folds; both need 4 or",
+        ),
+        (
+            Samples(classes=None),
+            0.99,
+            "--test-fraction 0.99 of 80 samples is 80 for the test split and 0 for the folds; both need 1 or more: use",
+        ),
+        (Samples(), 0.8, "class north has 4 samples outside the test split, too few for 5 folds; add samples, or use"),
         (
             Samples(60, targets=np.arange(60) % 10, classes=tuple("abcdefghij")),
             0.2,
-            "class a keeps 4 samples beside the test split, too few for 5 folds; bring more, or use fewer folds or a",
+            "class a has 4 samples outside the test split, too few for 5 folds; add samples, or use fewer folds or a",
         ),
-        (Samples(groups=groups_of(80)), 0.01, "19 groups are too few for 100 parts; bring more, or use fewer folds or"),
-        (Samples(groups=groups_of(80)), 0.99, "--test-share 0.99 leaves none of 19 groups; use a smaller one."),
-        (Samples(groups=range(80)), 0.02, "no class has more than 20 samples, too few for 50 parts; use another"),
+        (Samples(groups=groups_of(80)), 0.01, "19 groups cannot be divided into 100 subsets; add groups, or use"),
+        (Samples(groups=groups_of(80)), 0.99, "--test-fraction 0.99 leaves none of 19 groups for the folds; use a"),
+        (Samples(groups=range(80)), 0.02, "no class has more than 20 samples, too few for 50 subsets; use another"),
     ],
 )
-def test_a_test_share_that_leaves_too_little_on_either_side_is_refused(tmp_path, dataset, share, sentence):
-    with pytest.raises(UserError, match=re.escape(sentence)) as error:
-        make_folds(dataset, test_fraction=share)
+def test_a_test_fraction_that_leaves_too_little_is_rejected(tmp_path, dataset, fraction, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        make_folds(dataset, test_fraction=fraction)
     assert isinstance(error.value, UserError)
 
 
-@pytest.mark.parametrize(("where", "part"), [(0, "valid"), (1, "train"), (TEST, "train")])
-def test_a_class_in_one_part_only_is_refused_by_the_name_of_a_part_without_it(tmp_path, where, part):
+@pytest.mark.parametrize(("only_fold", "split_name"), [(0, "valid"), (1, "train"), (TEST, "train")])
+def test_a_class_that_is_missing_in_a_split_is_rejected(tmp_path, only_fold, split_name):
     folds = np.random.default_rng(0).permutation(np.arange(80) % 6 - 1)
-    only = int(np.flatnonzero(folds == where)[0])
-    splits = open_splits(tmp_path, Samples(targets=in_class(only)), lambda _: folds)
-    with pytest.raises(UserError, match=rf"the {part} split of fold 1 has no sample of class west \(1 of west in all"):
+    index = int(np.flatnonzero(folds == only_fold)[0])
+    splits = open_splits(tmp_path, Samples(targets=single_sample_class(index)), lambda _: folds)
+    message = rf"the {split_name} split of fold 1 has no sample of class west \(.*x\.csv has 1 sample of west\)"
+    with pytest.raises(UserError, match=message):
         splits.select(1)
 
 
@@ -250,45 +293,51 @@ def test_an_official_test_split_may_lack_targets_and_classes(tmp_path):
     dataset = Samples(targets=targets, official_test=np.arange(80) < 20)
     splits = open_splits(tmp_path, dataset)
     assert splits.select(0).test.tolist() == list(range(20))
-    assert '"picture 0, a",,-1' in splits.text
+    assert '"image 0, a",,-1' in splits.text
 
 
-def test_what_another_process_wrote_meanwhile_is_never_replaced(tmp_path):
-    ours, theirs = (open_splits(tmp_path, make=lambda _, k=k: np.arange(80) // 4 % k) for k in (3, 4))
-    theirs.write()
-    with pytest.raises(UserError, match=r"x\.csv is another split by now, and no file is changed"):
-        ours.write()
-    assert ours.path.read_text() == theirs.text
-    assert [path.name for path in ours.path.parent.iterdir()] == ["x.csv"]
+def open_numbered_splits(tmp_path, num_folds: int) -> SplitFile:
+    return open_splits(tmp_path, make=lambda _: np.arange(80) // 4 % num_folds)
+
+
+def test_the_file_of_another_process_is_never_replaced(tmp_path):
+    late = open_numbered_splits(tmp_path, 3)
+    first = open_numbered_splits(tmp_path, 4)
+    first.write()
+    with pytest.raises(UserError, match=r"x\.csv already exists with a different split and is not overwritten; use"):
+        late.write()
+    assert late.path.read_text() == first.text
+    assert [path.name for path in late.path.parent.iterdir()] == ["x.csv"]
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_of_two_processes_that_make_the_file_at_once_the_first_wins(monkeypatch, tmp_path, same):
-    ours, theirs = (open_splits(tmp_path, make=lambda _, k=k: np.arange(80) // 4 % k) for k in (3, 3 if same else 4))
+def test_the_first_of_two_concurrent_writers_wins(monkeypatch, tmp_path, same):
+    late = open_numbered_splits(tmp_path, 3)
+    first = open_numbered_splits(tmp_path, 3 if same else 4)
     write_text = splits_module.write_text
 
-    def write_while_another_does(path, text) -> None:
+    def write_both(path, text) -> None:
         write_text(path, text)
-        write_text(ours.path, theirs.text)  # between our draft and its name
+        write_text(late.path, first.text)  # after the temporary file is written, before it is renamed
 
-    monkeypatch.setattr(splits_module, "write_text", write_while_another_does)
+    monkeypatch.setattr(splits_module, "write_text", write_both)
     if same:
-        ours.write()
+        late.write()
     else:
-        with pytest.raises(UserError, match="another split by now"):
-            ours.write()
-    assert ours.path.read_text() == theirs.text
-    assert [path.name for path in ours.path.parent.iterdir()] == ["x.csv"]
+        with pytest.raises(UserError, match="already exists with a different split"):
+            late.write()
+    assert late.path.read_text() == first.text
+    assert [path.name for path in late.path.parent.iterdir()] == ["x.csv"]
 
 
 def run_split(monkeypatch, tmp_path, *flags: str, dataset=None) -> End:
-    """`python tools/split.py FLAGS` over small pictures, with splits/x.csv as the file."""
+    """Run `python tools/split.py FLAGS` with small images and the file splits/x.csv."""
     monkeypatch.setattr(split, "load_dataset", lambda _: dataset or Samples())
     file = str(tmp_path / "splits/x.csv")
     return run_train(split.main, split.Config, "--split-file", file, *flags, name="tools/split.py")
 
 
-def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, tmp_path):
+def test_split_writes_once_and_does_not_overwrite(monkeypatch, tmp_path):
     end = run_split(monkeypatch, tmp_path)
     assert end.code == 0, end.err
     assert "x.csv is written: 80 samples, 5 folds, sha256 " in end.out
@@ -300,38 +349,46 @@ def test_split_py_writes_once_says_so_again_and_refuses_to_change(monkeypatch, t
         assert shown == [name, *map(str, row), str(sum(row))]
     before = (tmp_path / "splits/x.csv").read_bytes()
     end = run_split(monkeypatch, tmp_path)
-    assert (end.code, "x.csv is there already, and the same" in end.out) == (0, True)
+    assert (end.code, "x.csv is up to date: 80 samples, 5 folds, " in end.out) == (0, True)
     end = run_split(monkeypatch, tmp_path, "--num-folds", "4")
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert "is there and another split than this would be; write it under another name" in end.err
+    assert "x.csv already exists with a different split and is not overwritten; use another file" in end.err
     assert run_split(monkeypatch, tmp_path, "--num-folds", "4", "--keep").code == 0
     assert (tmp_path / "splits/x.csv").read_bytes() == before
 
 
-def test_a_file_with_equal_contents_is_the_same_split_however_it_was_saved(monkeypatch, tmp_path):
+@pytest.mark.parametrize("flag", ["--test-fraction", "--test-share"])
+def test_the_test_fraction_and_its_former_name_set_the_size_of_the_test_split(monkeypatch, tmp_path, flag):
+    end = run_split(monkeypatch, tmp_path, flag, "0.5")
+    assert end.code == 0, end.err
+    with (tmp_path / "splits/x.csv").open(newline="") as file:
+        assert Counter(row["fold"] for row in csv.DictReader(file))[str(TEST)] == 40
+
+
+def test_a_file_with_another_encoding_is_the_same_split(monkeypatch, tmp_path):
     run_split(monkeypatch, tmp_path)
     file = tmp_path / "splits/x.csv"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
     end = run_split(monkeypatch, tmp_path)
     assert end.code == 0, end.err
-    assert "x.csv is there already, and the same" in end.out
+    assert "x.csv is up to date" in end.out
 
 
 @pytest.mark.parametrize("flags", [["--fold", "9"], ["--statistics", "--fold", "9"]])
-def test_a_fold_that_is_not_there_is_refused_before_the_file_is_written(monkeypatch, tmp_path, flags):
+def test_a_missing_fold_is_rejected_before_the_file_is_written(monkeypatch, tmp_path, flags):
     end = run_split(monkeypatch, tmp_path, *flags)
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert "--fold 9 is not there; use 0 to 4." in end.err
+    assert re.search(r"--fold 9 does not exist; .*x\.csv has the folds 0 to 4\.$", end.err.strip())
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_where_no_file_can_be_is_refused_in_a_sentence(tmp_path):
+def test_an_unwritable_path_is_rejected(tmp_path):
     (tmp_path / "splits").write_text("a file")
     with pytest.raises(UserError, match=r"splits/x\.csv cannot be written \(File exists\); use another --split-file\."):
         open_splits(tmp_path).write()
 
 
-def test_statistics_are_those_of_the_train_split_of_the_fold_alone(monkeypatch, tmp_path):
+def test_statistics_are_of_the_train_split_of_the_fold(monkeypatch, tmp_path):
     monkeypatch.setattr(split, "valid_transform", lambda: None)
     dataset = Samples()
     end = run_split(monkeypatch, tmp_path, "--statistics", "--fold", "2", dataset=dataset)
@@ -340,7 +397,7 @@ def test_statistics_are_those_of_the_train_split_of_the_fold_alone(monkeypatch, 
     assert f"MEAN = ({values.mean():.4f},)\nSTD = ({values.std():.4f},)\n" in end.out
 
 
-def test_statistics_of_each_channel_equal_numpys():
+def test_channel_statistics_equal_those_of_numpy():
     images = torch.randint(256, (50, 3, 7, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     mean, std = channel_statistics(images.split(16))
     np.testing.assert_allclose(mean, (images.numpy() / 255).mean((0, 2, 3)), rtol=1e-12)
@@ -348,26 +405,26 @@ def test_statistics_of_each_channel_equal_numpys():
 
 
 def photo(seed: int, size: int = 64) -> torch.Tensor:
-    """A smooth picture, as photographs are: (3, size, size), uint8."""
+    """Return a smooth image, as photographs are, shape (3, size, size), uint8."""
     coarse = torch.rand((1, 3, 6, 6), generator=torch.Generator().manual_seed(seed)) * 255
     return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")[0].clamp(0, 255).to(torch.uint8)
 
 
-def test_equal_and_nearly_equal_images_in_two_parts_are_found_and_no_others():
+def test_duplicates_in_two_subsets_are_found_without_false_pairs():
     from torchvision.io import decode_jpeg, encode_jpeg
 
     photos = [photo(seed) for seed in range(100)]
     recompressed = decode_jpeg(encode_jpeg(photos[3], quality=60))
     smaller = torch.nn.functional.interpolate(photos[4][None].float(), size=48, mode="area")[0].to(torch.uint8)
     brighter = (photos[5].float() * 0.95 + 5).to(torch.uint8)
-    dark = (photos[7].float() * 0.4).to(torch.uint8)  # of the same hash, and another picture
+    dark = (photos[7].float() * 0.4).to(torch.uint8)  # another image with the same hash
     images = [*photos, photos[2].clone(), recompressed, smaller, brighter, photos[6].clone(), dark]
-    parts = np.array([0] * 100 + [1, 1, TEST, 1, 0, 1])  # the last but one is a duplicate within one part
-    pairs = find_duplicates([image_signature(image) for image in images], parts)
+    subsets = np.array([0] * 100 + [1, 1, TEST, 1, 0, 1])  # the last but one is a duplicate within one subset
+    pairs = find_duplicates([image_signature(image) for image in images], subsets)
     assert pairs == [(2, 100, True), (3, 101, False), (4, 102, False), (5, 103, False)]
 
 
-def test_hard_compression_hides_few_duplicates_and_makes_none():
+def test_strong_compression_hides_few_duplicates():
     from torchvision.io import decode_jpeg, encode_jpeg
 
     photos = [photo(seed) for seed in range(60)]
@@ -377,34 +434,37 @@ def test_hard_compression_hides_few_duplicates_and_makes_none():
     assert len(pairs) > 45
 
 
-def test_files_that_a_data_set_left_out_are_told(monkeypatch, tmp_path):
+def test_files_left_out_are_printed(monkeypatch, tmp_path):
     end = run_split(monkeypatch, tmp_path, dataset=Samples(left_out="3 .bmp"))
     assert "\nleft out: 3 .bmp\n" in end.out
     assert "left out" not in run_split(monkeypatch, tmp_path).out
 
 
-def test_duplicates_are_counted_and_named_and_do_not_stop_the_split(monkeypatch, tmp_path):
+def test_duplicates_are_listed_and_the_file_is_written(monkeypatch, tmp_path):
     dataset = Samples(folds=np.arange(80) // 4 % 5)
     dataset.images[4] = dataset.images[0]
     end = run_split(monkeypatch, tmp_path, dataset=dataset)
     assert end.code == 0
-    assert "picture 0, a (fold 0) and picture 4, a (fold 1) are equal\n" in end.out
+    assert "image 0, a (fold 0) and image 4, a (fold 1) are equal\n" in end.out
     assert "duplicates across folds: 1 equal, 0 nearly equal" in end.out
 
 
-def test_equal_images_with_other_targets_are_named_in_whatever_fold(monkeypatch, tmp_path):
+def test_equal_images_with_different_targets_are_listed(monkeypatch, tmp_path):
     dataset = Samples(folds=np.arange(80) // 4 % 5, targets=torch.arange(80) % 4)
     dataset.images[1] = dataset.images[0]
     end = run_split(monkeypatch, tmp_path, dataset=dataset)
     assert end.code == 0
     assert "duplicates across folds: 0 equal, 0 nearly equal\n" in end.out
-    assert "picture 0, a (north) and picture 1, a (east) are equal, and their targets are not\n" in end.out
-    assert "contradictions: 1 pairs of equal images with different targets; mend or leave them out\n" in end.out
+    assert "image 0, a (north) and image 1, a (east) are equal but have different targets\n" in end.out
+    assert (
+        "contradictions: 1 pair of equal images with different targets; fix the targets or remove the images\n"
+        in end.out
+    )
     dataset.images[1] = Samples().images[1]
     assert "contradictions" not in run_split(monkeypatch, tmp_path, "--keep", dataset=dataset).out
 
 
-def test_what_is_not_known_contradicts_nothing(monkeypatch, tmp_path):
+def test_unknown_targets_are_not_contradictions(monkeypatch, tmp_path):
     targets = torch.arange(80) % 4
     targets[:20] = -1
     dataset = Samples(targets=targets, official_test=np.arange(80) < 20)
@@ -414,29 +474,31 @@ def test_what_is_not_known_contradicts_nothing(monkeypatch, tmp_path):
     assert "contradictions" not in end.out
 
 
-def test_a_broken_image_is_named_and_nothing_is_written(monkeypatch, tmp_path):
-    class Broken(Samples):
+def test_an_invalid_image_is_reported_and_nothing_is_written(monkeypatch, tmp_path):
+    class Damaged(Samples):
         def __getitem__(self, index):
             if index == 7:
-                raise UserError("image7.jpg is cut short.")
+                raise UserError("image7.jpg is truncated.")
             return super().__getitem__(index)
 
-    end = run_split(monkeypatch, tmp_path, dataset=Broken())
-    assert (end.code, end.err) == (2, "error: 1 of 80 images cannot be read: image7.jpg is cut short.\n")
+    end = run_split(monkeypatch, tmp_path, dataset=Damaged())
+    assert (end.code, end.err) == (2, "error: 1 of 80 images cannot be read: image7.jpg is truncated.\n")
     assert not list(tmp_path.iterdir())
-    assert sum(isinstance(found, str) for found in image_signatures(Broken(), range(10))) == 1
+    assert sum(isinstance(found, str) for found in image_signatures(Damaged(), range(10))) == 1
     assert json.dumps(open_splits(tmp_path).describe())
 
 
-def test_groups_that_were_written_into_the_file_alone_stay_in_one_fold_too(tmp_path):
+def test_groups_that_only_the_file_has_must_be_in_one_fold(tmp_path):
     splits = open_splits(tmp_path)
     splits.write()
     header, *lines = splits.text.splitlines()
-    one, other = (next(place for place, line in enumerate(lines) if line.endswith(f",{fold}")) for fold in (0, 1))
-    rows = [line + (",pair" if place in (one, other) else ",") for place, line in enumerate(lines)]
+    in_fold_0 = next(number for number, line in enumerate(lines) if line.endswith(",0"))
+    in_fold_1 = next(number for number, line in enumerate(lines) if line.endswith(",1"))
+    pair = (in_fold_0, in_fold_1)
+    rows = [line + (",pair" if number in pair else ",") for number, line in enumerate(lines)]
     splits.path.write_text("\n".join([f"{header},group", *rows]) + "\n")
-    with pytest.raises(UserError, match=r"has group pair in folds [01] and [01]; a group stays in one"):
+    with pytest.raises(UserError, match=r"has group pair in folds [01] and [01]; a group must be in one"):
         open_splits(tmp_path)
-    rows[other] = f"{lines[other]},"
+    rows[in_fold_1] = f"{lines[in_fold_1]},"
     splits.path.write_text("\n".join([f"{header},group", *rows]) + "\n")
     assert (open_splits(tmp_path).folds == splits.folds).all()

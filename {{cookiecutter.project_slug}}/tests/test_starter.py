@@ -1,4 +1,4 @@
-"""The data set of this project is what README says of one, and something is learned from it."""
+"""The data set of this project fulfils the documented interface, and a model learns from it."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from small_data import TEST_FILES, change_one_sample, make_data
 
 import train
 from batteries.core.errors import UserError
-from batteries.data.dataset import UNKNOWN
+from batteries.data.dataset import UNKNOWN, dataset_info
 from batteries.data.loaders import EvalLoader
 from batteries.data.splits import TEST, SplitFile
 from batteries.tracking.manager import default_trackers
@@ -21,7 +21,7 @@ from experiment.dataset import load_dataset
 from experiment.splits import make_folds
 from train import Config, Stage
 
-OFFICIAL = pytest.mark.skipif(not TEST_FILES, reason="no file holds the test split alone")
+OFFICIAL = pytest.mark.skipif(not TEST_FILES, reason="this data set has no separate test files")
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def dataset(data_dir):
     return load_dataset(data_dir)
 
 
-def test_a_sample_is_an_image_and_a_target_and_its_id_is_its_own(dataset):
+def test_samples_are_images_with_targets_and_unique_ids(dataset):
     image, target = dataset[3]
     assert image.dtype == torch.uint8
     assert image.ndim == 3
@@ -44,33 +44,34 @@ def test_a_sample_is_an_image_and_a_target_and_its_id_is_its_own(dataset):
     assert len(set(dataset.ids)) == len(dataset.ids) == len(dataset) == len(dataset.targets)
 
 
-def test_many_at_once_are_the_same_as_one_by_one(dataset):
+def test_get_batch_equals_single_samples(dataset):
     if not hasattr(dataset, "get_batch"):
-        pytest.skip("this data set gives one sample at a time")
+        pytest.skip("this data set has no get_batch")
     indices = np.array([5, 0, 5, 100, len(dataset) - 1])
     images, targets = dataset.get_batch(indices)
-    for place, index in enumerate(indices.tolist()):
-        assert torch.equal(images[place], dataset[index][0])
-        assert int(targets[place]) == int(dataset[index][1])
+    for position, index in enumerate(indices.tolist()):
+        assert torch.equal(images[position], dataset[index][0])
+        assert int(targets[position]) == int(dataset[index][1])
 
 
-def test_the_fingerprint_tells_other_data(data_dir, tmp_path):
+def test_the_fingerprint_differs_for_other_data(data_dir, tmp_path):
     first = load_dataset(data_dir)
     before = first.fingerprint()
     assert load_dataset(data_dir).fingerprint() == before
     assert change_one_sample(first).fingerprint() != before
 
 
-def test_an_official_test_split_has_its_own_samples_and_a_target_for_each(dataset, tmp_path):
+def test_an_official_test_split_is_held_out_and_has_targets(dataset, tmp_path):
     splits = SplitFile(tmp_path / "x.csv", dataset, make_folds)
-    if getattr(dataset, "official_test", None) is None:
+    official_test = dataset_info(dataset).official_test
+    if official_test is None:
         assert 0.1 < (splits.folds == TEST).mean() < 0.3
         return
-    assert ((splits.folds == TEST) == np.asarray(dataset.official_test)).all()
+    assert ((splits.folds == TEST) == np.asarray(official_test)).all()
     assert 0 <= int(dataset[int(splits.select(0).test[-1])][1]) < len(dataset.classes)
 
 
-def test_what_the_model_gets_is_finite_and_of_one_size_in_training_and_validation(dataset, cpu):
+def test_model_inputs_are_finite_and_have_one_size(dataset, cpu):
     shapes = set()
     for transform in (train_transform(), valid_transform()):
         for images, _ in EvalLoader(dataset, range(12), transform, cpu, batch_size=4):
@@ -80,7 +81,7 @@ def test_what_the_model_gets_is_finite_and_of_one_size_in_training_and_validatio
     assert len(shapes) == 1
 
 
-def test_normalised_images_have_mean_0_and_deviation_1_on_the_scale_of_the_constants(dataset):
+def test_normalize_uses_the_constants_and_keeps_its_input(dataset):
     images = torch.randint(256, (4, len(MEAN), 5, 7), dtype=torch.uint8)
     before = images.clone()
     mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (MEAN, STD))
@@ -90,7 +91,7 @@ def test_normalised_images_have_mean_0_and_deviation_1_on_the_scale_of_the_const
 
 
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.2, "cutmix": 1.0}])
-def test_two_epochs_score_far_over_chance(monkeypatch, dataset, data_dir, tmp_path, mixing):
+def test_two_epochs_score_far_above_chance(monkeypatch, dataset, data_dir, tmp_path, mixing):
     monkeypatch.setattr(train, "build_model", tiny_network)
     config = Config(
         stages=(Stage("stage0", 2, 3e-2),),
@@ -107,29 +108,29 @@ def test_two_epochs_score_far_over_chance(monkeypatch, dataset, data_dir, tmp_pa
 
 
 @OFFICIAL
-def test_samples_of_an_official_test_split_have_the_targets_of_its_file(dataset):
+def test_test_samples_have_the_targets_of_their_file(dataset):
     for index in np.flatnonzero(dataset.official_test).tolist():
         number = int(dataset.ids[index].removeprefix("test_"))
         assert (int(dataset[index][1]), int(dataset.targets[index])) == (number % 10, UNKNOWN)
 
 
 @OFFICIAL
-def test_training_opens_no_test_file_and_trains_where_they_are_rubbish(monkeypatch, tmp_path):
+def test_training_does_not_open_test_files(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
     data_dir = make_data(tmp_path / "data")
     for name in TEST_FILES:
-        (data_dir / name).write_bytes(b"rubbish")
+        (data_dir / name).write_bytes(b"invalid")
     flags = ["--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run")]
     flags += ["--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu", "--tracker", *default_trackers()]
     end = run_train(train.main, Config, *flags)
     assert end.code == 0, end.err
     dataset = load_dataset(data_dir)
-    with pytest.raises(UserError, match=r"--data-dir .* has no sound "):
+    with pytest.raises(UserError, match=r"--data-dir .* has no valid "):
         dataset[len(dataset) - 1]
 
 
 @pytest.mark.slow
-def test_the_real_network_trains_on_it(data_dir, tmp_path):
+def test_the_model_of_the_project_trains_on_its_data(data_dir, tmp_path):
     flags = ["--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run")]
     flags += ["--stages.0.epochs", "2", "--stages.1.epochs", "1", "--batch-size", "8", "--limit-batches", "4"]
     end = run_train(train.main, Config, *flags, "--device", "cpu", "--tracker", "none")

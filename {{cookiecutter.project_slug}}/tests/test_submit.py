@@ -1,7 +1,7 @@
-"""A submission has the sample's columns, ids and order, or every difference is named and nothing is written."""
+"""Tests of tools/submit.py."""
 
 import pytest
-from tables import call, refused, write_lines
+from tables import assert_rejected, call_tool, write_lines
 
 from tools import submit
 
@@ -9,14 +9,14 @@ PREDICTIONS = ["id,cat,dog,0", "a,0.5,0.25,0.25", "b,0.1,0.3,0.6", "c,0.25,0.5,0
 
 
 @pytest.fixture
-def hand_in(tmp_path):
-    """Submits PREDICTIONS by a sample of these lines; gives the end and the submission's lines."""
+def submit_sample(tmp_path):
+    """Return a function that submits PREDICTIONS for a sample, and returns the result and the lines of the output."""
     predictions = write_lines(tmp_path / "test.csv", *PREDICTIONS)
 
     def run(sample: list[str], *flags: str):
         write_lines(tmp_path / "sample.csv", *sample)
         output = tmp_path / "submission.csv"
-        end = call(submit, predictions, "--sample", tmp_path / "sample.csv", "--output", output, *flags)
+        end = call_tool(submit, predictions, "--sample", tmp_path / "sample.csv", "--output", output, *flags)
         return end, output.read_text().splitlines() if output.exists() else None
 
     return run
@@ -56,30 +56,30 @@ ALL_COLUMNS = ["image,0,cat,dog", "b,9,9,9", "c,9,9,9", "a,9,9,9"]
         ),
     ],
 )
-def test_each_kind_of_values_fills_the_sample_in_its_own_order(hand_in, sample, flags, wanted):
-    end, lines = hand_in(sample, *flags)
+def test_values_fill_the_sample_in_its_order(submit_sample, sample, flags, wanted):
+    end, lines = submit_sample(sample, *flags)
     assert end.code == 0, end.err
     assert lines == wanted
 
 
 @pytest.mark.parametrize(
-    ("sample", "flags", "sentence"),
+    ("sample", "flags", "message"),
     [
-        ([*ONE_COLUMN, "d,x"], [], "test.csv does not fit the sample: id d of the sample missing."),
+        ([*ONE_COLUMN, "d,x"], [], "test.csv does not fit the sample: id d missing in the predictions."),
         (ONE_COLUMN[:3], [], "test.csv does not fit the sample: id b not in the sample."),
         (
             [*(line.replace("b", "e") for line in ONE_COLUMN), "f,x"],
             [],
-            "test.csv does not fit the sample: ids e, f of the sample missing; id b not in the sample.",
+            "test.csv does not fit the sample: ids e, f missing in the predictions; id b not in the sample.",
         ),
         ([*ONE_COLUMN, "a,x"], [], "has more than one row of id a."),
-        (["image", "a", "b", "c"], [], "needs a column of ids, one to fill in, and rows."),
+        (["image", "a", "b", "c"], [], "needs a column of ids, a column to fill in, and rows."),
         (
             ["image;what", "a;x", "b;x", "c;x"],
             [],
-            "has one column, image;what, which looks like several with ; between them; save it with commas.",
+            "has one column, image;what, which looks like several columns separated by ;; save it with commas.",
         ),
-        (["image,what"], [], "needs a column of ids, one to fill in, and rows."),
+        (["image,what"], [], "needs a column of ids, a column to fill in, and rows."),
         ([], [], "cannot be read as a table"),
         (
             ALL_COLUMNS,
@@ -89,10 +89,10 @@ def test_each_kind_of_values_fills_the_sample_in_its_own_order(hand_in, sample, 
         (
             ["image,cow,cat", "a,,", "b,,", "d,,"],
             ["--values", "probability"],
-            "id d of the sample missing; id c not in the sample; column cow of the sample no class; classes dog, 0 "
-            "without a column in the sample.",
+            "id d missing in the predictions; id c not in the sample; column cow of the sample not in the predictions; "
+            "classes dog, 0 without a column in the sample.",
         ),
-        (ONE_COLUMN, ["--values", "probability"], "the sample's column what is no class; say by --column-class whose"),
+        (ONE_COLUMN, ["--values", "probability"], "the sample's column what is not a class; choose its class with"),
         (ONE_COLUMN, ["--values", "binary", "--column-class", "cow"], "--column-class cow must be one of cat, dog, 0"),
         (ONE_COLUMN, ["--column-class", "cat"], "--column-class is for --values probability and binary, not label."),
         (ONE_COLUMN, ["--threshold", "2"], "--threshold 2.0 must be 0 to 1."),
@@ -104,44 +104,44 @@ def test_each_kind_of_values_fills_the_sample_in_its_own_order(hand_in, sample, 
         ),
     ],
 )
-def test_every_difference_from_the_sample_is_named_and_nothing_is_written(hand_in, sample, flags, sentence):
-    end, lines = hand_in(sample, *flags)
-    refused(end, sentence)
+def test_every_difference_from_the_sample_is_reported_without_output(submit_sample, sample, flags, message):
+    end, lines = submit_sample(sample, *flags)
+    assert_rejected(end, message)
     assert lines is None
 
 
-def test_a_submission_that_is_there_is_not_overwritten_by_another(hand_in):
-    _, before = hand_in(ONE_COLUMN)
-    end, after = hand_in(ONE_COLUMN, "--values", "index")
-    refused(end, "is there already, with other contents")
+def test_an_existing_submission_is_not_overwritten(submit_sample):
+    _, before = submit_sample(ONE_COLUMN)
+    end, after = submit_sample(ONE_COLUMN, "--values", "index")
+    assert_rejected(end, "already exists with different contents")
     assert after == before
-    assert hand_in(ONE_COLUMN, "--values", "index", "--overwrite")[1] != before
+    assert submit_sample(ONE_COLUMN, "--values", "index", "--overwrite")[1] != before
 
 
-def test_several_names_in_one_cell_can_be_told_apart_again(tmp_path):
+def test_class_names_with_spaces_are_rejected_for_labels(tmp_path):
     predictions = write_lines(tmp_path / "test.csv", "id,New York,Rome,Los Angeles", "a,1,0,0")
     sample, output = write_lines(tmp_path / "sample.csv", "id,cities", "a,x"), tmp_path / "out.csv"
     files = predictions, "--sample", sample, "--output", output
-    refused(
-        call(submit, *files, "--values", "labels"),
-        "--values labels sets names apart by spaces, which are in classes New York, Los Angeles themselves; "
-        "call them otherwise in the predictions, such as New_York.",
+    assert_rejected(
+        call_tool(submit, *files, "--values", "labels"),
+        "--values labels joins class names with spaces, so a name cannot contain one: rename classes New York, Los "
+        "Angeles in the predictions file, such as New_York.",
     )
     assert not output.exists()
-    assert call(submit, *files).code == 0
+    assert call_tool(submit, *files).code == 0
     assert output.read_text() == "id,cities\na,New York\n"
 
 
 @pytest.mark.parametrize("name", ["sample", "test"])
-def test_neither_the_sample_nor_the_predictions_are_overwritten(tmp_path, name):
+def test_the_inputs_are_not_overwritten(tmp_path, name):
     predictions = write_lines(tmp_path / "test.csv", *PREDICTIONS)
     sample, given = write_lines(tmp_path / "sample.csv", *ONE_COLUMN), tmp_path / f"{name}.csv"
     before = given.read_bytes()
-    end = call(submit, predictions, "--sample", sample, "--output", tmp_path / "." / f"{name}.csv", "--overwrite")
-    refused(end, f"--output {given} is what the submission is made from; give another.")
+    end = call_tool(submit, predictions, "--sample", sample, "--output", tmp_path / "." / f"{name}.csv", "--overwrite")
+    assert_rejected(end, f"--output {given} is also an input; use another --output.")
     assert given.read_bytes() == before
 
 
-def test_a_sample_that_is_not_there_is_named(tmp_path):
+def test_a_missing_sample_is_reported(tmp_path):
     predictions = write_lines(tmp_path / "test.csv", *PREDICTIONS)
-    refused(call(submit, predictions, "--sample", tmp_path / "no.csv"), "no.csv cannot be read as a table")
+    assert_rejected(call_tool(submit, predictions, "--sample", tmp_path / "no.csv"), "no.csv cannot be read as a table")

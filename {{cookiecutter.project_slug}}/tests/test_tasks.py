@@ -1,4 +1,4 @@
-"""Several labels, numbers and masks are learned by changes in experiment/ alone."""
+"""Tests of other tasks than classification: they need changes in experiment/ only."""
 
 import json
 from typing import NamedTuple
@@ -22,7 +22,7 @@ IMAGES = torch.from_numpy(GENERATOR.integers(256, size=(SIZE, CHANNELS, 8, 8), d
 
 
 class Task(NamedTuple):
-    """What a person writes into experiment/ for it."""
+    """What the user changes in experiment/ for a task."""
 
     classes: tuple[str, ...]
     targets: torch.Tensor  # (N, ...)
@@ -103,7 +103,7 @@ def start(tmp_path) -> End:
 
 
 def outputs_of_best(task: Task, tmp_path, stage: str, rows: np.ndarray) -> torch.Tensor:
-    """What the best checkpoint of a stage gives, by hand."""
+    """Compute the outputs of the best checkpoint of a stage without the toolkit."""
     model = task.build_model(num_classes=len(task.classes))
     saved = torch.load(tmp_path / "run" / stage / "best.pth", weights_only=True)
     model.load_state_dict(saved["model_state_dict"])
@@ -117,7 +117,7 @@ def folds(tmp_path) -> np.ndarray:
     return np.array([int(line.split(",")[place]) for line in lines])
 
 
-def test_a_run_validates_by_the_loss_and_the_share_that_experiment_says(task, tmp_path):
+def test_validation_uses_the_loss_and_accuracy_of_experiment(task, tmp_path):
     end = start(tmp_path)
     assert end.code == 0, end.err
     rows = np.flatnonzero(folds(tmp_path) == 0)
@@ -128,14 +128,17 @@ def test_a_run_validates_by_the_loss_and_the_share_that_experiment_says(task, tm
     assert best["accuracy"] == pytest.approx(task.sample_accuracy(outputs, targets).double().mean().item(), rel=1e-6)
 
 
-def test_predictions_are_what_experiment_makes_of_logits_or_it_is_said_why_there_are_none(task, tmp_path):
+def test_predictions_use_to_probabilities_or_the_task_is_rejected(task, tmp_path):
     assert start(tmp_path).code == 0
     stage = json.loads((tmp_path / "run/run.json").read_text())["best"]["stage"]
     end = run_train(
         predict.main, predict.Options, "--run", str(tmp_path / "run"), "--device", "cpu", name="tools/predict.py"
     )
     if task is TASKS["a mask"]:
-        assert (end.code, end.err.startswith("error: the model gives (3, 8, 8) for a sample")) == (2, True)
+        assert (end.code, end.err.startswith("error: the output of the model has shape (3, 8, 8) per sample")) == (
+            2,
+            True,
+        )
     elif task is TASKS["a number"]:
         assert (end.code, "a probability is 0 to 1." in end.err) == (2, True)
     else:

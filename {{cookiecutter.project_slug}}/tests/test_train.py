@@ -1,4 +1,4 @@
-"""A whole run, its folder, and what bad input is told."""
+"""train.py: complete runs, the run directory, and invalid options."""
 
 import csv
 import dataclasses
@@ -31,7 +31,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def start(monkeypatch, data_dir, tmp_path):
-    """Runs train.py with a tiny network; flags as on the command line."""
+    """Return a function that runs train.py with a tiny network and the given flags."""
     monkeypatch.setattr(train, "build_model", tiny_network)
     quick = ["--tracker", "none", "--device", "cpu", "--data-dir", str(data_dir), "--limit-batches", "3"]
     quick += ["--stages.0.epochs", "2", "--stages.1.epochs", "1", "--split-file", str(tmp_path / "splits/default.csv")]
@@ -46,7 +46,7 @@ def read_metrics(logdir) -> list[dict]:
     return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_the_files_that_the_readme_names(start, tmp_path):
+def test_run_directory_has_the_documented_files(start, tmp_path):
     logdir = tmp_path / "run"
     assert start("--logdir", str(logdir), "--save-n-best", "1").code == 0
     found = {str(path.relative_to(logdir)) for path in logdir.rglob("*")} - {"git.diff"}
@@ -61,7 +61,7 @@ def test_a_run_leaves_the_files_that_the_readme_names(start, tmp_path):
     assert "\x1b" not in (logdir / "train.log").read_text()
 
 
-def test_the_best_score_of_the_run_is_what_main_gives(monkeypatch, data_dir, tmp_path):
+def test_main_returns_the_best_score_of_the_run(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
     config = Config(
         data_dir=data_dir,
@@ -75,7 +75,7 @@ def test_the_best_score_of_the_run_is_what_main_gives(monkeypatch, data_dir, tmp
     assert best == max(line["valid"]["accuracy"] for line in read_metrics(tmp_path / "run"))
 
 
-def test_the_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch, data_dir, tmp_path):
+def test_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
     scores = iter([0.9, 0.1, 0.5])  # epoch 1 of the first stage is its best
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
@@ -108,29 +108,28 @@ def test_the_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch,
     assert all(equal)
 
 
-def test_init_from_starts_a_new_run_from_the_weights_of_another(start, monkeypatch, tmp_path):
+def test_init_from_starts_a_run_with_the_weights_of_a_checkpoint(start, monkeypatch, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert start("--logdir", str(first)).code == 0
-    monkeypatch.setattr(train, "train_fn", lambda *_: {"accuracy": 0.5, "loss": 1.0})  # changes no weight
+    monkeypatch.setattr(train, "train_fn", lambda *_: {"accuracy": 0.5, "loss": 1.0})  # does not change the weights
     monkeypatch.setattr("batteries.run.stage.StageRun.log_epoch", lambda *_, **__: None)
     best = first / "stage1/best.pth"
     end = start("--logdir", str(second), "--init-from", str(best))
     assert end.code == 0, end.err
     assert f"weights  {best}" in end.out
-    ours, theirs = (
-        torch.load(path, weights_only=True)["model_state_dict"] for path in (second / "stage0/last.pth", best)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    initial = torch.load(best, weights_only=True)["model_state_dict"]
+    copied = torch.load(second / "stage0/last.pth", weights_only=True)["model_state_dict"]
+    assert all(torch.equal(copied[name], initial[name]) for name in initial)
 
 
-def test_init_from_a_file_that_is_not_there_is_refused_before_anything_is_written(start, tmp_path):
+def test_missing_init_from_file_is_rejected_before_anything_is_written(start, tmp_path):
     end = start("--logdir", str(tmp_path / "run"), "--init-from", "nowhere.pth")
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert "nowhere.pth is not there" in end.err
+    assert "nowhere.pth does not exist" in end.err
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_config_gives_the_same_metrics_and_another_seed_others(start, tmp_path):
+def test_equal_configs_give_equal_metrics_and_other_seeds_differ(start, tmp_path):
     first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
     assert start("--logdir", str(first), "--num-workers", "0").code == 0
     assert start("--config", str(first / "config.json"), "--logdir", str(again), "--num-workers", "2").code == 0
@@ -145,17 +144,17 @@ def test_two_ranks_give_the_metrics_of_one(start, monkeypatch, data_dir, tmp_pat
     assert start("--logdir", str(one), *mixing).code == 0
     config = from_json(Config, json.loads((one / "config.json").read_text()))
     run_ranks(2, lambda: train.main(dataclasses.replace(config, logdir=two)), join=False)
-    for ours, theirs in zip(read_metrics(two), read_metrics(one), strict=True):
-        assert ours["valid"]["accuracy"] == theirs["valid"]["accuracy"]
-        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-6)
+    for actual, expected in zip(read_metrics(two), read_metrics(one), strict=True):
+        assert actual["valid"]["accuracy"] == expected["valid"]["accuracy"]
+        assert actual["train"]["loss"] == pytest.approx(expected["train"]["loss"], rel=1e-6)
 
 
-def test_a_config_survives_json():
+def test_config_json_round_trip():
     config = Config(stages=(Stage("a", 1, 0.1),), fold=3)
     assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
 
 
-def test_flags_beside_a_config_file_win(tmp_path):
+def test_flags_take_precedence_over_a_config_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_json(Config(seed=5, fold=2, stages=(Stage("only", 9, 0.1),)))))
     config = parse(Config, ["--config", str(path), "--seed", "6", "--stages.0.epochs", "4"])
@@ -163,81 +162,94 @@ def test_flags_beside_a_config_file_win(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
-        (["--bach-size", "3"], "--bach-size is no flag; did you mean '--batch-size'?"),
-        (["--tracker", "tensorbord"], "--tracker tensorbord is no choice; did you mean 'tensorboard'? Use one of: "),
+        (["--bach-size", "3"], "unknown option --bach-size; did you mean '--batch-size'? See python train.py --help."),
+        (
+            ["--tracker", "tensorbord"],
+            "--tracker tensorbord is not a valid choice; did you mean 'tensorboard'? Use one of: ",
+        ),
         (["--batch-size", "many"], "--batch-size: invalid literal for int()"),
         (
             ["--batch-size", "33", "--accumulation-steps", "2"],
             "--batch-size 33 must be a multiple of 2 (1 process x 2 ",
         ),
-        (["--batch-size", "1000000"], "--batch-size 1000000 does not fit: the train split has "),
-        (["--fold", "9"], "--fold 9 is not there; use 0 to 4."),
+        (["--batch-size", "1000000"], "--batch-size 1000000 is larger than the train split, which has "),
+        (["--fold", "9"], "--fold 9 does not exist; SPLIT_FILE has the folds 0 to 4."),
         (["--device", "cuda:7"], "--device cuda:7 needs GPU 7, but this machine has "),
         (["--device", "gpu"], "--device gpu is not a device; use one of: auto, cpu"),
         (["--seed", "-1"], "--seed -1 must be 0 to 4294967295."),
         (["--stages.0.epochs", "0"], "--stages.0.epochs 0 must be 1 or more."),
-        (["--stages.1.lr", "nan"], "--stages.1.lr nan must be over 0."),
-        (["--stages.1.lr", "inf"], "--stages.1.lr inf must be over 0."),
-        (["--stages.1.name", "../x"], "--stages.1.name '../x' must be the name of a folder of its own"),
-        (["--stages.1.name", ".."], "--stages.1.name '..' must be the name of a folder of its own"),
-        (["--stages.1.name", ""], "--stages.1.name '' must be the name of a folder of its own"),
-        (["--stages.1.name", "train.log"], "--stages.1.name 'train.log' must be the name of a folder of its own"),
-        (["--stages.1.name", "stage0"], "--stages need one or more, of different names, not stage0, stage0."),
-        (["--main-metric", "loss"], "--main-metric loss is better when it is less: give --minimize-metric."),
-        (["--minimize-metric"], "--main-metric accuracy is better when it is more: leave out --minimize-metric."),
-        (["--min-delta", "0.1"], "--min-delta 0.1 is for --patience; give that too, or leave it out."),
+        (["--stages.1.lr", "nan"], "--stages.1.lr nan must be finite and greater than 0."),
+        (["--stages.1.lr", "inf"], "--stages.1.lr inf must be finite and greater than 0."),
+        (["--stages.1.name", "../x"], "--stages.1.name '../x' must be a directory name with the characters"),
+        (["--stages.1.name", ".."], "--stages.1.name '..' must be a directory name with the characters"),
+        (["--stages.1.name", ""], "--stages.1.name '' must be a directory name with the characters"),
+        (["--stages.1.name", "train.log"], "--stages.1.name 'train.log' must be a directory name with the characters"),
+        (["--stages.1.name", "stage0"], "--stages has two stages named stage0; give each a different name."),
+        (["--main-metric", "loss"], "--main-metric loss: lower is better. Add --minimize-metric."),
+        (["--minimize-metric"], "--main-metric accuracy: higher is better. Remove --minimize-metric."),
+        (["--min-delta", "0.1"], "--min-delta 0.1 has no effect without --patience; give both."),
         (["--weight-decay", "-1"], "--weight-decay -1.0 must be 0 or more."),
         (["--mixup", "-1"], "--mixup -1.0 must be 0 or more."),
-        (["--accumulation-steps", "32"], "--batch-size leaves micro-batches of one sample, and batch norm needs two"),
-        (["--logdir", ""], "--logdir . is this repository itself"),
+        (
+            ["--accumulation-steps", "32"],
+            "--batch-size results in micro-batches of one sample, and batch norm needs two",
+        ),
+        (["--logdir", ""], "--logdir . is this repository; use a separate directory"),
         (["--save-n-best", "0"], "--save-n-best 0 must be 1 or more."),
         (["--limit-batches", "0"], "--limit-batches 0 must be 1 or more."),
         (["--valid-batch-size", "0"], "--valid-batch-size 0 must be 1 or more."),
         (["--num-workers", "-1"], "--num-workers -1 must be 0 or more."),
         (["--config", "nowhere.json"], "--config nowhere.json cannot be read"),
         (["--config"], "--config needs a file"),
-        (["--logdir", "train.py"], "--logdir train.py cannot be a folder"),
-        (["--main-metric", "acuracy"], "--main-metric acuracy is no metric; did you mean 'accuracy'? Use one of: "),
-        (["--scores", "f1_macro"], "--scores f1_macro is no metric; did you mean 'macro_f1'? Use one of: "),
-        (["--stages.0.schedule", "cosin"], "--stages.0.schedule cosin is no choice; did you mean 'cosine'?"),
-        (["--stages.0.freeze", "0.wieght"], "--stages.0.freeze '0.wieght' is no module of the model"),
-        (["--stages.0.freeze", "0", "1"], "--stages.0.freeze 0 1 leaves nothing to learn."),
+        (["--logdir", "train.py"], "--logdir train.py cannot be a directory: train.py is a file"),
+        (
+            ["--main-metric", "acuracy"],
+            "--main-metric acuracy is not a known metric; did you mean 'accuracy'? Use one of: ",
+        ),
+        (["--scores", "f1_macro"], "--scores f1_macro is not a known metric; did you mean 'macro_f1'? Use one of: "),
+        (["--stages.0.schedule", "cosin"], "--stages.0.schedule cosin is not a valid choice; did you mean 'cosine'?"),
+        (["--stages.0.freeze", "0.wieght"], "--stages.0.freeze '0.wieght' is not a module of the model"),
+        (["--stages.0.freeze", "0", "1"], "--stages.0.freeze 0 1 leaves no trainable parameter."),
         (["--patience", "0"], "--patience 0 must be 1 or more."),
-        (["--ema-decay", "1"], "--ema-decay 1.0 must be 0 or more, and under 1."),
-        (["--clip-norm", "0"], "--clip-norm 0.0 must be over 0."),
+        (["--ema-decay", "1"], "--ema-decay 1.0 must be 0 or more and less than 1."),
+        (["--clip-norm", "0"], "--clip-norm 0.0 must be greater than 0."),
         (
             ["--stages.1.schedule", "cosine", "--stages.1.warmup-epochs", "3"],
-            "--stages.1.warmup-epochs 3 is as long as the stage or longer (1 epochs); use less.",
+            "--stages.1.warmup-epochs 3 is not shorter than the stage, which has 1 epoch; use less.",
         ),
         (["--stages.0.start", "last"], "--stages.0.start last has no stage before it to start from; leave it out."),
         (
             ["--stages.0.schedule", "multi-step", "--stages.0.epochs", "6", "--stages.0.warmup-epochs", "5"],
-            "--stages.0.warmup-epochs 5 goes on after the first drop, at 3 epochs; use less.",
+            "--stages.0.warmup-epochs 5 exceeds the 3 epochs before the first drop of multi-step; use less.",
         ),
-        (["--stages.0.warmup-epochs", "1"], "--stages.0.warmup-epochs 1 has no place in --stages.0.schedule one-cycle"),
-        (["--precision", "fp8"], "--precision fp8 is no choice"),
-        (["--init-from", "a", "--pretrained", "b"], "--init-from and --pretrained both say where weights come from"),
-        (["--data-parallel", "--compile"], "--compile does not go with --data-parallel"),
+        (
+            ["--stages.0.warmup-epochs", "1"],
+            "--stages.0.warmup-epochs 1 has no effect with --stages.0.schedule one-cycle",
+        ),
+        (["--precision", "fp8"], "--precision fp8 is not a valid choice"),
+        (
+            ["--init-from", "a", "--pretrained", "b"],
+            "--init-from and --pretrained both set the initial weights; give one of them.",
+        ),
+        (["--data-parallel", "--compile"], "--compile and --data-parallel exclude each other"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(
-    start, monkeypatch, tmp_path, flags, sentence
-):
+def test_invalid_options_are_rejected_without_side_effects(start, monkeypatch, tmp_path, flags, message):
     monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()))
     logdir = tmp_path / "run"
     end = start("--logdir", str(logdir), *flags)
     assert end.code == 2
     assert end.err.startswith("error: ")
-    assert sentence in end.err
+    assert message.replace("SPLIT_FILE", str(tmp_path / "splits/default.csv")) in end.err
     assert end.err.count("\n") == 1
     assert end.out == ""
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ('{"batch_size": "32"}', "batch_size is '32', and must be int."),
         ('{"batch_size": null}', "batch_size is None, and must be int."),
@@ -246,10 +258,10 @@ def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(
         ('{"weight_decay": "0.1"}', "weight_decay is '0.1', and must be float."),
         (
             '{"main_metric": "f1"}',
-            "--main-metric f1 is no metric. Use one of: loss, accuracy, balanced_accuracy, macro_f1",
+            "--main-metric f1 is not a known metric. Use one of: loss, accuracy, balanced_accuracy, macro_f1",
         ),
         ('{"logdir": null}', "logdir is None, and must be Path."),
-        ('{"stages": []}', "--stages need one or more, of different names, not none."),
+        ('{"stages": []}', "--stages is empty; a run needs one stage or more."),
         ('{"stages": ["a"]}', 'stages must be an object with "name", "epochs", "lr" and so on, not'),
         ('{"stages": {"name": "a"}}', "stages is {'name': 'a'}, and must be tuple"),
         ('{"stages": [{"name": "a", "epochs": 1.5, "lr": 1}]}', "stages: epochs is 1.5, and must be int."),
@@ -258,22 +270,22 @@ def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_written(
         ("{", "cannot be read"),
     ],
 )
-def test_a_config_file_with_a_value_of_another_kind_is_refused(start, tmp_path, text, sentence):
+def test_config_file_with_a_value_of_the_wrong_type_is_rejected(start, tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     end = run_train(train.main, Config, "--config", str(tmp_path / "config.json"), "--logdir", str(tmp_path / "run"))
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert sentence in end.err
+    assert message in end.err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_checkpoints_alone_holds_a_run_too(start, tmp_path):
+def test_logdir_that_has_only_checkpoints_is_rejected(start, tmp_path):
     (tmp_path / "run/stage0").mkdir(parents=True)
     (tmp_path / "run/stage0/best.pth").write_text("precious")
-    assert "holds a run already" in start("--logdir", str(tmp_path / "run")).err
+    assert "already holds a run" in start("--logdir", str(tmp_path / "run")).err
     assert (tmp_path / "run/stage0/best.pth").read_text() == "precious"
 
 
-def test_a_variable_of_torchrun_that_strayed_into_the_environment_changes_nothing(start, monkeypatch, tmp_path):
+def test_incomplete_torchrun_environment_is_ignored(start, monkeypatch, tmp_path):
     assert start("--logdir", str(tmp_path / "plain")).code == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -281,32 +293,32 @@ def test_a_variable_of_torchrun_that_strayed_into_the_environment_changes_nothin
     assert (tmp_path / "plain/metrics.jsonl").read_bytes() == (tmp_path / "stray/metrics.jsonl").read_bytes()
 
 
-def test_a_metric_of_another_shape_than_one_number_a_sample_is_refused(cpu):
+def test_metric_of_invalid_shape_is_rejected(cpu):
     with pytest.raises(ValueError, match=r"metric accuracy has shape \(8, 5\) for 8 samples"):
         MeanMetrics().update(8, accuracy=torch.ones(8, 5))
 
 
-def test_a_config_with_an_unknown_knob_is_refused_with_the_near_one(start, tmp_path):
+def test_config_file_with_an_unknown_option_suggests_the_closest(start, tmp_path):
     (tmp_path / "config.json").write_text('{"batchsize": 3}')
     end = start("--config", str(tmp_path / "config.json"))
     assert end.code == 2
-    assert "'batchsize', which is no knob; did you mean 'batch_size'?" in end.err
+    assert "has an unknown option 'batchsize'; did you mean 'batch_size'?" in end.err
 
 
-def test_a_logdir_that_holds_a_run_is_refused_and_left_as_it_is(start, tmp_path):
+def test_logdir_that_holds_a_run_is_rejected_and_unchanged(start, tmp_path):
     logdir = tmp_path / "run"
     assert start("--logdir", str(logdir)).code == 0
     before = {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
     end = start("--logdir", str(logdir))
     assert end.code == 2
     assert end.err == (
-        f"error: --logdir {logdir} holds a run already; go on with it by --resume, "
-        f"or choose another, such as --logdir {logdir}_2.\n"
+        f"error: --logdir {logdir} already holds a run; resume it with --resume, or choose another directory, "
+        f"such as --logdir {logdir}_2.\n"
     )
     assert {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()} == before
 
 
-def test_a_data_set_with_too_few_of_a_class_is_refused(start, monkeypatch, tmp_path):
+def test_data_set_with_too_few_samples_of_a_class_is_rejected(start, monkeypatch, tmp_path):
     load_dataset = train.load_dataset
 
     def load_thinned(data_dir):
@@ -322,7 +334,7 @@ def test_a_data_set_with_too_few_of_a_class_is_refused(start, monkeypatch, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_makes_its_split_file_once_and_notes_its_sha256(start, tmp_path):
+def test_split_file_is_written_once_and_its_sha256_recorded(start, tmp_path):
     path = tmp_path / "splits/default.csv"
     for name in ("one", "two"):
         assert start("--logdir", str(tmp_path / name), "--fold", "1").code == 0
@@ -351,7 +363,12 @@ def test_training_reads_no_sample_of_the_test_split(start, monkeypatch, tmp_path
 
         dataset.__class__ = Noted
         if get_batch is not None:
-            dataset.get_batch = lambda indices: (note(indices), get_batch(indices))[1]
+
+            def note_batch(indices):
+                note(indices)
+                return get_batch(indices)
+
+            dataset.get_batch = note_batch
         return dataset
 
     monkeypatch.setattr(train, "load_dataset", load_noted)
@@ -364,7 +381,7 @@ def test_training_reads_no_sample_of_the_test_split(start, monkeypatch, tmp_path
     assert "-1" in rows.values()
 
 
-def test_a_bug_keeps_its_traceback_and_is_noted_in_the_run(start, monkeypatch, tmp_path):
+def test_bug_keeps_its_traceback_and_is_recorded(start, monkeypatch, tmp_path):
     def broken(*_):
         return int("x")
 
@@ -376,8 +393,8 @@ def test_a_bug_keeps_its_traceback_and_is_noted_in_the_run(start, monkeypatch, t
     assert "invalid literal for int()" in (tmp_path / "run/train.log").read_text()
 
 
-@pytest.mark.parametrize("accuracy", [math.nan, 0.9])  # of outputs that are NaN accuracy is a number all the same
-def test_a_loss_that_is_not_finite_is_null_in_the_metrics_and_never_best(start, monkeypatch, tmp_path, accuracy):
+@pytest.mark.parametrize("accuracy", [math.nan, 0.9])  # NaN outputs can have a finite accuracy
+def test_non_finite_loss_is_null_in_metrics_jsonl_and_never_best(start, monkeypatch, tmp_path, accuracy):
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": accuracy, "loss": math.nan})
     assert start("--logdir", str(tmp_path / "run")).code == 0
     known = None if math.isnan(accuracy) else accuracy
@@ -385,7 +402,7 @@ def test_a_loss_that_is_not_finite_is_null_in_the_metrics_and_never_best(start, 
     assert not (tmp_path / "run/stage0/best.pth").exists()
 
 
-def test_one_process_of_a_machine_loads_the_data_before_the_others(monkeypatch, data_dir, tmp_path):
+def test_local_rank_zero_loads_the_data_before_other_ranks(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
     load_dataset = train.load_dataset
     loaded = tmp_path / "loaded"

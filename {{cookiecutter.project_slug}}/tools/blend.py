@@ -1,11 +1,12 @@
-"""Several predictions in, one better prediction out.
+"""Blend the predictions of several models.
 
-    python tools/blend.py logs/a/predictions/test.csv logs/b/predictions/test.csv --output logs/blend/predictions/test.csv
+    python tools/blend.py logs/{a,b}/predictions/test.csv --output logs/blend/predictions/test.csv
 
-Rows are matched by id, columns by class, in whatever order each file has them. `--fit-on` finds weights on the
-out-of-fold predictions of the same models, and says what cross-validation thinks of them.
+Rows are matched by id and columns by class, in any order. `--fit-on` finds the weights on out-of-fold predictions of
+the same models, and prints the loss that cross-validation estimates for them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from tyro.conf import Positional
 
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
+from batteries.core.text import count_of
 from batteries.evaluation.predictions import (
     Predictions,
+    check_same_names,
     check_sums,
-    compare,
     match_predictions,
     read_predictions,
     write_predictions,
@@ -25,47 +27,56 @@ from batteries.evaluation.predictions import (
 from batteries.evaluation.scoring import score
 from batteries.submission.blending import Method, blend, correlations, fit_weights, normalize_weights
 
+DEFAULT_POWER = 2.0
+
 
 @dataclass(frozen=True)
 class Options:
     """Blend predictions of several models."""
 
-    inputs: Positional[tuple[Path, ...]]  # two or more tables of predict.py
-    output: Path = Path("blend.csv")  # one with other contents is not overwritten
-    method: Method = "mean"  # rank where models are calibrated differently, geometric or power where they are not
-    power: float | None = None  # of --method power, over 0; over 1 leans to the model that is sure; 2 by default
-    weights: str | None = None  # one for each input, such as 2,1; equal by default
-    fit_on: tuple[Path, ...] = ()  # out-of-fold tables with targets, one for each input, to find weights on
-    independent: bool = False  # a sample may be of several classes: rows need not sum to one
-    overwrite: bool = False  # replace an output that is there
+    inputs: Positional[tuple[Path, ...]]  # two or more predictions files of tools/predict.py
+    output: Path = Path("blend.csv")  # output file
+    method: Method = "mean"  # rank ignores how the models are calibrated
+    power: float | None = None  # exponent of --method power, over 0; over 1 favours confident models; 2 by default
+    weights: str | None = None  # one weight per input, such as 2,1; equal by default
+    fit_on: tuple[Path, ...] = ()  # out-of-fold predictions with targets, one per input, to find the weights on
+    independent: bool = False  # a sample can belong to several classes: rows need not sum to one
+    overwrite: bool = False  # replace an output that exists and differs
 
 
 def main(options: Options) -> None:
-    """Check, match, blend, write and compare."""
+    """Match, blend, write and score the predictions."""
     if len(options.inputs) < 2:
-        raise UserError("blend.py needs two files of predictions or more.")
-    check_power(options)
+        raise UserError(f"blend.py needs two or more predictions files, not {len(options.inputs)}.")
+    power = find_power(options)
     tables = read_tables(options.inputs, options)
-    weights = find_weights(options, tables[0])
-    blended = Predictions(
-        str(options.output), tables[0].ids, tables[0].classes, mix(tables, weights, options), tables[0].targets
+    weights = find_weights(options, power, tables[0])
+    first = tables[0]
+    probabilities = blend(
+        stack(tables),
+        options.method,
+        weights,
+        power,
+        normalize_rows=not options.independent,
     )
+    blended = Predictions(str(options.output), first.ids, first.classes, probabilities, first.targets)
     write_predictions(options.output, blended, overwrite=options.overwrite)
-    say(tables, weights, blended)
+    print_summary(tables, weights, blended)
 
 
-def check_power(options: Options) -> float:
-    """The power of --method power. Raises BadInput where it is none, or would change nothing."""
-    power = 2.0 if options.power is None else options.power
-    if not 0 < power < float("inf"):
-        raise UserError(f"--power {power} must be over 0 and finite.")
-    if options.power is not None and options.method != "power":
+def find_power(options: Options) -> float:
+    """Return the power of --method power. Raises UserError if it is invalid or has no effect."""
+    if options.power is None:
+        return DEFAULT_POWER
+    if not 0 < options.power < float("inf"):
+        raise UserError(f"--power {options.power} must be over 0 and finite.")
+    if options.method != "power":
         raise UserError(f"--power is for --method power, not {options.method}.")
-    return power
+    return options.power
 
 
-def read_tables(paths: tuple[Path, ...], options: Options) -> list[Predictions]:
-    """The tables in `paths`, in the order of the first."""
+def read_tables(paths: Sequence[Path], options: Options) -> list[Predictions]:
+    """Read predictions files, and match them to the first one."""
     tables = [read_predictions(path) for path in paths]
     for table in tables:
         if options.method != "rank" and not options.independent:
@@ -73,66 +84,85 @@ def read_tables(paths: tuple[Path, ...], options: Options) -> list[Predictions]:
     return match_predictions(tables)
 
 
-def find_weights(options: Options, first: Predictions) -> np.ndarray:
-    """The weights (M,) that were given or are found on out-of-fold predictions, else equal ones; they sum to one."""
+def find_weights(options: Options, power: float, first: Predictions) -> np.ndarray:
+    """Return the weights (M,), which sum to one: given, found on out-of-fold predictions, or equal.
+
+    Args:
+        options: The options.
+        power: The power of --method power.
+        first: The first input, whose classes the out-of-fold predictions must have.
+    """
     if options.weights is not None and options.fit_on:
-        raise UserError("--weights and --fit-on exclude each other: give weights, or let them be found.")
+        raise UserError("--weights and --fit-on exclude each other; give one of them.")
     if options.fit_on:
-        return fit(options, first)
+        return fit(options, power, first)
     if options.weights is None:
         return np.full(len(options.inputs), 1 / len(options.inputs))
+    return parse_weights(options.weights, len(options.inputs))
+
+
+def parse_weights(text: str, count: int) -> np.ndarray:
+    """Parse `count` numbers that are separated by commas; return weights (M,) that sum to one."""
     try:
-        weights = np.array([float(part) for part in options.weights.split(",")])
+        weights = np.array([float(part) for part in text.split(",")])
     except ValueError:
-        raise UserError(f"--weights {options.weights} must be numbers with commas between them, such as 2,1.") from None
-    if len(weights) != len(options.inputs):
+        raise UserError(f"--weights {text} must be numbers separated by commas, such as 2,1.") from None
+    if len(weights) != count:
         raise UserError(
-            f"--weights {options.weights} are {len(weights)}, for {len(options.inputs)} files; give as many."
+            f"--weights {text} has {count_of(len(weights), 'weight')} for {count_of(count, 'input')}; give one per "
+            "input."
         )
     if not np.all(np.isfinite(weights) & (weights >= 0)) or not weights.any():
-        raise UserError(f"--weights {options.weights} must be 0 or more, finite, and not all 0.")
+        raise UserError(f"--weights {text} must be 0 or more, finite, and not all 0.")
     return normalize_weights(weights)
 
 
-def fit(options: Options, first: Predictions) -> np.ndarray:
-    """Weights found on out-of-fold predictions, of the classes of the `first` input, and what they are worth."""
+def fit(options: Options, power: float, first: Predictions) -> np.ndarray:
+    """Find weights (M,) on out-of-fold predictions, and print the loss that can be expected of them."""
     if len(options.fit_on) != len(options.inputs):
-        raise UserError(f"--fit-on has {len(options.fit_on)} files, for {len(options.inputs)} inputs; give as many.")
-    if options.method == "rank" or options.independent:
-        what = "--method rank" if options.method == "rank" else "--independent"
-        raise UserError(f"--fit-on looks for the least cross-entropy, which {what} does not have; give --weights.")
+        raise UserError(
+            f"--fit-on has {count_of(len(options.fit_on), 'file')} for {count_of(len(options.inputs), 'input')}; give "
+            "one per input."
+        )
+    if options.method == "rank":
+        raise UserError("--fit-on minimises the cross-entropy, which --method rank does not have; give --weights.")
+    if options.independent:
+        raise UserError("--fit-on minimises the cross-entropy, which --independent does not have; give --weights.")
     tables = read_tables(options.fit_on, options)
-    compare("class", first.name, first.classes, tables[0].name, tables[0].classes)
-    if (targets := tables[0].targets) is None:
-        raise UserError("--fit-on needs a column target in one of its files: weights are found on known samples.")
-    power = check_power(options)
-    found = fit_weights(stack(tables), targets, lambda rows, weights: blend(rows, options.method, weights, power))
-    print(f"fit      loss {found.loss:.4f} by cross-validation of the weights, {found.equal_loss:.4f} with equal ones")
-    return found.weights
+    check_same_names("class", first.name, first.classes, tables[0].name, tables[0].classes)
+    targets = tables[0].targets
+    if targets is None:
+        raise UserError("--fit-on needs a file with a column target, because weights are fitted to known targets.")
+
+    def blend_tables(probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return blend(probabilities, options.method, weights, power)
+
+    fitted = fit_weights(stack(tables), targets, blend_tables)
+    print(
+        f"fit      loss {fitted.loss:.4f} by cross-validation of the weights, "
+        f"{fitted.equal_loss:.4f} with equal weights"
+    )
+    return fitted.weights
 
 
-def mix(tables: list[Predictions], weights: np.ndarray, options: Options) -> np.ndarray:
-    """The blended probabilities (N, C)."""
-    return blend(stack(tables), options.method, weights, check_power(options), normalise=not options.independent)
-
-
-def stack(tables: list[Predictions]) -> np.ndarray:
-    """Probabilities (M, N, C) of matched tables."""
+def stack(tables: Sequence[Predictions]) -> np.ndarray:
+    """Stack the probabilities of matched tables; shape (M, N, C)."""
     return np.stack([table.probabilities for table in tables])
 
 
-def say(tables: list[Predictions], weights: np.ndarray, blended: Predictions) -> None:
-    """Inputs, weights and scores, how alike the inputs are, and what came out."""
+def print_summary(tables: Sequence[Predictions], weights: np.ndarray, blended: Predictions) -> None:
+    """Print the inputs with weights and scores, their correlations, and the output with its scores."""
     for number, (table, weight) in enumerate(zip(tables, weights, strict=True), start=1):
-        print(f"{number:<8} {table.name}  weight {weight:.4f}{scores_of(table)}")
-    print("alike    Pearson's correlation of the probabilities")
+        print(f"{number:<8} {table.name}  weight {weight:.4f}{format_scores(table)}")
+    print("corr     Pearson's correlation of the probabilities")
     for number, row in enumerate(correlations(stack(tables)), start=1):
-        print(f"{number:<8} {'  '.join('none  ' if np.isnan(value) else f'{value:.4f}' for value in row)}")
-    print(f"wrote    {blended.name}: {len(blended.ids):,} rows{scores_of(blended)}")
+        values = ["none  " if np.isnan(value) else f"{value:.4f}" for value in row]
+        print(f"{number:<8} {'  '.join(values)}")
+    print(f"wrote    {blended.name}: {len(blended.ids):,} rows{format_scores(blended)}")
 
 
-def scores_of(table: Predictions) -> str:
-    """The scores where targets are known."""
+def format_scores(table: Predictions) -> str:
+    """Format the scores of a table; empty if its targets are not known."""
     return "".join(f"  {name} {value:.4f}" for name, value in score(table).items())
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from batteries.checkpoint.io import load_weights, make_checkpoint
+from batteries.checkpoint import io as checkpoint_io
 from batteries.core.command_line import run_command
 from batteries.core.config_io import to_json
 from batteries.core.memory import peak_memory
@@ -32,7 +32,7 @@ from batteries.data.workers import choose_num_workers
 from batteries.distributed.process_group import require_single_process
 from batteries.distributed.unwrap import unwrap_model
 from batteries.preflight import data_checks, machine_checks, model_checks
-from batteries.preflight.machine_checks import Speed, seconds_each
+from batteries.preflight.machine_checks import Speed, measure_intervals
 from batteries.preflight.results import CheckResult, raise_if_failed, run_checks
 from batteries.training.parameters import check_module_names, freeze
 from batteries.training.pretrained import load_pretrained
@@ -85,7 +85,7 @@ class CheckContext:
 
     @property
     def plain_options(self) -> Options:
-        """The options with metrics that every batch has, and steps of equal size."""
+        """The options with the loss as the only metric, and without the short last step."""
         return replace(self.options, main_metric="loss", minimize_metric=True, scores=(), drop_last=True)
 
     @property
@@ -110,7 +110,7 @@ class CheckContext:
 
     @cached_property
     def speeds(self) -> dict[str, Speed]:
-        """The speed of each stage by name, measured once for stages that do not differ in speed."""
+        """The speed of each stage under its name, measured once for stages that do not differ in speed."""
         measured: dict[tuple[Any, ...], Speed] = {}
         for stage in self.options.stages:
             key = stage.image_size, stage.freeze
@@ -132,7 +132,7 @@ class CheckContext:
             model = build_model(num_classes=len(self.dataset.classes))
         model = prepare_model(model, self.device, channels_last=options.channels_last)
         if options.init_from is not None:
-            load_weights(options.init_from, model)
+            checkpoint_io.load_weights(options.init_from, model)
         if options.pretrained is not None:
             load_pretrained(model, options.pretrained)
         return model
@@ -143,9 +143,9 @@ class CheckContext:
         freeze(model, stage.freeze)
         return build_state(model, stage, steps, self.device, replace(self.options, compile=False))
 
-    def pack(self, state: TrainState) -> dict[str, Any]:
+    def make_checkpoint(self, state: TrainState) -> dict[str, Any]:
         """Build the checkpoint of a state."""
-        return make_checkpoint(
+        return checkpoint_io.make_checkpoint(
             stage=self.first_stage.name,
             epoch=1,
             model=state.model,
@@ -156,7 +156,7 @@ class CheckContext:
         )
 
     def _measure(self, stage: Stage) -> Speed:
-        """Measure loading alone, training on loaded batches, and validation."""
+        """Measure loading, training on loaded batches, and validation."""
         plain = self.plain_options
         limit = self.options.limit_batches or MAX_TIMED_STEPS
         train_loader, _ = self.loaders(stage, replace(plain, limit_batches=min(MAX_TIMED_STEPS, limit)))
@@ -179,9 +179,9 @@ class CheckContext:
             for _ in range(3):
                 yield valid_fn(state.model, valid_loader, self.logger, plain)
 
-        loading = mean(seconds_each(load()))  # workers deliver several batches at once
-        step = median(seconds_each(train()))
-        validation = median(seconds_each(validate()))
+        loading = mean(measure_intervals(load()))  # workers deliver several batches at once
+        step = median(measure_intervals(train()))
+        validation = median(measure_intervals(validate()))
         validation *= self.loaders(stage, self.options)[1].size / valid_loader.size
         workers = self.options.num_workers
         return Speed(loading, step, validation, choose_num_workers(self.device) if workers is None else workers)
@@ -191,7 +191,7 @@ def make_context(options: Options, device: torch.device) -> CheckContext:
     """Load the data and the split. Raises UserError for options and files that train.py would reject."""
     dataset = load_dataset(options.data_dir)
     split_file = SplitFile(options.split_file, dataset, make_folds)
-    split = split_file.cut(options.fold)
+    split = split_file.select_unchecked(options.fold)
     context = CheckContext(options, device, dataset, split_file, split, SilentLogger(device))
     model = context.make_model()
     for stage in options.stages:
@@ -201,22 +201,22 @@ def make_context(options: Options, device: torch.device) -> CheckContext:
     return context
 
 
-def samples_load(context: CheckContext) -> CheckResult:
+def check_samples_load(context: CheckContext) -> CheckResult:
     """Check that every sample, or a random subset of them, can be read."""
     return data_checks.check_samples_load(context.dataset, context.split, *context.opened)
 
 
-def class_counts(context: CheckContext) -> CheckResult:
+def check_class_counts(context: CheckContext) -> CheckResult:
     """Check how many samples of each class each split has."""
     return data_checks.check_class_counts(context.split_file, context.options.fold)
 
 
-def duplicates(context: CheckContext) -> CheckResult:
+def check_duplicates(context: CheckContext) -> CheckResult:
     """Check for images that are in two splits."""
     return data_checks.check_duplicates(context.dataset, context.split, *context.opened)
 
 
-def normalization(context: CheckContext) -> CheckResult:
+def check_normalization(context: CheckContext) -> CheckResult:
     """Check the values of the train split, without augmentation, as the model gets them."""
     indices = data_checks.choose_samples(context.split.train, NORMALIZATION_SAMPLES, context.options.seed)
     transform = valid_transform(context.first_stage.image_size)
@@ -224,13 +224,13 @@ def normalization(context: CheckContext) -> CheckResult:
     return data_checks.check_normalization(normalize(images) for images, _ in loader)
 
 
-def overfit_one_batch(context: CheckContext) -> CheckResult:
+def check_overfit_one_batch(context: CheckContext) -> CheckResult:
     """Check that the same few samples are learned, without augmentation and mixing."""
     steps = context.options.overfit_steps
     options = replace(context.options, label_smoothing=0.0)
     stage = replace(context.first_stage, schedule="constant", epochs=1, warmup_epochs=0.2)
     size = context.small_options.batch_size
-    indices = data_checks.some_of_each_class(context.dataset, context.split.train, size)
+    indices = data_checks.choose_balanced(context.dataset, context.split.train, size)
     loader = TrainLoader(
         context.dataset,
         indices,
@@ -245,11 +245,11 @@ def overfit_one_batch(context: CheckContext) -> CheckResult:
         for number in range(1, steps + 1):
             yield train_fn(state, loader.epoch(0, number), context.logger, options)["loss"]
 
-    may_know = options.init_from is not None
-    return model_checks.check_overfit_one_batch(losses(), len(indices), stage.lr, knows=may_know)
+    may_be_trained = options.init_from is not None
+    return model_checks.check_overfit_one_batch(losses(), len(indices), stage.lr, pretrained=may_be_trained)
 
 
-def gradients(context: CheckContext) -> CheckResult:
+def check_gradients(context: CheckContext) -> CheckResult:
     """Check that every parameter that any stage trains gets a gradient, in small steps with nothing frozen."""
     train_loader, _ = context.loaders(context.first_stage, context.small_options)
     state = context.make_state(replace(context.first_stage, freeze=()), len(train_loader))
@@ -264,7 +264,7 @@ def gradients(context: CheckContext) -> CheckResult:
     return model_checks.check_gradients(state.model, trainable, train, scaled=is_scaled)
 
 
-def checkpoint_roundtrip(context: CheckContext) -> CheckResult:
+def check_checkpoint_roundtrip(context: CheckContext) -> CheckResult:
     """Check that a saved state, loaded into another model, continues bit for bit."""
     train_loader, valid_loader = context.loaders(context.first_stage, context.small_options)
 
@@ -279,21 +279,21 @@ def checkpoint_roundtrip(context: CheckContext) -> CheckResult:
     return model_checks.check_checkpoint_roundtrip(
         context.options.logdir,
         make_state,
-        context.pack,
+        context.make_checkpoint,
         train_and_validate if is_repeatable else None,
     )
 
 
-def logdir(context: CheckContext) -> CheckResult:
+def check_logdir(context: CheckContext) -> CheckResult:
     """Check that train.py would accept the logdir."""
     return machine_checks.check_logdir_is_free(context.options.logdir, resume=context.options.resume)
 
 
-def disk_space(context: CheckContext) -> CheckResult:
+def check_disk_space(context: CheckContext) -> CheckResult:
     """Check that the checkpoints of all stages fit on the disk."""
     options = context.options
     within_epochs = options.checkpoint_every_minutes is not None or options.checkpoint_every_steps is not None
-    sizes = [machine_checks.count_state_bytes(context.make_state(stage, 1), context.pack) for stage in options.stages]
+    sizes = [machine_checks.count_state_bytes(context.make_state(stage, 1), context.make_checkpoint) for stage in options.stages]
     counts = [
         machine_checks.kept_checkpoints(stage.epochs, options.save_n_best, within_epochs=within_epochs)
         for stage in options.stages
@@ -301,23 +301,23 @@ def disk_space(context: CheckContext) -> CheckResult:
     return machine_checks.check_disk_space(options.logdir, sizes, counts)
 
 
-def processes(context: CheckContext) -> CheckResult:
+def check_processes(context: CheckContext) -> CheckResult:
     """Check that the processes of scripts/train_ddp.sh can communicate."""
     options = context.options
     return machine_checks.check_processes(context.device, options.accumulation_steps, options.batch_size)
 
 
-def loader_throughput(context: CheckContext) -> CheckResult:
+def check_loader_throughput(context: CheckContext) -> CheckResult:
     """Compare the speed of the loader with that of the model."""
     speeds = dict(reversed(context.speeds.items()))
     return machine_checks.check_loader_throughput(speeds, context.options.batch_size)
 
 
-def run_time(context: CheckContext) -> CheckResult:
+def check_run_time(context: CheckContext) -> CheckResult:
     """Estimate the time of the whole run; report the memory used so far."""
     options = context.options
     lengths = [
-        machine_checks.Length(
+        machine_checks.StageLength(
             epochs=stage.epochs,
             steps=len(context.loaders(stage, options)[0]),
             validations=1 if options.ema_decay is None else 2,
@@ -326,25 +326,25 @@ def run_time(context: CheckContext) -> CheckResult:
         for stage in options.stages
     ]
     memory = peak_memory(context.device)
-    result = machine_checks.estimate_run_time(lengths, memory, patient=options.patience is None)
+    result = machine_checks.estimate_run_time(lengths, memory, may_stop_early=options.patience is not None)
     if options.compile:
         result = result._replace(details=f"{result.details}; measured without --compile")
     return result
 
 
 CHECKS: list[tuple[str, Callable[[CheckContext], CheckResult]]] = [
-    ("samples load", samples_load),
-    ("class counts", class_counts),
-    ("duplicates", duplicates),
-    ("normalization", normalization),
-    ("one batch", overfit_one_batch),
-    ("gradients", gradients),
-    ("checkpoint", checkpoint_roundtrip),
-    ("logdir", logdir),
-    ("disk space", disk_space),
-    ("processes", processes),
-    ("loader", loader_throughput),
-    ("run time", run_time),
+    ("samples load", check_samples_load),
+    ("class counts", check_class_counts),
+    ("duplicates", check_duplicates),
+    ("normalization", check_normalization),
+    ("one batch", check_overfit_one_batch),
+    ("gradients", check_gradients),
+    ("checkpoint", check_checkpoint_roundtrip),
+    ("logdir", check_logdir),
+    ("disk space", check_disk_space),
+    ("processes", check_processes),
+    ("loader", check_loader_throughput),
+    ("run time", check_run_time),
 ]
 
 

@@ -16,9 +16,9 @@ from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
 from batteries.core.text import find_repeated, list_first
 from batteries.distributed.collectives import local_rank_zero_first, run_on_rank_zero
-from batteries.evaluation.error_analysis import has_one_class_each
+from batteries.evaluation.error_analysis import has_class_targets
 from batteries.evaluation.inference import Experiment, InferenceOptions, predict_run, run_config
-from batteries.evaluation.predictions import Predictions, average_by_id, compare, write_all
+from batteries.evaluation.predictions import Predictions, average_by_id, check_same_names, write_all
 from batteries.evaluation.scoring import bootstrap_gap, sample_scores, score
 from batteries.evaluation.tta import Views
 from batteries.training.setup import setup_training
@@ -60,7 +60,7 @@ def main(options: Options) -> dict[str, Predictions]:
             predict_run(folder, config, dataset, device, make_experiment(), inference_options(options))
             for folder, config in zip(options.run, configs, strict=True)
         ]
-        # Each run validates on its own fold: a sample that one run trained on is predicted by another run.
+        # The runs validate on different folds: a sample that one run trained on is predicted by another run.
         order = [str(name) for name in dataset.ids] if options.images is None else None
         merged = {
             name: merge(output / f"{name}.csv", [table[name] for table in tables], order if name == "valid" else None)
@@ -125,14 +125,14 @@ def merge(path: Path, tables: Sequence[Predictions], order: Sequence[str] | None
         order: The ids in the order of the result, for tables with different rows (out-of-fold). None: the mean of
             tables with the same rows.
     """
-    tables = [table if has_one_class_each(table) else replace(table, targets=None) for table in tables]
+    tables = [table if has_class_targets(table) else replace(table, targets=None) for table in tables]
     if order is None:
         for table in tables:
-            compare("id", tables[0].name, tables[0].ids, table.name, table.ids)
+            check_same_names("id", tables[0].name, tables[0].ids, table.name, table.ids)
     return average_by_id(str(path), tables, order or tables[0].ids)
 
 
-def print_scores(tables: dict[str, Predictions], models: int, config: Config) -> None:
+def print_scores(tables: dict[str, Predictions], num_models: int, config: Config) -> None:
     """Print the scores of tables with targets, and the gap between valid and test."""
     functions = {name: SCORES[name] for name in SCORES if name in (config.main_metric, *config.scores)}
     for name, table in tables.items():
@@ -143,9 +143,9 @@ def print_scores(tables: dict[str, Predictions], models: int, config: Config) ->
         test_scores = sample_scores(tables["test"])
         for metric in (name for name in valid_scores if name in test_scores):
             print(f"gap      {metric} of test minus valid {bootstrap_gap(valid_scores[metric], test_scores[metric])}")
-        if models > 1:
+        if num_models > 1:
             print(
-                f"note     test is the mean of {models} models, valid has one model per sample: this alone gives a gap"
+                f"note     test is the mean of {num_models} models, valid has one model per sample: expect a gap"
             )
 
 

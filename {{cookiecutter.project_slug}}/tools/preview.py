@@ -1,26 +1,28 @@
-"""See what augmentation does: a sheet of samples as they are, as training sees them, and as a batch reaches the model.
+"""Show what augmentation does: samples before and after it, and as input of the model, in one image.
 
     python tools/preview.py                                   # logs/preview.png
     python tools/preview.py --mixup 0.4 --sheet logs/mixed.png
 
-What it shows is what training gets: the same order, the same random streams. A sheet that is there is replaced.
+The samples are exactly those of training: the same order and the same random streams. An existing image is replaced.
 """
 
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import numpy as np
 import torch
 
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
 from batteries.core.files import write_output
-from batteries.core.fonts import missing_letters_as_boxes
+from batteries.core.fonts import ignore_missing_glyphs
 from batteries.core.validators import Count, NotNegative, Range, Seed, check_ranges
+from batteries.data.dataset import Dataset
 from batteries.data.image_grid import stretch, to_rgb
 from batteries.data.loaders import TrainLoader
-from batteries.data.splits import SplitFile, check_files
+from batteries.data.splits import Split, SplitFile, check_files
 from experiment.augmentations import batch_transform, normalize, train_transform
 from experiment.dataset import load_dataset
 from experiment.splits import make_folds
@@ -30,107 +32,128 @@ from experiment.splits import make_folds
 class Config:
     """Draw samples of the train split, before and after augmentation."""
 
-    sheet: Path = Path("logs/preview.png")  # the picture; one that is there is replaced
-    samples: Annotated[int, Range(2)] = 6  # rows
-    epochs: Count = 4  # augmented versions of each, one from each of the first epochs
-    data_dir: Path = Path("data")  # where data sets that are files are kept
-    split_file: Path = Path("splits/default.csv")  # which samples train; not written here
-    fold: int = 0  # which fold validates; the others are looked at
+    sheet: Path = Path("logs/preview.png")  # the image to write; an existing one is replaced
+    samples: Annotated[int, Range(2)] = 6  # samples, one per row
+    epochs: Count = 4  # augmented versions of each sample, from the first epochs
+    data_dir: Path = Path("data")  # directory of the data set
+    split_file: Path = Path("splits/default.csv")  # train, valid and test samples; not written by this command
+    fold: int = 0  # the fold used for validation; the samples come from the others
     seed: Seed = 0  # as in training
-    batch_size: Count = 32  # as in training: a sample is mixed with one of its step
+    batch_size: Count = 32  # as in training; a sample is mixed with another one of its step
     mixup: NotNegative = 0.0  # alpha of mixup, as in training
-    cutmix: NotNegative = 0.0  # alpha of cutmix, as in training
+    cutmix: NotNegative = 0.0  # alpha of CutMix, as in training
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn."""
+        """Validate the options."""
         check_ranges(self)
         if self.samples > self.batch_size:
             raise UserError(
-                f"--samples {self.samples} are drawn of one batch: use --batch-size {self.samples} or more."
+                f"--samples {self.samples} must not exceed --batch-size {self.batch_size}, because they come from one "
+                f"batch; use --batch-size {self.samples} or more."
             )
         if self.sheet.suffix != ".png":
             raise UserError(f"--sheet {self.sheet} must end in .png.")
 
 
 def main(config: Config) -> None:
-    """Load the samples as training does, draw, say the range of values."""
+    """Load samples as training does, draw them, and print the range of their values."""
     dataset = load_dataset(config.data_dir)
     split = SplitFile(config.split_file, dataset, make_folds).select(config.fold)
     check_files(dataset, split)
-    mixer = batch_transform(len(dataset.classes), config.mixup, config.cutmix)
-    loader, mixed = (
-        TrainLoader(
-            *(dataset, split.train, train_transform(), torch.device("cpu")),
-            seed=config.seed,
-            batch_size=config.batch_size,
-            drop_last=False,
-            mixer=mixer,
-        )
-        for mixer in (None, mixer)
-    )
+    loader = make_loader(dataset, split, config, mixup=0.0, cutmix=0.0)
+    mixed_loader = make_loader(dataset, split, config, mixup=config.mixup, cutmix=config.cutmix)
     first = loader.epoch(0, 1)
     chosen = first.order[: config.samples]
     originals = [dataset[index][0] for index in chosen.tolist()]
-    # The same samples stand elsewhere in other epochs, with streams of their own.
-    versions = [look_up(loader, epoch, chosen) for epoch in range(1, config.epochs + 1)]
-    _, images, targets = mixed.epoch(0, 1).peek(config.samples)
-    seen = normalize(images)
-    names = [f"{dataset.ids[index]}: {name_of(first.sample(index)[1], dataset)}" for index in chosen.tolist()]
-    draw(config.sheet, originals, versions, seen, names, [name_of(target, dataset) for target in targets])
-    print(f"a batch  {tuple(seen.shape)}, {seen.dtype}, {describe(seen)}")
+    versions = [augmented_versions(loader, epoch, chosen) for epoch in range(1, config.epochs + 1)]
+    _, images, targets = mixed_loader.epoch(0, 1).peek(config.samples)
+    inputs = normalize(images)
+    names = [f"{dataset.ids[index]}: {describe_target(first.sample(index)[1], dataset)}" for index in chosen.tolist()]
+    input_names = [describe_target(target, dataset) for target in targets]
+    draw(config.sheet, originals, versions, inputs, names, input_names)
+    print(f"batch    {tuple(inputs.shape)}, {inputs.dtype}, {describe_values(inputs)}")
     print(f"targets  {tuple(targets.shape)}, {targets.dtype}")
-    print(f"look     {config.sheet}")
+    print(f"image    {config.sheet}")
 
 
-def look_up(loader: TrainLoader, epoch: int, chosen: Any) -> list[torch.Tensor]:
-    """The samples `chosen`, by index, as training sees them in that epoch."""
-    order = loader.epoch(0, epoch)
-    return [order.sample(index)[0] for index in chosen.tolist()]
+def make_loader(dataset: Dataset, split: Split, config: Config, *, mixup: float, cutmix: float) -> TrainLoader:
+    """Build the train loader, on the CPU."""
+    return TrainLoader(
+        dataset,
+        split.train,
+        train_transform(),
+        torch.device("cpu"),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        drop_last=False,
+        mixer=batch_transform(len(dataset.classes), mixup, cutmix),
+    )
+
+
+def augmented_versions(loader: TrainLoader, epoch: int, chosen: np.ndarray) -> list[torch.Tensor]:
+    """Return the samples `chosen`, given by index, as training augments them in an epoch (from 1)."""
+    batches = loader.epoch(0, epoch)
+    return [batches.sample(index)[0] for index in chosen.tolist()]
 
 
 def draw(
-    sheet: Path, originals: list, versions: list[list], seen: torch.Tensor, names: list[str], targets: list[str]
+    sheet: Path,
+    originals: list[torch.Tensor],
+    versions: list[list[torch.Tensor]],
+    inputs: torch.Tensor,
+    names: list[str],
+    input_names: list[str],
 ) -> None:
-    """A row for each sample: as it is, augmented in each epoch, and as a batch reaches the model."""
+    """Draw one row per sample: the original, its augmented version in each epoch, and the input of the model.
+
+    Args:
+        sheet: The PNG file to write.
+        originals: N images (C, H, W), uint8.
+        versions: For each epoch, N augmented images, uint8.
+        inputs: The normalised images, shape (N, C, H, W).
+        names: The titles of the originals.
+        input_names: The titles of the inputs.
+    """
     import matplotlib as mpl
 
-    mpl.use("agg")  # no screen is needed
+    mpl.use("agg")  # works without a display
     import matplotlib.pyplot as plt
 
     columns = 2 + len(versions)
     figure, axes = plt.subplots(len(originals), columns, figsize=(2 * columns, 2.2 * len(originals)), squeeze=False)
-    shown = stretch(seen)
-    for row, image in enumerate(originals):
-        pictures = [image / 255.0, *(version[row] / 255.0 for version in versions), shown[row]]
-        titles = [names[row], *(f"epoch {epoch}" for epoch in range(1, columns - 1)), targets[row]]
-        for place, picture, title in zip(axes[row], pictures, titles, strict=True):
-            place.imshow(to_rgb(picture).permute(1, 2, 0).clamp(0, 1).numpy())
-            place.set_title(wrap(title), fontsize=7, parse_math=False)
-            place.axis("off")
-    figure.suptitle(f"left: as it is; between: augmented; right: to the model, {describe(seen)}", fontsize=9)
-    with missing_letters_as_boxes():
+    shown_inputs = stretch(inputs)
+    for row, original in enumerate(originals):
+        augmented = [version[row] / 255.0 for version in versions]
+        images = [original / 255.0, *augmented, shown_inputs[row]]
+        titles = [names[row], *[f"epoch {epoch}" for epoch in range(1, columns - 1)], input_names[row]]
+        for axis, image, title in zip(axes[row], images, titles, strict=True):
+            axis.imshow(to_rgb(image).permute(1, 2, 0).clamp(0, 1).numpy())
+            axis.set_title(wrap_title(title), fontsize=7, parse_math=False)
+            axis.axis("off")
+    figure.suptitle(f"left: original; middle: augmented; right: model input, {describe_values(inputs)}", fontsize=9)
+    with ignore_missing_glyphs():
         figure.tight_layout()
         write_output(sheet, lambda file: figure.savefig(file, format="png", dpi=110), "--sheet")
     plt.close(figure)
 
 
-def wrap(title: str) -> str:
-    """A title in lines that fit over a picture, three at most."""
+def wrap_title(title: str) -> str:
+    """Wrap a title to the width of an image, in at most three lines."""
     return textwrap.fill(title, 28, max_lines=3, placeholder=" …")
 
 
-def name_of(target: torch.Tensor, dataset: Any) -> str:
-    """A target in words: a class, a number, the classes that a mixed one has with their shares, or a mask's size."""
+def describe_target(target: torch.Tensor, dataset: Dataset) -> str:
+    """Describe a target: a class, a number, the weights of the classes of a soft target, or the size of a mask."""
     if target.ndim == 0:
         return f"{target:.4g}" if target.is_floating_point() else str(dataset.classes[int(target)])
     if target.ndim > 1:
         return " x ".join(map(str, target.shape))
-    parts = [(float(share), name) for share, name in zip(target.tolist(), dataset.classes, strict=True) if share > 0]
-    return " + ".join(f"{share:.2f} {name}" for share, name in sorted(parts, reverse=True))
+    weights = [(float(weight), name) for weight, name in zip(target.tolist(), dataset.classes, strict=True)]
+    return " + ".join(f"{weight:.2f} {name}" for weight, name in sorted(weights, reverse=True) if weight > 0)
 
 
-def describe(values: torch.Tensor) -> str:
-    """The range of values, their mean and deviation."""
+def describe_values(values: torch.Tensor) -> str:
+    """Describe the range, mean and standard deviation of values."""
     return f"{values.min():.2f} to {values.max():.2f}, mean {values.mean():.2f}, deviation {values.std():.2f}"
 
 

@@ -1,11 +1,11 @@
-"""A run in, one page of it out: curves, confusions, calibration, worst mistakes, time, record.
+"""Build an HTML report of a run: curves, confusion matrix, calibration, worst errors, time and metadata.
 
-    python tools/report.py logs/baseline                     # logs/baseline/report.html, and its plots in logs/baseline/plots
-    python tools/report.py logs/baseline logs/larger         # side by side, what differs marked: logs/report.html
-    python tools/report.py logs/folds                        # a folder of runs stands for all of them
+    python tools/report.py logs/baseline                 # logs/baseline/report.html, with plots in logs/baseline/plots
+    python tools/report.py logs/baseline logs/larger     # compare runs, differences highlighted: logs/report.html
+    python tools/report.py logs/folds                    # compare all runs in a directory
 
-The page needs no network and no other file. train.py makes it at the end of each run. Of the splits it looks at valid
-alone; scores of test are on it where predict.py has written predictions/test.csv.
+The report needs no network and no other file. train.py builds it at the end of each run. It predicts the valid split
+only; scores on test are included if tools/predict.py has written predictions/test.csv.
 """
 
 import contextlib
@@ -22,122 +22,156 @@ from batteries.core.command_line import run_command
 from batteries.core.config_io import to_json
 from batteries.core.errors import UserError
 from batteries.core.project import ROOT
-from batteries.evaluation.error_analysis import what_is_missing
+from batteries.evaluation.error_analysis import check_classification
 from batteries.evaluation.predictions import Predictions, read_predictions
 from batteries.evaluation.scoring import score
-from batteries.report.history import History, common_folder, find_runs, read_histories
-from batteries.report.html import Section, check_ours, make_page, plots_of, tag, write_page
+from batteries.report.history import RunHistory, common_directory, find_runs, read_histories
+from batteries.report.html import Section, check_replaceable, make_report, plots_of, tag, write_report
 from batteries.report.sections import (
-    compare_curves,
-    show_calibration,
-    show_classes,
-    show_curves,
-    show_knobs,
-    show_record,
-    show_runs,
-    show_samples,
-    show_scores,
-    show_tiles,
-    show_time,
+    render_calibration_section,
+    render_classes_section,
+    render_curves_comparison,
+    render_curves_section,
+    render_metadata_section,
+    render_options_section,
+    render_runs_section,
+    render_samples_section,
+    render_scores_section,
+    render_tiles,
+    render_time_section,
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """Make a page of a run, or of several side by side."""
+    """Build a report of a run, or compare several runs."""
 
-    runs: Positional[tuple[Path, ...]] = (Path("logs/baseline"),)  # folders of runs, or of folders of runs (folds)
-    output: Path | None = None  # the page, .html; by default report.html in the run's folder, or in that of all runs
+    runs: Positional[tuple[Path, ...]] = (Path("logs/baseline"),)  # run directories, or directories of runs (folds)
+    output: Path | None = None  # an .html file; by default report.html in the run directory, or next to several runs
 
-    checkpoint: str = "best"  # of one run, what predicts valid: best, last, swa (made by average.py), or a file
-    data_dir: Path | None = None  # by default the run's
+    checkpoint: str = "best"  # for one run, what predicts valid: best, last, swa (made by tools/average.py), or a file
+    data_dir: Path | None = None  # directory of the data set; by default that of the run
     batch_size: int | None = None  # by default the run's valid_batch_size
-    num_workers: int | None = None  # loader processes; by default from the machine, 0 on a CPU
+    num_workers: int | None = None  # loader processes; by default chosen for the machine, 0 on a CPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
 
 
-class Verdict(NamedTuple):
-    """What a checkpoint says of the valid split, its name, and a way to the picture of an id as a PNG file."""
+class ValidPredictions(NamedTuple):
+    """The predictions of the valid split.
+
+    Attributes:
+        predictions: The predictions.
+        checkpoint: The stage and file of the checkpoint.
+        thumbnail_of: Returns the image of an id as a PNG file; None if the sample is not an image.
+    """
 
     predictions: Predictions
     checkpoint: str
-    look: Callable[[str], bytes | None]
+    thumbnail_of: Callable[[str], bytes | None]
 
 
 def main(options: Options) -> Path:
-    """Make the page; where it is."""
+    """Build and write the report; return its path."""
     if not options.runs:
-        raise UserError("report.py needs the folder of a run, such as logs/baseline.")
-    folders = find_runs(options.runs)
-    output = find_output(options, folders)
-    check_ours(output)  # before the work
-    runs = read_histories(folders)
-    page, sections = compare(runs, output) if len(runs) > 1 else describe(runs[0], options)
-    write_page(output, page, plots_of(sections))
+        raise UserError("report.py needs a run directory, such as logs/baseline.")
+    directories = find_runs(options.runs)
+    output = find_output(options, directories)
+    check_replaceable(output)  # before the work
+    runs = read_histories(directories)
+    report, sections = compare(runs, output) if len(runs) > 1 else describe(runs[0], options)
+    write_report(output, report, plots_of(sections))
     print(f"report   {output}")
     return output
 
 
 def find_output(options: Options, runs: list[Path]) -> Path:
-    """Where the page goes. Raises BadInput where several runs have no folder of their own in common."""
+    """Return the path of the report. Raises UserError if it would be in a directory that contains the project."""
     if options.output is not None:
         if options.output.suffix != ".html":
             raise UserError(f"--output {options.output} must end in .html.")
         return options.output
-    folder = runs[0] if len(runs) == 1 else common_folder(runs)
-    if ROOT.resolve().is_relative_to(folder.resolve()):
-        raise UserError("these runs have no folder in common but that of everything: give --output, such as page.html.")
-    return folder / "report.html"
+    directory = runs[0] if len(runs) == 1 else common_directory(runs)
+    if ROOT.resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"the common directory of these runs is {directory}, which contains the project; give --output."
+        )
+    return directory / "report.html"
 
 
-def describe(run: History, options: Options) -> tuple[str, list[Section]]:
-    """The page of one run."""
-    from train import Config  # here, so that several runs are compared without waiting for torch
+def describe(run: RunHistory, options: Options) -> tuple[str, list[Section]]:
+    """Build the report of one run; also return its sections."""
+    from train import Config  # imported here, because a comparison of runs does not need torch
 
-    verdict, problem = judge(run, options)
-    test, damage = read_test(run)
-    torn = "" if run.epochs or not run.record.get("best") else "metrics.jsonl holds no whole line of this run."
-    notes = [note for note in (torn, problem, damage) if note]
+    valid, problem = predict_valid_or_explain(run, options)
+    test, test_problem = read_test_predictions(run)
+    has_lost_epochs = not run.epochs and bool(run.metadata.get("best"))
+    missing = "metrics.jsonl has no complete line of this run." if has_lost_epochs else ""
+    notes = [note for note in (missing, problem, test_problem) if note]
     for note in notes:
         print(f"note     {note}")
-    predictions = verdict and verdict.predictions
-    valid = {} if verdict is None else {f"valid, by {verdict.checkpoint}": verdict.predictions}
-    sections = [show_curves(run), show_scores(run, score_all(run, valid | test))]
-    if verdict is not None:
-        sections += [show_classes(verdict.predictions), show_calibration(verdict.predictions)]
-        sections += [show_samples(verdict.predictions, verdict.look)]
-    defaults = {name: value for name, value in to_json(Config()).items() if name != "resume"}  # no run keeps it
-    sections += [show_time(run), show_knobs({"this run": run.config, "default": defaults}), show_record(run)]
-    lead = [*(tag("p", note, class_="note") for note in notes), show_tiles(run, predictions)]
-    return make_page(run.name, run.summary(), lead, sections, foot()), sections
+    tables = {} if valid is None else {f"valid, by {valid.checkpoint}": valid.predictions}
+    tables |= test
+    sections = [render_curves_section(run), render_scores_section(run, score_all(run, tables))]
+    if valid is not None:
+        sections += render_prediction_sections(valid)
+    defaults = to_json(Config())
+    defaults.pop("resume")  # config.json does not have it
+    sections.append(render_time_section(run))
+    sections.append(render_options_section({"this run": run.config, "default": defaults}))
+    sections.append(render_metadata_section(run))
+    lead = [tag("p", note, class_="note") for note in notes]
+    lead.append(render_tiles(run, None if valid is None else valid.predictions))
+    return make_report(run.name, run.summary(), lead, sections, footer_text()), sections
 
 
-def compare(runs: list[History], output: Path) -> tuple[str, list[Section]]:
-    """The page of several runs, side by side."""
-    knobs = show_knobs({run.name: run.config for run in runs})
-    sections = [show_runs(runs, output.parent), compare_curves(runs), knobs]
+def render_prediction_sections(valid: ValidPredictions) -> list[Section]:
+    """Build the sections that need predictions of the valid split."""
+    return [
+        render_classes_section(valid.predictions),
+        render_calibration_section(valid.predictions),
+        render_samples_section(valid.predictions, valid.thumbnail_of),
+    ]
+
+
+def compare(runs: list[RunHistory], output: Path) -> tuple[str, list[Section]]:
+    """Build the report that compares several runs; also return its sections."""
+    sections = [
+        render_runs_section(runs, output.parent),
+        render_curves_comparison(runs),
+        render_options_section({run.name: run.config for run in runs}),
+    ]
     names = ", ".join(run.name for run in runs)
-    return make_page(f"{len(runs)} runs", names, [], sections, foot()), sections
+    return make_report(f"{len(runs)} runs", names, [], sections, footer_text()), sections
 
 
-def foot() -> str:
-    """What made a page, and when."""
-    return f"Made by report.py, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+def footer_text() -> str:
+    """Return which script built the report, and when."""
+    return f"Generated by tools/report.py on {datetime.now(UTC):%Y-%m-%d at %H:%M} UTC."
 
 
-def judge(run: History, options: Options) -> tuple[Verdict | None, str]:
-    """What the run's checkpoint says of the valid split, or why nothing: the rest of the page is made anyway."""
+def predict_valid_or_explain(run: RunHistory, options: Options) -> tuple[ValidPredictions | None, str]:
+    """Predict the valid split, or explain why this is not possible: the other sections are built in any case.
+
+    Raises:
+        UserError: If a checkpoint that --checkpoint selects cannot be used.
+    """
     try:
-        return predict_valid(run.folder, options), ""
-    except Exception as error:  # a task of another kind, a cut run, other data, a device that is full
-        if isinstance(error, UserError) and options.checkpoint != "best":  # it was asked for by name
+        return predict_valid(run.directory, options), ""
+    except UserError as error:
+        if options.checkpoint != "best":
             raise
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return None, f"Confusions, calibration and samples are left out: {said}"
+        reason = str(error)
+    except Exception as error:  # noqa: BLE001 (such as another kind of task, or a device without free memory)
+        reason = f"{type(error).__name__}: {error}"
+    return None, f"The sections on classes, calibration and samples are omitted: {reason}"
 
 
-def predict_valid(folder: Path, options: Options) -> Verdict:
-    """The verdict on one run. Raises BadInput where its checkpoint, its data or its kind of target have none."""
+def predict_valid(directory: Path, options: Options) -> ValidPredictions:
+    """Predict the valid split of a run.
+
+    Raises:
+        UserError: If there is no checkpoint, the data differ, or the targets are not classes.
+    """
     from batteries.data.image_grid import thumbnail
     from batteries.evaluation.inference import Experiment, InferenceOptions, predict_run, run_config
     from batteries.evaluation.run_selection import find_checkpoint
@@ -159,35 +193,44 @@ def predict_valid(folder: Path, options: Options) -> Verdict:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    config = run_config(folder, Config, options.device, options.data_dir)
+    config = run_config(directory, Config, options.device, options.data_dir)
     stages = [stage.name for stage in config.stages]
-    file = find_checkpoint(folder, stages, None, options.checkpoint, minimize=config.minimize_metric)
+    path = find_checkpoint(directory, stages, None, options.checkpoint, minimize=config.minimize_metric)
     with contextlib.redirect_stdout(io.StringIO()), setup_training(config) as device:
         samples: Any = dataset.load_dataset(config.data_dir)
-        predictions = predict_run(folder, config, samples, device, experiment, inference)["valid"]
-    if missing := what_is_missing(predictions):
-        raise UserError(missing)
-    places = {str(name): index for index, name in enumerate(samples.ids)}
-    name = f"{file.parent.name}/{file.name}"
-    return Verdict(predictions, name, lambda sample: thumbnail(samples[places[sample]][0]))
+        predictions = predict_run(directory, config, samples, device, experiment, inference)["valid"]
+    check_classification(predictions)
+    index_of = {str(name): index for index, name in enumerate(samples.ids)}
+
+    def thumbnail_of(name: str) -> bytes | None:
+        return thumbnail(samples[index_of[name]][0])
+
+    return ValidPredictions(predictions, f"{path.parent.name}/{path.name}", thumbnail_of)
 
 
-def read_test(run: History) -> tuple[dict[str, Predictions], str]:
-    """The predictions of the test split where they were made already, and what is wrong with them."""
-    path = run.folder / "predictions/test.csv"
+def read_test_predictions(run: RunHistory) -> tuple[dict[str, Predictions], str]:
+    """Read predictions/test.csv of a run.
+
+    Returns:
+        The predictions by their name in the report; empty if the file does not exist, has no targets or is invalid.
+        What is wrong with the file; empty if nothing is.
+    """
+    path = run.directory / "predictions/test.csv"
+    if not path.is_file():
+        return {}, ""
     try:
-        table = read_predictions(path) if path.is_file() else None
+        table = read_predictions(path)
     except UserError as error:
         return {}, str(error)
-    return ({} if table is None or table.targets is None else {"test, of predictions/test.csv": table}), ""
+    return {} if table.targets is None else {"test, from predictions/test.csv": table}, ""
 
 
-def score_all(run: History, tables: Mapping[str, Predictions]) -> dict[str, dict[str, float]]:
-    """The scores of each table: accuracy, loss, and those that the run asked for."""
+def score_all(run: RunHistory, tables: Mapping[str, Predictions]) -> dict[str, dict[str, float]]:
+    """Compute accuracy, loss and the scores of the run's options for each table."""
     from train import SCORES
 
-    asked = (run.metric, *run.config.get("scores", ()))
-    functions = {name: SCORES[name] for name in SCORES if name in asked}
+    wanted = (run.main_metric, *run.config.get("scores", ()))
+    functions = {name: function for name, function in SCORES.items() if name in wanted}
     return {name: score(table, functions) for name, table in tables.items()}
 
 

@@ -1,10 +1,11 @@
-"""Every run's validation, test and leaderboard score, side by side.
+"""Compare the validation, test and leaderboard scores of all submissions.
 
-    python tools/scores.py add logs/baseline --leaderboard 0.9312 --note "first light"
+    python tools/scores.py add logs/baseline --leaderboard 0.9312 --note "first submission"
     python tools/scores.py
     python tools/scores.py plot
 
-The ledger is scores.csv, in git. A folder is one run, or several (folds, a blend) with their predictions in it.
+The score log is scores.csv, which belongs in git. `add` takes a run directory, or a directory of several runs (folds, a
+blend) that holds their predictions.
 """
 
 import hashlib
@@ -20,59 +21,60 @@ from tyro.conf import Positional, arg, subcommand
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
 from batteries.core.files import read_json, write_output
-from batteries.core.fonts import missing_letters_as_boxes
+from batteries.core.fonts import ignore_missing_glyphs
 from batteries.core.metric_names import LOWER_IS_BETTER
 from batteries.core.project import ROOT
-from batteries.core.text import did_you_mean
+from batteries.core.text import count_of, did_you_mean
 from batteries.evaluation.predictions import read_predictions
 from batteries.evaluation.scoring import score
 from batteries.submission.score_log import (
-    SCORES,
-    Point,
+    SCORE_COLUMNS,
     ScoreEntry,
+    ScorePair,
     add_entry,
-    contradictions,
-    disagreements,
+    find_conflicts,
+    find_rank_disagreements,
     read_score_log,
     update_entry,
 )
 
 SCORE_LOG = ROOT / "scores.csv"
+IMAGE_FORMATS = ("png", "pdf", "svg")
 
-ScoreLog = Annotated[Path, arg(aliases=("--ledger",))]  # its former name still works
+ScoreLog = Annotated[Path, arg(aliases=("--ledger",))]  # the former name still works (glossary: allow)
 
 
 @dataclass(frozen=True)
 class Show:
-    """Print the table, the best validation score first."""
+    """Print the score log, the best validation score first."""
 
-    score_log: ScoreLog = SCORE_LOG  # the file of scores
+    score_log: ScoreLog = SCORE_LOG  # path of the score log
 
 
 @dataclass(frozen=True)
 class Add:
-    """Enter one submission of one run."""
+    """Add a submission of a run to the score log."""
 
-    logdir: Positional[Path]  # a run's folder, one of runs (folds), or any with predictions/valid.csv and test.csv
-    name: str | None = None  # of the submission, where a run has several; by default the folder's
-    metric: str | None = None  # by default the run's main metric; of a blend that of the other lines
-    leaderboard: float | None = None  # the public score
-    private: float | None = None  # the score after the competition's end
-    valid: float | None = None  # by default from the predictions, else the best of training
-    test: float | None = None  # by default from the predictions, where targets are known
-    note: str = ""  # what was tried
-    update: bool = False  # fill in a line that is there, with new predictions too
-    score_log: ScoreLog = SCORE_LOG  # the file of scores
+    logdir: Positional[Path]  # a run directory, or a directory of runs (folds) or of predictions/valid.csv and test.csv
+    name: str | None = None  # name of the submission, if a run has several; by default that of the directory
+    metric: str | None = None  # by default the run's main metric; for a blend, the metric of the other lines
+    leaderboard: float | None = None  # score on the public leaderboard
+    private: float | None = None  # score on the private leaderboard, after the competition
+    valid: float | None = None  # by default computed from the predictions, or else the best score of training
+    test: float | None = None  # by default computed from the predictions, if targets are known
+    note: str = ""  # free text, such as what was tried
+    update: bool = False  # change the line of the submission, also from new predictions
+    score_log: ScoreLog = SCORE_LOG  # path of the score log
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw validation against leaderboard, and name the runs where they disagree."""
+    """Plot validation against leaderboard scores, and list the pairs of submissions that they rank differently."""
 
-    output: Path = Path("logs/scores.png")  # the picture: .png, .pdf or .svg
-    against: Literal["public", "private", "test"] = "public"  # public and private are the leaderboard's
-    metric: str | None = None  # of the submissions; by default that of most lines
-    score_log: ScoreLog = SCORE_LOG  # the file of scores
+    output: Path = Path("logs/scores.png")  # image file: .png, .pdf or .svg
+    against: Literal["public", "private", "test"] = "public"  # public and private are leaderboard scores
+    metric: str | None = None  # metric of the submissions; by default the most frequent one
+    score_log: ScoreLog = SCORE_LOG  # path of the score log
 
 
 COMMANDS = (
@@ -83,77 +85,135 @@ COMMANDS = (
 
 
 def main(command: Show | Add | Plot) -> None:
-    """Do what was asked for."""
+    """Run a subcommand, and print the conflicts in the score log."""
     if isinstance(command, Add):
         add(command)
     elif isinstance(command, Plot):
         plot(command)
     else:
         show(read_score_log(command.score_log))
-    for sentence in contradictions(read_score_log(command.score_log)):
-        print(f"note     {sentence}")
+    for conflict in find_conflicts(read_score_log(command.score_log)):
+        print(f"note     {conflict}")
 
 
 def add(command: Add) -> None:
-    """Enter or fill in a line: what was given wins over what the folder says."""
-    folder = command.logdir
-    given = {name: getattr(command, name) for name in ("valid", "test", "private")} | {"public": command.leaderboard}
-    for name, value in given.items():
-        if value is not None and not float("-inf") < value < float("inf"):
-            raise UserError(f"--{'leaderboard' if name == 'public' else name} {value} must be a finite number.")
-    address, name = _address(folder), command.name or folder.resolve().name
-    found = describe(folder, command, (address, name)) if folder.is_dir() else {}
+    """Add or update a line; options take precedence over what the directory contains."""
+    check_scores(command)
+    directory = command.logdir
+    key = (portable_path(directory), command.name or directory.resolve().name)
+    found = describe_submission(directory, command, key) if directory.is_dir() else {}
     if not found and not command.update:
-        raise UserError(f"{folder} holds neither a run nor predictions; give a run's folder, such as logs/baseline.")
-    values: dict[str, Any] = found | {name: value for name, value in given.items() if value is not None}
-    if command.update:  # the folder may be gone by now
-        old, entry = update_entry(command.score_log, (address, name), **values, note=command.note)
-        for score in SCORES:
-            if getattr(old, score) not in (None, getattr(entry, score)):
-                print(f"changed  {score} was {_number(getattr(old, score))}")
+        raise UserError(f"{directory} has neither a run nor predictions; give a run directory, such as logs/baseline.")
+    values: dict[str, Any] = found | given_scores(command)
+    if command.update:  # the directory may have been deleted
+        before, entry = update_entry(command.score_log, key, **values, note=command.note)
+        print_changes(before, entry)
     else:
+        logdir, name = key
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = ScoreEntry(date, name, address, **values, note=command.note)
+        entry = ScoreEntry(date, name, logdir, **values, note=command.note)
         add_entry(command.score_log, entry)
-    print(f"entered  {entry.name}: {entry.metric} {_scores(entry)}")
+    print(f"{'updated' if command.update else 'added':<8} {entry.name}: {entry.metric} {format_scores(entry)}")
 
 
-def describe(folder: Path, command: Add, key: tuple[str, str]) -> dict[str, Any]:
-    """What a folder says of a submission: commit, config, metric, valid, test; empty where it holds nothing of one."""
-    runs = [folder] if (folder / "run.json").is_file() else [path.parent for path in sorted(folder.glob("*/run.json"))]
-    predicted = [split for split in ("valid", "test") if (folder / "predictions" / f"{split}.csv").is_file()]
+def check_scores(command: Add) -> None:
+    """Raise UserError for scores that are not finite."""
+    scores = {
+        "--valid": command.valid,
+        "--test": command.test,
+        "--private": command.private,
+        "--leaderboard": command.leaderboard,
+    }
+    for flag, value in scores.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{flag} {value} must be a finite number.")
+
+
+def given_scores(command: Add) -> dict[str, float]:
+    """Return the scores that are given as options, by their column."""
+    scores = {
+        "valid": command.valid,
+        "test": command.test,
+        "private": command.private,
+        "public": command.leaderboard,
+    }
+    return {column: value for column, value in scores.items() if value is not None}
+
+
+def print_changes(before: ScoreEntry, after: ScoreEntry) -> None:
+    """Print the former value of each score that an update replaced."""
+    for column in SCORE_COLUMNS:
+        old = getattr(before, column)
+        if old is not None and old != getattr(after, column):
+            print(f"changed  {column} was {format_number(old)}")
+
+
+def describe_submission(directory: Path, command: Add, key: tuple[str, str]) -> dict[str, Any]:
+    """Read the commit, config, metric and scores of a submission.
+
+    Args:
+        directory: A run directory, a directory of runs, or a directory with predictions.
+        command: The options.
+        key: The logdir and name of the submission.
+
+    Returns:
+        Columns of the score log; empty if the directory has neither a run nor predictions.
+    """
+    is_run = (directory / "run.json").is_file()
+    runs = [directory] if is_run else [path.parent for path in sorted(directory.glob("*/run.json"))]
+    predicted = [split for split in ("valid", "test") if (directory / "predictions" / f"{split}.csv").is_file()]
     if not runs and not predicted:
         return {}
-    records, configs = ([_read_json(run / name) for run in runs] for name in ("run.json", "config.json"))
+    records = [read_object(run / "run.json") for run in runs]
+    configs = [read_object(run / "config.json") for run in runs]
     metric = command.metric or find_metric(configs, command, key)
-    best = (records[0].get("best") if runs == [folder] else None) or {}
-    scores: dict[str, Any] = {"valid": best.get("score") if best.get("metric", metric) == metric else None}
-    scores |= {split: value for split in predicted if (value := _predicted(folder, split, metric)) is not None}
+    scores: dict[str, float | None] = {"valid": best_of_training(records[0], metric) if is_run else None}
+    for split in predicted:
+        value = score_predictions(directory, split, metric)
+        if value is not None:
+            scores[split] = value
     commits = "+".join(sorted({str(record.get("git_commit") or "")[:12] for record in records}))
-    return {"commit": commits, "config": name_recipe(records), "metric": metric, **scores}
+    return {"commit": commits, "config": hash_configs(records), "metric": metric, **scores}
+
+
+def best_of_training(record: dict[str, Any], metric: str) -> float | None:
+    """Return the best score in run.json; None if it is of another metric."""
+    best = record.get("best") or {}
+    return best.get("score") if best.get("metric", metric) == metric else None
 
 
 def find_metric(configs: Sequence[dict[str, Any]], command: Add, key: tuple[str, str]) -> str:
-    """The main metric of the first run; of a blend, which has none, that of its line, else of the other lines."""
+    """Return the main metric of the first run. For a blend, which has no run, return that of the score log.
+
+    Raises:
+        UserError: If the score log has several metrics, and none for this submission.
+    """
     if configs:
         return configs[0].get("main_metric", "accuracy")
     entries = read_score_log(command.score_log)
-    known = sorted({entry.metric for entry in entries if entry.key == key} or {entry.metric for entry in entries})
+    own = {entry.metric for entry in entries if entry.key == key}
+    known = sorted(own or {entry.metric for entry in entries})
     if len(known) > 1:
         raise UserError(
-            f"{command.logdir} is no run, and {command.score_log} has {', '.join(known)}: say which by --metric."
+            f"{command.logdir} is not a run and {command.score_log} has the metrics {', '.join(known)}; choose one "
+            "with --metric."
         )
     return known[0] if known else "accuracy"
 
 
-def name_recipe(records: Sequence[dict[str, Any]]) -> str:
-    """The config hash of one run, or one for those of all folds: a repeated run has the same. Empty without a run."""
+def hash_configs(records: Sequence[dict[str, Any]]) -> str:
+    """Return the config hash of one run, or a hash of those of all folds; empty without a run.
+
+    A run that is repeated with equal options has the same hash.
+    """
     hashes = [record["config_hash"] for record in records if record.get("config_hash")]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12] if len(hashes) > 1 else "".join(hashes)
+    if len(hashes) <= 1:
+        return "".join(hashes)
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
 
 
 def show(entries: Sequence[ScoreEntry]) -> None:
-    """Print the entries, each metric's best validation score first, with the gaps to it."""
+    """Print the entries by metric, the best validation score first, with the differences to it."""
     if not entries:
         print("no scores yet: python tools/scores.py add logs/baseline --leaderboard 0.9312")
         return
@@ -161,127 +221,152 @@ def show(entries: Sequence[ScoreEntry]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "metric", *SCORES, "test-valid", "public-valid", "date", "logdir", "commit", "note"):
-        table.add_column(column, justify="right" if column in SCORES or "-" in column else "left", overflow="fold")
-    for entry in sorted(entries, key=_order):
-        scores = [_number(getattr(entry, name)) for name in SCORES]
-        gaps = [_gap(entry.valid, entry.test), _gap(entry.valid, entry.public)]
+    for column in ("name", "metric", *SCORE_COLUMNS, "test-valid", "public-valid", "date", "logdir", "commit", "note"):
+        is_number = column in SCORE_COLUMNS or "-" in column
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for entry in sorted(entries, key=sort_key):
         table.add_row(
-            entry.name, entry.metric, *scores, *gaps, entry.date[:10], entry.logdir, entry.commit[:7], entry.note
+            entry.name,
+            entry.metric,
+            *(format_number(getattr(entry, column)) for column in SCORE_COLUMNS),
+            format_difference(entry.valid, entry.test),
+            format_difference(entry.valid, entry.public),
+            entry.date[:10],
+            entry.logdir,
+            entry.commit[:7],
+            entry.note,
         )
     Console(width=max(160, Console().width), soft_wrap=True, highlight=False, markup=False).print(table)
 
 
 def plot(command: Plot) -> None:
-    """Draw, and say how far validation and leaderboard agree on which run is better."""
-    metric, points, others = comparable(command)
-    agreement = rank_correlation(points, command.against)
-    draw(points, command, metric, f"Spearman's rank correlation {agreement}")
-    print(f"rank     correlation of valid and {command.against}: {agreement} (Spearman, {len(points)} submissions)")
-    for one, other in disagreements(points):
-        print(f"disagree {one} has more {metric} than {other} in valid, and less in {command.against}")
+    """Draw the plot, and print how well validation and leaderboard agree on the ranking."""
+    by_metric = pairs_by_metric(command)
+    metric = choose_metric(by_metric, command)
+    pairs = by_metric[metric]
+    correlation = rank_correlation(pairs, command.against)
+    draw(pairs, command, metric, f"Spearman's rank correlation {correlation}")
+    submissions = count_of(len(pairs), "submission")
+    print(f"rank     correlation of valid and {command.against}: {correlation} (Spearman, {submissions})")
+    for first, second in find_rank_disagreements(pairs):
+        print(f"disagree {first} has higher {metric} than {second} on valid, but lower on {command.against}")
+    others = [name for name in by_metric if name != metric]
     if others:
-        print(f"left out {', '.join(others)}; --metric plots another than {metric}")
+        print(f"omitted  {describe_counts(by_metric, others)}; choose another metric than {metric} with --metric")
     print(f"wrote    {command.output}")
 
 
-def rank_correlation(points: Sequence[Point], against: str) -> str:
-    """Spearman's, in digits; in words where the scores of one side are equal."""
+def pairs_by_metric(command: Plot) -> dict[str, list[ScorePair]]:
+    """Return the submissions that have both scores, by metric."""
+    by_metric: dict[str, list[ScorePair]] = {}
+    for entry in read_score_log(command.score_log):
+        reference = getattr(entry, command.against)
+        if entry.valid is not None and reference is not None:
+            by_metric.setdefault(entry.metric, []).append(ScorePair(entry.name, entry.valid, reference))
+    return by_metric
+
+
+def choose_metric(by_metric: dict[str, list[ScorePair]], command: Plot) -> str:
+    """Return the metric to plot. Raises UserError if it has fewer than two submissions."""
+    metric = command.metric or max(by_metric, key=lambda name: len(by_metric[name]), default="")
+    if len(by_metric.get(metric, [])) < 2:
+        counts = describe_counts(by_metric, list(by_metric)) or "none"
+        raise UserError(
+            f"scores.py plot needs two or more submissions with valid and {command.against} scores of one metric; "
+            f"{command.score_log} has {counts}."
+        )
+    return metric
+
+
+def describe_counts(by_metric: dict[str, list[ScorePair]], metrics: Sequence[str]) -> str:
+    """List the number of submissions per metric, such as `2 of loss, 1 of accuracy`."""
+    return ", ".join(f"{len(by_metric[metric])} of {metric}" for metric in metrics)
+
+
+def rank_correlation(pairs: Sequence[ScorePair], against: str) -> str:
+    """Format Spearman's rank correlation, or explain why it is undefined."""
     from scipy.stats import spearmanr
 
-    sides = [point.first for point in points], [point.second for point in points]
-    for name, values in zip(("valid", against), sides, strict=True):
+    valid = [pair.valid for pair in pairs]
+    reference = [pair.reference for pair in pairs]
+    for name, values in (("valid", valid), (against, reference)):
         if len(set(values)) == 1:
-            return f"none, as all {name} scores are equal"
-    return f"{spearmanr(*sides)[0]:.3f}"
+            return f"undefined, because all {name} scores are equal"
+    return f"{spearmanr(valid, reference)[0]:.3f}"
 
 
-def comparable(command: Plot) -> tuple[str, list[Point], list[str]]:
-    """The metric, the entries that have both scores of it, and how many have those of other metrics, in words.
-
-    Raises BadInput where two are not there.
-    """
-    found: dict[str, list[Point]] = {}
-    for entry in read_score_log(command.score_log):
-        ours, theirs = entry.valid, getattr(entry, command.against)
-        if ours is not None and theirs is not None:
-            found.setdefault(entry.metric, []).append(Point(entry.name, ours, theirs))
-    metric = command.metric or max(found, key=lambda name: len(found[name]), default="")
-    counts = {name: f"{len(points)} of {name}" for name, points in found.items()}
-    if len(found.get(metric, [])) < 2:
-        raise UserError(
-            f"scores.py plot needs two submissions or more that have valid and {command.against} of one metric; "
-            f"{command.score_log} has {', '.join(counts.values()) or 'none'}."
-        )
-    return metric, found[metric], [text for name, text in counts.items() if name != metric]
-
-
-def draw(points: Sequence[Point], command: Plot, metric: str, title: str) -> None:
-    """One named dot per submission, and the line on which both scores are equal."""
+def draw(pairs: Sequence[ScorePair], command: Plot, metric: str, title: str) -> None:
+    """Draw one labelled point per submission, and the line on which both scores are equal."""
     from matplotlib.figure import Figure
 
+    image_format = command.output.suffix.removeprefix(".")
+    if image_format not in IMAGE_FORMATS:
+        raise UserError(f"--output {command.output} must end in .png, .pdf or .svg.")
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
-    for name, ours, theirs in points:
-        axes.plot(ours, theirs, "o", color="tab:blue")
-        axes.annotate(name, (ours, theirs), xytext=(5, 5), textcoords="offset points", parse_math=False)
-    axes.axline((points[0].first, points[0].first), slope=1, color="lightgrey", zorder=0)
+    for name, valid, reference in pairs:
+        axes.plot(valid, reference, "o", color="tab:blue")
+        axes.annotate(name, (valid, reference), xytext=(5, 5), textcoords="offset points", parse_math=False)
+    start = pairs[0].valid
+    axes.axline((start, start), slope=1, color="lightgrey", zorder=0)
     axes.set(xlabel=f"valid {metric}", ylabel=f"{command.against} {metric}", title=title)
-    kind = command.output.suffix.removeprefix(".")
-    if kind not in ("png", "pdf", "svg"):
-        raise UserError(f"--output {command.output} must end in .png, .pdf or .svg.")
-    with missing_letters_as_boxes():
-        write_output(command.output, lambda file: figure.savefig(file, format=kind), "--output")
+    with ignore_missing_glyphs():
+        write_output(command.output, lambda file: figure.savefig(file, format=image_format), "--output")
 
 
-def _predicted(folder: Path, split: str, metric: str) -> float | None:
-    """The score of the predictions in `folder`, where they have targets."""
-    table = read_predictions(folder / "predictions" / f"{split}.csv")
+def score_predictions(directory: Path, split: str, metric: str) -> float | None:
+    """Score the predictions of a split; None if the targets are not known or the score is undefined."""
+    table = read_predictions(directory / "predictions" / f"{split}.csv")
     if metric in ("accuracy", "loss"):
         return score(table).get(metric)
     from train import SCORES
 
     if metric not in SCORES:
         known = ("accuracy", "loss", *SCORES)
-        raise UserError(
-            f"--metric {metric} is no metric{did_you_mean(metric, known) or '.'} Use one of: {', '.join(known)}."
-        )
+        hint = did_you_mean(metric, known) or "."
+        raise UserError(f"--metric {metric} is not a known metric{hint} Use one of: {', '.join(known)}.")
     value = score(table, {metric: SCORES[metric]})[metric]
     if math.isnan(value):
-        print(f"note     {metric} has no meaning for {table.name}: {split} stays empty, or give --{split}")
+        print(f"note     {metric} is undefined for {table.name}: {split} stays empty; --{split} sets it")
         return None
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file does not exist. Raises UserError if it is damaged."""
     values = read_json(path) if path.is_file() else {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it is no object); put it back.")
+        raise UserError(f"{path} is damaged (not a JSON object); restore it.")
     return values
 
 
-def _address(folder: Path) -> str:
-    """The folder as seen from this repository, where it lies in it: the same on another machine."""
-    here, root = folder.resolve(), ROOT.resolve()
-    return here.relative_to(root).as_posix() if here.is_relative_to(root) else here.as_posix()
+def portable_path(directory: Path) -> str:
+    """Return the path of a directory relative to the project, equal on all machines; absolute if it is elsewhere."""
+    path = directory.resolve()
+    root = ROOT.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
-def _order(entry: ScoreEntry) -> tuple[str, bool, float, str]:
-    """Best first, in each metric's own direction; without a score last."""
+def sort_key(entry: ScoreEntry) -> tuple[str, bool, float, str]:
+    """Sort by metric, the best validation score first, entries without one last."""
     sign = 1 if entry.metric in LOWER_IS_BETTER else -1
     return entry.metric, entry.valid is None, sign * (entry.valid or 0), entry.date
 
 
-def _number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
+    """Format a score with four decimals; empty for None."""
     return "" if value is None else f"{value:.4f}"
 
 
-def _gap(first: float | None, second: float | None) -> str:
+def format_difference(first: float | None, second: float | None) -> str:
+    """Format `second` minus `first` with its sign; empty if one of them is not known."""
     return "" if first is None or second is None else f"{second - first:+.4f}"
 
 
-def _scores(entry: ScoreEntry) -> str:
-    return "  ".join(f"{name} {_number(value)}" for name in SCORES if (value := getattr(entry, name)) is not None)
+def format_scores(entry: ScoreEntry) -> str:
+    """Format the scores that are known, such as `valid 0.9812  public 0.9312`."""
+    scores = {column: getattr(entry, column) for column in SCORE_COLUMNS}
+    return "  ".join(f"{column} {format_number(value)}" for column, value in scores.items() if value is not None)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Decide once which samples train, validate and test, write it down, and look at the data while doing so.
+"""Write a split file: which samples are for training, validation and test. Also check the images on the way.
 
     python tools/split.py                                    # splits/default.csv, by experiment/splits.py
     python tools/split.py --num-folds 10 --split-file splits/ten.csv
     python tools/split.py --statistics                       # the constants for experiment/augmentations.py
 
-A split file is never changed: results of before would no longer compare. Give another --split-file instead.
-train.py makes the file of its --split-file itself where there is none, without the looks at the data.
+An existing split file is never changed, because earlier results would no longer be comparable; give another
+--split-file. train.py writes its --split-file too if it does not exist, but does not check the images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from tyro.conf import arg
 
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
-from batteries.data.dataset import UNKNOWN, has_classes
+from batteries.core.text import count_of
+from batteries.data.dataset import UNKNOWN, Dataset, dataset_info, has_classes
 from batteries.data.duplicates import find_duplicates
 from batteries.data.image_stats import ImageSignature, channel_statistics, image_signatures
 from batteries.data.loaders import EvalLoader
@@ -27,123 +29,152 @@ from experiment.augmentations import valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import NUM_FOLDS, TEST_FRACTION, make_folds
 
-MOST_NAMED = 10  # duplicates and classes that are listed one by one
+MAX_LISTED = 10  # invalid images and pairs of duplicates
+MAX_CLASSES = 50  # rows of the table
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write a split file, once, and count what is in it."""
+    """Write a split file and count its samples."""
 
-    split_file: Path = Path("splits/default.csv")  # the file; one that is there and different is refused
-    data_dir: Path = Path("data")  # where data sets that are files are kept
-    num_folds: int = NUM_FOLDS  # parts of what is not held out; each validates in turn
+    split_file: Path = Path("splits/default.csv")  # the file; one that exists must have the same split
+    data_dir: Path = Path("data")  # directory of the data set
+    num_folds: int = NUM_FOLDS  # number of folds without the test split; each run validates on one
     # Fraction of all samples held out as the test split. --test-share, its former name, still works.
     test_fraction: Annotated[float, arg(aliases=("--test-share",))] = TEST_FRACTION
-    keep: bool = False  # take the file as it is, however it was made
-    check_images: bool = True  # read every image once: name broken ones, and those that are in two parts
-    statistics: bool = False  # mean and deviation of each channel, from the train split of --fold alone
-    fold: int = 0  # which fold validates, for --statistics
+    keep: bool = False  # accept an existing file with any split
+    check_images: bool = True  # read every image once; report invalid ones and duplicates across folds
+    statistics: bool = False  # print the mean and standard deviation of each channel of the train split
+    fold: int = 0  # the fold used for validation, for --statistics
 
 
 def main(config: Config) -> None:
-    """Make the split or compare it with its file, look at the data, write."""
+    """Make the split, check the images, and write the file, or compare it with the existing one."""
     dataset = load_dataset(config.data_dir)
-    splits = open_split(config, dataset)
-    for fold in (config.fold, *range(splits.num_folds)):
-        splits.select(fold)
+    split_file = open_split(config, dataset)
+    for fold in (config.fold, *range(split_file.num_folds)):
+        split_file.select(fold)  # raises if a class is missing
     if config.check_images:
-        check_images(dataset, splits.folds)
-    statistics = describe_channels(dataset, splits, config.fold) if config.statistics else []
-    say = "is there already, and the same" if config.split_file.exists() else "is written"
-    splits.write()
-    show_counts(dataset, splits.folds)
-    if left_out := getattr(dataset, "left_out", ""):
+        check_images(dataset, split_file.folds)
+    statistics = channel_lines(dataset, split_file, config.fold) if config.statistics else []
+    status = "is up to date" if config.split_file.exists() else "is written"
+    split_file.write()
+    print_counts(dataset, split_file.folds)
+    if left_out := dataset_info(dataset).left_out:
         print(f"left out: {left_out}")
     print(
-        f"{config.split_file} {say}: {len(dataset):,} samples, {splits.num_folds} folds, sha256 {splits.sha256[:12]}…"
+        f"{config.split_file} {status}: {count_of(len(dataset), 'sample')}, {split_file.num_folds} folds, "
+        f"sha256 {split_file.sha256[:12]}…"
     )
-    print(*statistics, sep="\n", end="\n" if statistics else "")
+    for line in statistics:
+        print(line)
 
 
-def open_split(config: Config, dataset: Any) -> SplitFile:
-    """The split of this configuration. Raises BadInput where its file has another."""
+def open_split(config: Config, dataset: Dataset) -> SplitFile:
+    """Return the split of these options. Raises UserError if the file exists with a different one."""
 
-    def make(dataset: Any) -> np.ndarray:
+    def make(dataset: Dataset) -> np.ndarray:
         return make_folds(dataset, config.num_folds, config.test_fraction)
 
-    splits = SplitFile(config.split_file, dataset, make)
-    if config.split_file.exists() and not config.keep and not np.array_equal(splits.folds, make(dataset)):
+    split_file = SplitFile(config.split_file, dataset, make)
+    if config.split_file.exists() and not config.keep and not np.array_equal(split_file.folds, make(dataset)):
+        other = config.split_file.with_stem(config.split_file.stem + "_2")
         raise UserError(
-            f"{config.split_file} is there and another split than this would be; write it under another name, such as "
-            f"--split-file {config.split_file.with_stem(config.split_file.stem + '_2')}, or look at it with --keep."
+            f"{config.split_file} already exists with a different split and is not overwritten; use another file, such "
+            f"as --split-file {other}, or accept its split with --keep."
         )
-    return splits
+    return split_file
 
 
-def check_images(dataset: Any, folds: np.ndarray) -> None:
-    """Read every image. Raises BadInput where some are broken; says which are in two parts."""
+def check_images(dataset: Dataset, folds: np.ndarray) -> None:
+    """Read every image, and print duplicates across folds. Raises UserError if an image cannot be read.
+
+    Args:
+        dataset: The data set.
+        folds: The fold of each sample, shape (N,).
+    """
     from rich.progress import track
 
-    found = list(track(image_signatures(dataset, range(len(dataset))), "images", total=len(dataset), transient=True))
-    if broken := [look for look in found if isinstance(look, str)]:
-        raise UserError(f"{len(broken)} of {len(found)} images cannot be read: {' '.join(broken[:MOST_NAMED])}")
-    looks = [look for look in found if isinstance(look, ImageSignature)]
-    pairs = find_duplicates(looks, folds)
-    for pair in pairs[:MOST_NAMED]:
-        one, other = (f"{dataset.ids[index]} ({name_of(folds[index])})" for index in pair[:2])
-        print(f"{one} and {other} are {'equal' if pair.equal else 'nearly equal'}")
-    equal = sum(pair.equal for pair in pairs)
-    print(f"duplicates across folds: {equal} equal, {len(pairs) - equal} nearly equal", end="")
-    print("; give both of a pair one group" if pairs else "")
+    results = image_signatures(dataset, range(len(dataset)))
+    found = list(track(results, "images", total=len(dataset), transient=True))
+    if errors := [result for result in found if isinstance(result, str)]:
+        listed = " ".join(errors[:MAX_LISTED])
+        raise UserError(f"{len(errors)} of {count_of(len(found), 'image')} cannot be read: {listed}")
+    signatures = [result for result in found if isinstance(result, ImageSignature)]
+    print_duplicates(dataset, folds, signatures)
     if has_classes(dataset):
-        name_contradictions(dataset, looks)
+        print_contradictions(dataset, signatures)
 
 
-def name_contradictions(dataset: Any, looks: list[ImageSignature]) -> None:
-    """Say which equal images have different targets, in whatever folds."""
-    targets = np.asarray(dataset.targets)
-    known = np.flatnonzero(targets != UNKNOWN)
-    pairs = [pair for pair in find_duplicates([looks[index] for index in known], targets[known]) if pair.equal]
-    for pair in pairs[:MOST_NAMED]:
-        one, other = (f"{dataset.ids[index]} ({dataset.classes[targets[index]]})" for index in known[list(pair[:2])])
-        print(f"{one} and {other} are equal, and their targets are not")
+def print_duplicates(dataset: Dataset, folds: np.ndarray, signatures: Sequence[ImageSignature]) -> None:
+    """Print the pairs of equal or nearly equal images in different folds."""
+    pairs = find_duplicates(signatures, folds)
+    for pair in pairs[:MAX_LISTED]:
+        first = f"{dataset.ids[pair.first]} ({fold_name(folds[pair.first])})"
+        second = f"{dataset.ids[pair.second]} ({fold_name(folds[pair.second])})"
+        print(f"{first} and {second} are {'equal' if pair.equal else 'nearly equal'}")
+    equal = sum(pair.equal for pair in pairs)
+    advice = "; put the images of a pair into one group" if pairs else ""
+    print(f"duplicates across folds: {equal} equal, {len(pairs) - equal} nearly equal{advice}")
+
+
+def print_contradictions(dataset: Dataset, signatures: Sequence[ImageSignature]) -> None:
+    """Print the pairs of equal images with different targets, in the same fold or not."""
+    targets = np.asarray(dataset_info(dataset).targets)
+    known = np.flatnonzero(targets != UNKNOWN).tolist()
+    pairs = [pair for pair in find_duplicates([signatures[index] for index in known], targets[known]) if pair.equal]
+    for pair in pairs[:MAX_LISTED]:
+        first = known[pair.first]
+        second = known[pair.second]
+        print(
+            f"{dataset.ids[first]} ({dataset.classes[targets[first]]}) and "
+            f"{dataset.ids[second]} ({dataset.classes[targets[second]]}) are equal but have different targets"
+        )
     if pairs:
-        print(f"contradictions: {len(pairs)} pairs of equal images with different targets; mend or leave them out")
+        count = count_of(len(pairs), "pair")
+        print(f"contradictions: {count} of equal images with different targets; fix the targets or remove the images")
 
 
-def show_counts(dataset: Any, folds: np.ndarray) -> None:
-    """A table of samples per class and fold."""
+def print_counts(dataset: Dataset, folds: np.ndarray) -> None:
+    """Print a table of the samples per class and fold.
+
+    Args:
+        dataset: The data set.
+        folds: The fold of each sample, shape (N,).
+    """
     from rich.console import Console
     from rich.table import Table
 
     numbers = [number for number in [*range(folds.max() + 1), TEST] if (folds == number).any()]
-    table = Table("class" if has_classes(dataset) else "", *map(name_of, numbers), "all")
-    rows = {"all": np.ones(len(folds), bool)}
+    rows: dict[str, np.ndarray] = {}
+    targets = np.zeros(len(folds))
     if has_classes(dataset):
-        targets = np.asarray(dataset.targets)
-        rows = {str(name): targets == index for index, name in enumerate(dataset.classes[: MOST_NAMED * 5])} | rows
-        if (targets < 0).any():
-            rows["not known"] = targets < 0
+        targets = np.asarray(dataset_info(dataset).targets)
+        rows = {str(name): targets == index for index, name in enumerate(dataset.classes[:MAX_CLASSES])}
+    rows["all"] = np.ones(len(folds), bool)
+    if (targets < 0).any():
+        rows["unknown"] = targets < 0
+    table = Table("class" if has_classes(dataset) else "", *map(fold_name, numbers), "all")
     for name, chosen in rows.items():
         counts = [int((chosen & (folds == number)).sum()) for number in numbers]
         table.add_row(name, *[f"{count:,}" for count in [*counts, sum(counts)]])
-    Console(width=max(160, Console().width), soft_wrap=True).print(table)  # no number is cut
+    Console(width=max(160, Console().width), soft_wrap=True).print(table)  # wide enough that no number is truncated
 
 
-def describe_channels(dataset: Any, splits: SplitFile, fold: int) -> list[str]:
-    """The lines for experiment/augmentations.py, from images as `valid_transform` gives them."""
-    train = splits.select(fold).train
+def channel_lines(dataset: Dataset, split_file: SplitFile, fold: int) -> list[str]:
+    """Return the lines for experiment/augmentations.py: MEAN and STD of images after `valid_transform`."""
+    train = split_file.select(fold).train
     loader = EvalLoader(dataset, train, valid_transform(), torch.device("cpu"), batch_size=64)
     mean, std = channel_statistics(images for images, _ in loader)
-    values = {name: ", ".join(f"{value:.4f}" for value in found) for name, found in (("MEAN", mean), ("STD", std))}
     return [
-        f"# from {len(train):,} images: the train split of fold {fold} in {splits.path}",
-        *(f"{name} = ({value},)" for name, value in values.items()),
+        f"# from {count_of(len(train), 'image')}: the train split of fold {fold} in {split_file.path}",
+        f"MEAN = ({', '.join(f'{value:.4f}' for value in mean)},)",
+        f"STD = ({', '.join(f'{value:.4f}' for value in std)},)",
     ]
 
 
-def name_of(fold: int) -> str:
-    """What a fold is called in a table."""
+def fold_name(fold: int) -> str:
+    """Return the name of a fold in the output."""
     return "test" if fold == TEST else f"fold {fold}"
 
 

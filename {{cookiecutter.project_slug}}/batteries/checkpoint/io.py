@@ -18,14 +18,14 @@ FORMAT = 2
 
 
 class Scheduler(Protocol):
-    """What a checkpoint asks of a scheduler, of torch or not."""
+    """The methods of a learning-rate scheduler that checkpoints use; those of torch have them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return the state as tensors and plain values."""
         ...
 
     def load_state_dict(self, state: Any, /) -> None:
-        """Go on from what `state_dict` gave."""
+        """Load the output of `state_dict`."""
 
 
 def make_checkpoint(
@@ -40,10 +40,19 @@ def make_checkpoint(
     step: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that a later run needs, as tensors and plain values.
+    """Build a checkpoint of tensors and plain values. The tensors are those of the model, not copies.
 
-    `step` counts the optimizer steps of the stage; `extra` is what a run keeps besides. The model's state is the bare
-    one, without a wrapper's prefix.
+    Args:
+        stage: The name of the stage.
+        epoch: The epoch, from 1.
+        model: The model; it can be wrapped. The names in the checkpoint are those of the unwrapped model.
+        optimizer: The optimizer, if it is to be resumed.
+        scheduler: The scheduler, if it is to be resumed.
+        metrics: The metrics of the epoch, by split.
+        experiment_args: The options of the run, as JSON values.
+        model_args: The arguments of build_model.
+        step: The optimizer steps of the stage so far.
+        extra: More entries.
     """
     return {
         "format": FORMAT,
@@ -61,18 +70,31 @@ def make_checkpoint(
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[int, str]:
-    """Write `checkpoint` into `path` in one step; gives its size in bytes and its sha256.
+    """Write a checkpoint atomically.
 
-    Raises DiskFull where there is no room for it; what was at `path` before is still there then.
+    Args:
+        path: The file; its directory must exist.
+        checkpoint: The output of `make_checkpoint`.
+
+    Returns:
+        The size of the file in bytes, and its sha256 in hexadecimal.
+
+    Raises:
+        DiskFullError: If the disk is full; a previous file at `path` is unchanged.
     """
-    digest = _HashingWriter()
+    writer = _HashingWriter()
+
+    def write(file: BinaryIO) -> None:
+        writer.file = file
+        torch.save(dict(checkpoint), cast(IO[bytes], writer))
+
     try:
-        write_atomically(Path(path), lambda file: torch.save(dict(checkpoint), cast(IO[bytes], digest.over(file))))
+        write_atomically(Path(path), write)
     except Exception as error:
-        if is_disk_full(digest.error or error):
+        if is_disk_full(writer.error or error):
             raise DiskFullError(Path(path), count_bytes(checkpoint)) from None
         raise
-    return digest.bytes, digest.sha256
+    return writer.bytes, writer.sha256
 
 
 def load_checkpoint(
@@ -81,11 +103,23 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Scheduler | None = None,
 ) -> dict[str, Any]:
-    """Put a checkpoint into `model`, and into optimizer and scheduler where they are given; gives it back whole.
+    """Load a checkpoint into `model`, and into `optimizer` and `scheduler` if they are given. Every rank must call it.
 
-    The file is compared with the ledger beside it, and no code in it is run (`weights_only`). Every rank calls this;
-    rank 0 reads for all. Raises BadInput, on all ranks, for a file that is missing, torn, changed, or of another
-    architecture, before anything is loaded.
+    Rank 0 reads the file for all. The file is verified against the manifest next to it, and loading does not execute
+    code (`weights_only=True`).
+
+    Args:
+        path: The file.
+        model: The model; it can be wrapped.
+        optimizer: The optimizer to resume.
+        scheduler: The scheduler to resume.
+
+    Returns:
+        The complete checkpoint, on the CPU.
+
+    Raises:
+        UserError: On all ranks, before anything is loaded, if the file is missing, truncated, changed, or does not fit
+            the architecture of the model.
     """
     checkpoint = run_on_rank_zero(lambda: read_checkpoint(Path(path)))
     apply_checkpoint(checkpoint, str(path), model, optimizer, scheduler)
@@ -93,13 +127,13 @@ def load_checkpoint(
 
 
 def load_weights(path: str | Path, model: nn.Module) -> None:
-    """Put the weights of a checkpoint into `model`: the averaged ones where it has them, since those were scored."""
+    """Load the weights of a checkpoint: the EMA weights if it has them, because its score is theirs."""
     checkpoint = run_on_rank_zero(lambda: read_checkpoint(Path(path)))
     apply_checkpoint({"model_state_dict": scored_weights(checkpoint)}, str(path), model)
 
 
 def scored_weights(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights that the score of a checkpoint belongs to: their moving average where there is one."""
+    """Return the weights to which the score of a checkpoint belongs: the EMA weights if it has them."""
     return checkpoint.get("ema_state_dict") or checkpoint["model_state_dict"]
 
 
@@ -110,7 +144,18 @@ def apply_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Scheduler | None = None,
 ) -> None:
-    """Put a checkpoint that was read into model, optimizer and scheduler; `name` is what an error calls it."""
+    """Load the contents of a checkpoint into model, optimizer and scheduler.
+
+    Args:
+        checkpoint: The output of `read_checkpoint`.
+        name: What errors call it, such as its path.
+        model: The model; it can be wrapped.
+        optimizer: The optimizer to resume.
+        scheduler: The scheduler to resume.
+
+    Raises:
+        UserError: If the checkpoint does not fit the architecture of the model; then nothing is loaded.
+    """
     network = unwrap_model(model)
     check_architecture(name, checkpoint["model_state_dict"], network)
     network.load_state_dict(checkpoint["model_state_dict"])
@@ -121,44 +166,52 @@ def apply_checkpoint(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint in `path`, on the CPU, after its bytes were compared with the ledger beside it."""
+    """Read a checkpoint to the CPU, after its sha256 was compared with the manifest next to it.
+
+    Raises:
+        UserError: If the file is missing, damaged, or not a checkpoint.
+    """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise UserError(f"{path} {what}; give the path of a checkpoint, such as logs/baseline/stage0/best.pth.")
-    _check_bytes(path)
+        problem = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {problem}; give the path of a checkpoint, such as logs/baseline/stage0/best.pth.")
+    _verify_sha256(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason}).") from error
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-        raise UserError(f"{path} holds no model_state_dict; give a file that make_checkpoint made.")
+        raise UserError(f"{path} has no model_state_dict; give a file with the output of make_checkpoint.")
     return checkpoint
 
 
 class _HashingWriter:
-    """Counts and hashes what is written through it, so that the file is not read again."""
+    """Counts and hashes the bytes that pass to `file`, so that the file need not be read again.
+
+    Attributes:
+        file: The file to write to.
+        bytes: The number of bytes so far.
+        error: The error of the last write, if it failed; torch replaces it with an error without a code.
+    """
+
+    file: BinaryIO
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
         self.bytes = 0
-        self.error: OSError | None = None  # torch reports it as one of its own
-
-    def over(self, file: BinaryIO) -> "_HashingWriter":
-        self._file = file
-        return self
+        self.error: OSError | None = None
+        self._hash = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         self._hash.update(data)
         self.bytes += len(data)
         try:
-            return self._file.write(data)
+            return self.file.write(data)
         except OSError as error:
             self.error = error
             raise
 
     def flush(self) -> None:
-        self._file.flush()
+        self.file.flush()
 
     @property
     def sha256(self) -> str:
@@ -166,7 +219,7 @@ class _HashingWriter:
 
 
 def count_bytes(value: Any) -> int:
-    """Bytes of all tensors in a checkpoint: nearly those of its file."""
+    """Return the bytes of all tensors in a checkpoint, which is nearly the size of its file."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, Mapping):
@@ -174,33 +227,45 @@ def count_bytes(value: Any) -> int:
     return sum(map(count_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _check_bytes(path: Path) -> None:
-    """Compare a file with the ledger beside it, by its contents: links have the contents of some row."""
+def _verify_sha256(path: Path) -> None:
+    """Raise UserError if the sha256 of a checkpoint is not in the manifest next to it.
+
+    The file name is not compared: best.pth and last.pth have the contents of some entry.
+    """
     if path.name == AVERAGE:
-        ledger, listed = path.with_suffix(".json"), [read_average(path.parent).get("sha256")]
+        manifest = path.with_suffix(".json")
+        expected = [read_average(path.parent).get("sha256")]
     else:
-        ledger, listed = path.parent / MANIFEST, [row.sha256 for row in read_manifest(path.parent)["rows"]]
-    if not ledger.is_file():
+        manifest = path.parent / MANIFEST
+        expected = [entry.sha256 for entry in read_manifest(path.parent).entries]
+    if not manifest.is_file():
         return
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 not in listed:
+    if sha256 not in expected:
         raise UserError(
-            f"{path} is not the file that {ledger.name} beside it lists: it was torn or changed; use another."
+            f"{path} does not match the sha256 in {manifest.name} next to it: it is truncated or was changed; use "
+            "another checkpoint."
         )
 
 
 def check_architecture(name: str, state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """Raise BadInput where `state`, of the checkpoint called `name`, does not fit `model`, with the names."""
-    wanted = model.state_dict()
-    missing = [name for name in wanted if name not in state]
-    unexpected = [name for name in state if name not in wanted]
+    """Raise UserError, with the names of the tensors, if weights do not fit a model.
+
+    Args:
+        name: What the error calls the checkpoint.
+        state: The weights.
+        model: The model, unwrapped.
+    """
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
     shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in state and state[name].shape != wanted[name].shape
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
     ]
-    differences = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    found = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
+    differences = {"missing": missing, "unexpected": unexpected, "different shape": shapes}
+    found = [f"{kind}: {', '.join(keys)}" for kind, keys in differences.items() if keys]
     if found:
-        raise UserError(f"{name} is of another architecture than the model ({'; '.join(found)}).")
+        raise UserError(f"{name} does not fit the architecture of the model ({'; '.join(found)}).")

@@ -104,7 +104,7 @@ def parse(config_class: Any, arguments: list[str], *, repeats: bool = True, defa
     Args:
         config_class: A dataclass of options, or a union of them.
         arguments: The command line without the program name.
-        repeats: Accept `--config FILE`, whose values apply to every option not given beside it.
+        repeats: Accept `--config FILE`, whose values apply to every option that is not given.
         default: The options used when no subcommand is given.
 
     Raises:

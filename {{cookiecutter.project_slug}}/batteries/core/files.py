@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the power goes."""
+"""Atomic file writes, appends, hard links and a directory lock."""
 
 import errno
 import json
@@ -13,32 +13,42 @@ from batteries.core.errors import UserError
 
 
 class DiskFullError(UserError):
-    """There is no room for the file at `path`, which needs about `size` bytes."""
+    """The disk has no space for a file.
+
+    Attributes:
+        path: The file.
+        size: The bytes it needs, approximately.
+    """
 
     def __init__(self, path: Path, size: int) -> None:
         from rich.filesize import decimal
 
-        self.path, self.size = path, size
+        self.path = path
+        self.size = size
         free = shutil.disk_usage(path.parent).free
         super().__init__(
-            f"{path} cannot be written: it needs {decimal(size)} and {decimal(free)} are free there; make room."
+            f"{path} cannot be written: it needs {decimal(size)}, and the disk has {decimal(free)} free; make space."
         )
 
     def __reduce__(self) -> tuple[type, tuple[Path, int]]:
-        """It is sent to the other ranks."""
+        """Support pickling, because the error is sent to the other ranks."""
         return DiskFullError, (self.path, self.size)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that a disk, or what one may have of it, is full."""
+    """Return whether `error` means that the disk is full or the user's quota is used up."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Put what `write` writes into `path` in one step: readers see the old file or the whole new one.
+    """Write a file in one step: readers see the old file or the complete new one.
 
-    Temp file in the same folder, flush, fsync, rename, fsync of the folder: without the first fsync a crash can leave
-    an empty file under the final name, without the second the old name (the order that LWN 457667 explains).
+    Temporary file in the same directory, flush, fsync, rename, fsync of the directory. Without the first fsync a crash
+    can leave an empty file under the final name; without the second one, the old file (https://lwn.net/Articles/457667).
+
+    Args:
+        path: The file.
+        write: Writes the contents to the open file that it gets.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -54,14 +64,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` into `path` in one step."""
+    """Write `text` to `path` in one step."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_output(path: Path, write: Callable[[BinaryIO], object], flag: str) -> None:
-    """Put what `write` writes into `path` in one step, and make its folder.
+    """Write a file in one step, and create its directory.
 
-    Raises BadInput, which asks for another `flag`, where that cannot be.
+    Args:
+        path: The file.
+        write: Writes the contents to the open file that it gets.
+        flag: The option that names the file, for the error.
+
+    Raises:
+        UserError: If the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,20 +87,20 @@ def write_output(path: Path, write: Callable[[BinaryIO], object], flag: str) -> 
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises BadInput where it was damaged."""
+    """Read a JSON file. Raises UserError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); put it back, or use another folder.") from None
+        raise UserError(f"{path} is damaged ({error}); restore it, or use another directory.") from None
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add `text` to the end of a file, on disk when this is done; where that fails, the file is as it was."""
+    """Append `text` to a file and flush it to the disk; if that fails, the file is left unchanged."""
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         rest = memoryview(text.encode())
         try:
-            while rest:  # a nearly full disk takes a part, and says so with the next
+            while rest:  # a nearly full disk accepts a part, and raises at the next write
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except OSError:
@@ -93,7 +109,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def link_atomically(source: Path, link: Path) -> None:
-    """Make `link` a second name of `source` in one step; a copy where the file system has no hard links."""
+    """Make `link` a hard link to `source` in one step; a copy if the file system does not support hard links."""
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -101,16 +117,20 @@ def link_atomically(source: Path, link: Path) -> None:
     except OSError:
         write_atomically(link, lambda file: _copy(source, file))
         return
-    os.replace(temporary, link)  # a no-op on POSIX where both are the same file already: then `temporary` stays
-    temporary.unlink(missing_ok=True)
+    os.replace(temporary, link)
+    temporary.unlink(missing_ok=True)  # on POSIX, replacing a link to the same file does nothing and leaves `temporary`
     sync_directory(link.parent)
 
 
 class DirectoryLock:
-    """Keeps a second process out of a folder. The system lets go of it when its owner ends, however that comes.
+    """Keeps a second process out of a directory. The system releases the lock when its process ends, for any reason.
 
-    A record lock, which a loader's worker does not inherit: it would outlive its killed parent for some seconds.
-    Windows has none; there two processes are not kept apart.
+    It is a record lock, which DataLoader workers do not inherit: they outlive a killed parent by some seconds. Windows
+    has no record locks, so two processes can use the same directory there.
+
+    Attributes:
+        path: The lock file.
+        file: The open lock file while this process holds the lock, else None.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +138,7 @@ class DirectoryLock:
         self.file: TextIO | None = None
 
     def acquire(self) -> None:
-        """Take the lock, once. Raises BadInput where another process has it."""
+        """Acquire the lock if this process does not hold it yet. Raises UserError if another process holds it."""
         if self.file is not None or os.name == "nt":
             return
         import fcntl
@@ -140,17 +160,17 @@ class DirectoryLock:
         self.file = file
 
     def release(self) -> None:
-        """Let go of it; the file stays."""
+        """Release the lock; the file stays."""
         if self.file is not None:
             self.file.close()
             self.file = None
 
 
-def sync_directory(folder: Path) -> None:
-    """Make the names in `folder` survive a crash. Windows has no such call and needs none for os.replace."""
+def sync_directory(directory: Path) -> None:
+    """Flush the names in `directory` to the disk. Windows cannot, and does not need it after os.replace."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""Fonts of plots."""
+"""Fonts in plots."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def missing_letters_as_boxes() -> Iterator[None]:
-    """Draw without a warning for each letter that the font does not have."""
+def ignore_missing_glyphs() -> Iterator[None]:
+    """Suppress matplotlib's warnings about characters that the font lacks; they are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""The .jsonl files of a run, one object a line, which a full disk does not lose."""
+"""The .jsonl files of a run: one JSON object per line; a full disk loses no line."""
 
 import json
 import logging
@@ -13,24 +13,39 @@ logger = logging.getLogger("batteries")
 
 
 class JsonlWriter:
-    """Appends to files in `logdir`. On a full disk lines wait for the next call, and go into checkpoints meanwhile."""
+    """Appends lines to the .jsonl files of a run.
+
+    Lines that a full disk rejects are written by a later call, and are saved in the checkpoints until then.
+
+    Attributes:
+        logdir: The run directory.
+        unwritten: The pairs of file name and line that are not written yet.
+    """
 
     def __init__(self, logdir: Path) -> None:
         self.logdir = logdir
-        self.unwritten: list[list[str]] = []  # file and line
+        self.unwritten: list[list[str]] = []
 
     def add(self, file: str, record: Mapping[str, Any]) -> None:
-        """One more line."""
-        self.unwritten += [[file, json.dumps(record)]]
+        """Append `record` as one line to the file called `file`."""
+        # A new list, because a checkpoint that is being written may hold the old one.
+        self.unwritten = [*self.unwritten, [file, json.dumps(record)]]
         self.write()
 
     def restore(self, unwritten: list[list[str]]) -> None:
-        """Go on with what a checkpoint kept; a line that came into its file after all is not written twice."""
+        """Write the lines that a checkpoint saved, except those that were written after it."""
         self.unwritten = [[file, line] for file, line in unwritten if line not in _read_text(self.logdir / file)]
         self.write()
 
     def write(self, tolerate_full_disk: bool = True) -> None:
-        """Append what is not written yet. Raises DiskFull where there is no room, or only warns."""
+        """Append the lines that are not written yet.
+
+        Args:
+            tolerate_full_disk: On a full disk, log a warning and keep the lines.
+
+        Raises:
+            DiskFullError: If the disk is full and that is not tolerated.
+        """
         while self.unwritten:
             file, line = self.unwritten[0]
             try:
@@ -41,13 +56,24 @@ class JsonlWriter:
                 full = DiskFullError(self.logdir / file, len(line))
                 if not tolerate_full_disk:
                     raise full from None
-                logger.warning(f"{full} The line is kept until there is.")
+                logger.warning(f"{full} The line is kept and will be written later.")
                 return
             self.unwritten = self.unwritten[1:]
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of a .jsonl file and what it holds, up to one that a kill has torn. Raises BadInput for another."""
+    """Read a .jsonl file.
+
+    Args:
+        path: The file; if it does not exist, it is treated as empty.
+
+    Yields:
+        Each line, with its line break, and its object. An incomplete last line, which a killed process can leave, is
+        skipped.
+
+    Raises:
+        UserError: If a complete line is not valid JSON.
+    """
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
@@ -55,7 +81,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             yield line, json.loads(line)
         except ValueError:
-            raise UserError(f"{path} is damaged in line {number}; put it back, or use another folder.") from None
+            raise UserError(f"{path} is damaged in line {number}; restore it, or use another directory.") from None
 
 
 def _read_text(path: Path) -> str:

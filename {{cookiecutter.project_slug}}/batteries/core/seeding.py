@@ -1,9 +1,8 @@
-"""Random streams that follow from a key, so that no process, worker or restart can change them.
+"""Random streams that depend on a key only, so that processes, workers and restarts do not change them.
 
-A key is a tuple of whole numbers, such as (seed, stage, epoch, position). numpy's SeedSequence mixes it into 64 bits
-that are independent for any two keys but for zeros at their ends (O'Neill 2015, "Developing a seed_seq alternative");
-epochs count from 1, so no two of ours differ in those alone. No rank and no worker number
-is ever part of a key.
+A key is a tuple of integers, such as (seed, stage, epoch, position). numpy's SeedSequence hashes it to 64 bits that are
+independent for any two keys, except keys that differ in trailing zeros only (O'Neill 2015, "Developing a seed_seq
+alternative"). Epochs count from 1, so no two keys here differ in that way. A key never contains a rank or a worker id.
 """
 
 import random
@@ -16,32 +15,32 @@ import torch
 
 
 class Stream(IntEnum):
-    """What a stream is for: the last part of its key."""
+    """What a stream is used for: the last element of its key."""
 
-    ORDER = 0  # the order of an epoch
-    SAMPLE = 1  # what the augmentations of one sample draw
-    MODEL = 2  # what the model draws in one micro-batch (dropout)
-    WEIGHTS = 3  # the first weights of a model
-    MIXING = 4  # how the samples of one step are mixed (mixup, cutmix)
+    ORDER = 0  # the order of the samples in an epoch
+    SAMPLE = 1  # the augmentations of one sample
+    MODEL = 2  # the model in one micro-batch (dropout)
+    WEIGHTS = 3  # the initial weights of a model
+    MIXING = 4  # mixing the samples of one step (mixup, CutMix)
 
 
 def seed_all(seed: int) -> None:
-    """Seed python's, numpy's and torch's global generators, those of all GPUs included."""
+    """Seed the global generators of Python, numpy and torch, including those of all GPUs."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def stream_seeds(count: int, *key: int) -> np.ndarray:
-    """`count` seeds of 64 bits for the stream `key`; the i-th does not depend on `count`."""
+    """Return `count` seeds, uint64, of the stream `key`; the i-th seed does not depend on `count`."""
     return np.random.SeedSequence(key).generate_state(count, np.uint64)
 
 
 def reseed(seed: int) -> None:
-    """`seed_all` for every micro-batch and sample: 9 µs where torch.manual_seed alone takes 180 µs.
+    """Seed the CPU generators as `seed_all` does, in 9 µs; it is called for each micro-batch and sample.
 
-    Measured with timeit on one core of an x86-64 server, torch 2.15. torch.manual_seed also builds a stack trace and
-    walks over all devices; here the devices that are in use are seeded directly.
+    torch.manual_seed takes 180 µs because it also builds a stack trace and visits all devices (timeit on one core of an
+    x86-64 server, torch 2.15). `reseed_devices` seeds the devices that are in use.
     """
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -49,7 +48,7 @@ def reseed(seed: int) -> None:
 
 
 def reseed_devices(seed: int) -> None:
-    """Seed the generators of the GPUs that this process uses, without a wait for them."""
+    """Seed the generators of the GPUs that this process uses, without waiting for them."""
     if torch.cuda.is_initialized():
         for generator in torch.cuda.default_generators:
             generator.manual_seed(seed)
@@ -59,19 +58,21 @@ def reseed_devices(seed: int) -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Give python's, numpy's and torch's CPU generators back as they were found."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    """Restore the CPU generators of Python, numpy and torch on exit."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.default_generator.get_state()
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)
 
 
 @contextmanager
 def random_stream(*key: int) -> Iterator[None]:
-    """Everything drawn on the CPU inside follows from `key` alone; outside nothing has happened."""
+    """Draw CPU random numbers from the stream `key` inside the context; restore the generators on exit."""
     with preserved_random_state():
         reseed(int(stream_seeds(1, *key)[0]))
         yield

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, Ctrl-C and a terminal that closes: stop at the end of a step, with everything saved."""
+"""SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP stop a run at the end of a step, after a checkpoint."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-SECONDS_APART = 1.0  # torchrun passes on to its processes a Ctrl-C that the terminal has sent them already
+MIN_SECONDS_APART = 1.0  # torchrun forwards a Ctrl-C to processes that have already received it from the terminal
 
 
 class Preempted(Exception):
-    """The run was asked to stop by signal `number`, and is saved."""
+    """A run that was stopped by signal `number` after it was saved."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -19,25 +19,32 @@ class Preempted(Exception):
 
 
 class SignalHandler:
-    """Notes the first signal, for the loop to look at; another, a second later or more, ends the process at once."""
+    """Records the first signal; a second one, at least MIN_SECONDS_APART later, ends the process immediately.
+
+    Use it as a context manager; the former handlers are restored at the end.
+
+    Attributes:
+        received: The number of the first signal; 0 before it.
+    """
 
     def __init__(self) -> None:
         self.received = 0
-        self._when = 0.0
-        self._before: dict[int, Any] = {}
+        self._received_at = 0.0
+        self._former_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalHandler":
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                self._before[number] = signal.signal(number, self._note)
+                self._former_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and time.monotonic() - self._when > SECONDS_APART:
-            os._exit(128 + number)
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
-            self.received, self._when = number, time.monotonic()
+            self.received = number
+            self._received_at = time.monotonic()
+        elif time.monotonic() - self._received_at > MIN_SECONDS_APART:
+            os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""How an epoch is divided into steps, micro-batches and ranks."""
+"""The division of an epoch into steps, micro-batches and ranks."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,16 +8,23 @@ import numpy as np
 from batteries.core.errors import UserError
 from batteries.core.ranks import world_size
 from batteries.core.seeding import Stream
+from batteries.core.text import count_of
 
 
 class MicroBatch(NamedTuple):
-    """What one rank pushes through at once, as positions [start, stop) in the order of the epoch."""
+    """One micro-batch of one rank, as positions in the order of the epoch.
+
+    Attributes:
+        start: The first position.
+        stop: The position after the last one.
+        loss_weight: The weight of its mean loss. The weighted losses, summed over the micro-batches of a step and
+            averaged over the ranks, are the mean loss of the step.
+        ends_step: Whether it is the last micro-batch of its optimizer step.
+    """
 
     start: int
     stop: int
-    loss_weight: (
-        float  # weight of its mean loss, so that the sum over micro-batches and mean over ranks is the step's mean
-    )
+    loss_weight: float
     ends_step: bool
 
 
@@ -30,53 +37,79 @@ def plan_epoch(
     drop_last: bool,
     first_step: int = 0,
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of one rank, in order, from step `first_step` (counted from 0) on.
+    """Plan the micro-batches of one rank, in order.
 
-    A step is cut into micro-batches first and those into slices per rank: so micro-batch j holds the same samples for
-    any `world_size`, and synchronised batch norm sees the same statistics. A short last
-    step is cut as evenly as it goes, into fewer micro-batches where there is not a sample for each.
+    A step is divided into micro-batches first, and each micro-batch into slices per rank. So micro-batch j has the same
+    samples for any `world_size`, and synchronised batch norm has the same statistics. A short last step is divided as
+    evenly as possible, into fewer micro-batches if there are not enough samples for each rank.
+
+    Args:
+        size: The samples of the epoch.
+        batch_size: The samples of an optimizer step, over all ranks and micro-batches.
+        accumulation_steps: The micro-batches of an optimizer step.
+        rank: The rank.
+        world_size: The number of ranks.
+        drop_last: Skip a short last step.
+        first_step: The step to start from, counted from 0.
     """
     for step in range(first_step, count_steps(size, batch_size, drop_last)):
-        begin, end = step * batch_size, min((step + 1) * batch_size, size)
-        micro_batches = min(accumulation_steps, (end - begin) // world_size)
-        pieces = micro_batches * world_size
+        begin = step * batch_size
+        step_size = min(batch_size, size - begin)
+        micro_batches = count_micro_batches(step_size, accumulation_steps, world_size)
+        slices = micro_batches * world_size
         for index in range(micro_batches):
-            piece = index * world_size + rank
-            start = begin + (end - begin) * piece // pieces
-            stop = begin + (end - begin) * (piece + 1) // pieces
-            loss_weight = (stop - start) * world_size / (end - begin)
+            number = index * world_size + rank
+            start = begin + step_size * number // slices
+            stop = begin + step_size * (number + 1) // slices
+            loss_weight = (stop - start) * world_size / step_size
             yield MicroBatch(start, stop, loss_weight, ends_step=index == micro_batches - 1)
 
 
 def count_steps(size: int, batch_size: int, drop_last: bool) -> int:
-    """Optimizer steps in one pass over `size` samples."""
+    """Return the number of optimizer steps in one pass over `size` samples."""
     return size // batch_size if drop_last else -(-size // batch_size)
 
 
+def count_micro_batches(step_size: int, accumulation_steps: int, world_size: int) -> int:
+    """Return the number of micro-batches of a step; each rank has at least one sample in each of them."""
+    return min(accumulation_steps, step_size // world_size)
+
+
+def smallest_micro_batch(size: int, batch_size: int, accumulation_steps: int, world_size: int, drop_last: bool) -> int:
+    """Return the number of samples in the smallest micro-batch of an epoch, on any rank."""
+    step_sizes = [batch_size]
+    if not drop_last and size % batch_size:
+        step_sizes.append(size % batch_size)
+    return min(
+        step_size // (count_micro_batches(step_size, accumulation_steps, world_size) * world_size)
+        for step_size in step_sizes
+    )
+
+
 def check_batch_size(batch_size: int, accumulation_steps: int, size: int, drop_last: bool) -> None:
-    """Raise BadInput where `batch_size` does not divide over ranks and micro-batches, or is over `size`."""
+    """Raise UserError if `batch_size` is not divisible by ranks and micro-batches, or does not fit `size` samples."""
     ranks = world_size()
     assert accumulation_steps > 0
-    pieces = ranks * accumulation_steps
-    if batch_size < 1 or batch_size % pieces:
-        below, above = batch_size // pieces * pieces, (batch_size // pieces + 1) * pieces
-        legal = f"{below} or {above}" if below > 0 else f"{pieces}"
+    divisor = ranks * accumulation_steps
+    if batch_size < 1 or batch_size % divisor:
+        below = batch_size // divisor * divisor
+        nearest = f"{below} or {below + divisor}" if below > 0 else f"{divisor}"
         raise UserError(
-            f"--batch-size {batch_size} must be a multiple of {pieces} "
-            f"({ranks} process{'es' * (ranks > 1)} x {accumulation_steps} accumulation steps); the nearest: {legal}."
+            f"--batch-size {batch_size} must be a multiple of {divisor} ({count_of(ranks, 'process')} x "
+            f"{count_of(accumulation_steps, 'accumulation step')}); use {nearest}."
         )
     if drop_last and size < batch_size:
         raise UserError(
-            f"--batch-size {batch_size} does not fit: the train split has {size} samples; "
-            f"use --batch-size {max(size // pieces * pieces, pieces)} or less, or --no-drop-last."
+            f"--batch-size {batch_size} is larger than the train split, which has {count_of(size, 'sample')}; "
+            f"use --batch-size {max(size // divisor * divisor, divisor)} or less, or --no-drop-last."
         )
     if not drop_last and 0 < size % batch_size < ranks:
         raise UserError(
-            f"--batch-size {batch_size} leaves {size % batch_size} samples for the last step of an epoch, "
+            f"--batch-size {batch_size} leaves {count_of(size % batch_size, 'sample')} for the last step of an epoch, "
             f"fewer than the {ranks} processes; use --drop-last or another --batch-size."
         )
 
 
 def epoch_permutation(size: int, *key: int) -> np.ndarray:
-    """The order of an epoch: a permutation of `size` positions drawn from the stream `key`."""
+    """Return the order of an epoch: a permutation of `size` positions drawn from the stream `key`."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((*key, Stream.ORDER)))).permutation(size)

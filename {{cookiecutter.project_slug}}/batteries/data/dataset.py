@@ -13,9 +13,11 @@ from batteries.core.seeding import Stream, preserved_random_state, reseed, strea
 
 Transform = Callable[[Any, Any], tuple[Any, Any]]
 
-# Mixes a batch (images, targets) on the device, each sample with the one before it alone (torchvision's MixUp and
-# CutMix do), and draws for the batch, not for a sample.
+# Mixes a batch (images, targets) on the device. It must mix each sample only with the one before it, as torchvision's
+# MixUp and CutMix do, and draw random numbers once for the batch, not for each sample.
 Mixer = Callable[[Any, Any], tuple[Any, Any]]
+
+UNKNOWN = -1  # the class of a sample whose target is not known; such a sample can only be in the test split
 
 
 class Samples(Protocol):
@@ -35,8 +37,8 @@ class Dataset(Samples, Protocol):
 
     It may have the optional attributes of `DatasetInfo` as well, and these methods:
 
-    - `get_batch(indices) -> (images, targets)` reads many samples at once. It is used if there is no transform, and
-      must not draw random numbers.
+    - `get_batch(indices) -> (images, targets)` reads many samples at once. It is used without a transform, and must not
+      draw random numbers.
     - `check(indices)` raises UserError if a file that training is going to read is missing or damaged.
     """
 
@@ -50,8 +52,58 @@ class Dataset(Samples, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The attributes of a data set, with a default for each one that it does not have.
+
+    Attributes:
+        ids: A stable and unique name for each sample.
+        targets: The targets, shape (N,): indices into `classes`, UNKNOWN if not known, or floats, NaN if not known.
+            Targets of other shapes, such as several labels per sample, are neither written to split files nor counted.
+        classes: A name for each output of the model.
+        groups: A group for each sample, such as a patient; a group is never in two folds.
+        folds: The fold of each sample, shape (N,), if the data set defines them; -1 for the test split.
+        official_test: Whether each sample belongs to the official test split, shape (N,), bool, if there is one.
+        left_out: The files that are not used, with their number, such as "3 .bmp"; empty if there are none.
+    """
+
+    ids: Sequence[str] | None = None
+    targets: Any = None
+    classes: Sequence[str] | None = None
+    groups: Sequence[Any] | None = None
+    folds: Any = None
+    official_test: Any = None
+    left_out: str = ""
+
+
+def dataset_info(dataset: object) -> DatasetInfo:
+    """Read the attributes of a data set, which are all optional here."""
+    return DatasetInfo(
+        ids=getattr(dataset, "ids", None),
+        targets=getattr(dataset, "targets", None),
+        classes=getattr(dataset, "classes", None),
+        groups=getattr(dataset, "groups", None),
+        folds=getattr(dataset, "folds", None),
+        official_test=getattr(dataset, "official_test", None),
+        left_out=getattr(dataset, "left_out", ""),
+    )
+
+
+def has_classes(dataset: object) -> bool:
+    """Return whether the targets are indices into `classes`. A single class can be the name of a regression target."""
+    info = dataset_info(dataset)
+    if info.classes is None or info.targets is None or np.ndim(info.targets) != 1:
+        return False
+    return len(info.classes) > 1 or not np.issubdtype(np.asarray(info.targets).dtype, np.floating)
+
+
 class SampleRequest(NamedTuple):
-    """What a worker is asked for: samples by index, and one seed each; none where nothing is drawn."""
+    """What the loader requests from a worker.
+
+    Attributes:
+        indices: The samples, shape (N,).
+        seeds: A seed for each sample, shape (N,); None if nothing is drawn.
+    """
 
     indices: np.ndarray
     seeds: np.ndarray | None
@@ -59,13 +111,13 @@ class SampleRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerError:
-    """What a worker sends instead of a batch where the data are bad."""
+    """What a worker sends instead of a batch after a UserError; torch would send a traceback as text."""
 
-    sentence: str
+    message: str
 
 
 class SeededDataset:
-    """A data set as the loader reads it: by whole batches, each sample under its own random stream."""
+    """A data set as the loader reads it: in batches, each sample under its own random stream."""
 
     def __init__(self, dataset: Samples, transform: Transform | None) -> None:
         self.dataset = dataset
@@ -76,20 +128,15 @@ class SeededDataset:
         return len(self.dataset)
 
     def make_seeds(self, count: int, *key: int) -> np.ndarray | None:
-        """The seeds of `count` samples in an epoch; none where they are read by whole batches, which draw nothing."""
+        """Return the seeds of `count` samples of an epoch; None if `get_batch` reads them, which draws nothing."""
         return None if self._get_batch is not None else stream_seeds(count, *key, Stream.SAMPLE)
 
     def __getitems__(self, request: SampleRequest) -> Any:
-        """A collated batch; torch's fetcher calls this with whatever the batch sampler gave.
-
-        A Refusal where the user has to mend something: torch would send an error of a worker as a page of text.
-        """
+        """Return the collated batch, or a WorkerError. torch calls this with the item of the batch sampler."""
         try:
             return self._load(request)
-        except Exception as error:
-            if isinstance(error, UserError):
-                return WorkerError(str(error))
-            raise
+        except UserError as error:
+            return WorkerError(str(error))
 
     def _load(self, request: SampleRequest) -> Any:
         if self._get_batch is not None:
@@ -101,49 +148,49 @@ class SeededDataset:
         self._check_shapes(samples, request.indices)
         return default_collate(samples)
 
-    def _check_shapes(self, samples: Sequence[tuple[Any, Any]], indices: np.ndarray) -> None:
-        """Raise BadInput where images of one batch differ in shape."""
-        shapes = [tuple(getattr(image, "shape", ())) for image, _ in samples]
-        if len(set(shapes)) == 1:
-            return
-        place = next(place for place, shape in enumerate(shapes) if shape != shapes[0])
-        ids = getattr(self.dataset, "ids", range(len(self.dataset)))
-        raise UserError(
-            f"images of one batch have different shapes: {shapes[0]} of {ids[int(indices[0])]} and {shapes[place]} of "
-            f"{ids[int(indices[place])]}; bring all to one size, such as by v2.Resize in experiment/augmentations.py."
-        )
-
     def _sample(self, index: int, seed: int) -> tuple[Any, Any]:
         reseed(seed)
         sample = self.dataset[index]
         return sample if self.transform is None else self.transform(*sample)
 
+    def _check_shapes(self, samples: Sequence[tuple[Any, Any]], indices: np.ndarray) -> None:
+        """Raise UserError if the images of a batch differ in shape."""
+        shapes = [tuple(getattr(image, "shape", ())) for image, _ in samples]
+        if len(set(shapes)) == 1:
+            return
+        ids = dataset_info(self.dataset).ids
+        names = range(len(self.dataset)) if ids is None else ids
+        other = next(position for position, shape in enumerate(shapes) if shape != shapes[0])
+        raise UserError(
+            f"images of one batch have different shapes: {shapes[0]} of {names[int(indices[0])]} and {shapes[other]} "
+            f"of {names[int(indices[other])]}; resize all to one size, such as with v2.Resize in "
+            "experiment/augmentations.py."
+        )
+
 
 def receive(loaded: Any, device: torch.device) -> tuple[Any, Any]:
-    """(images, targets) as a worker sent them, on `device`. Raises BadInput with what it had to say instead."""
+    """Move a batch that a worker sent to `device`.
+
+    Returns:
+        (images, targets).
+
+    Raises:
+        UserError: If the worker sent a WorkerError.
+    """
     if isinstance(loaded, WorkerError):
-        raise UserError(loaded.sentence)
+        raise UserError(loaded.message)
     images, targets = loaded
     return to_device(images, device), to_device(targets, device)
 
 
 def to_device(data: Any, device: torch.device) -> Any:
-    """`data` (a tensor, or tensors in lists, tuples and dicts) on `device`; the copy overlaps with work on a GPU."""
+    """Move a tensor, or the tensors in lists, tuples and dicts, to `device`; a GPU works during the copy."""
     if isinstance(data, torch.Tensor):
         return data.to(device, non_blocking=True)
     if isinstance(data, dict):
         return {name: to_device(value, device) for name, value in data.items()}
     if isinstance(data, list | tuple):
-        return type(data)(to_device(value, device) for value in data)
+        items = [to_device(value, device) for value in data]
+        is_named_tuple = hasattr(data, "_fields")
+        return type(data)(*items) if is_named_tuple else type(data)(items)
     return data
-
-
-UNKNOWN = -1  # the class of a sample whose target is not known: it can only be tested
-
-
-def has_classes(dataset: Dataset) -> bool:
-    """Whether a sample's target is one of the data set's `classes`; a single one may name a number that is learned."""
-    targets, classes = getattr(dataset, "targets", None), getattr(dataset, "classes", None)
-    if classes is None or targets is None or np.ndim(targets) != 1:
-        return False
-    return len(classes) > 1 or not np.issubdtype(np.asarray(targets).dtype, np.floating)

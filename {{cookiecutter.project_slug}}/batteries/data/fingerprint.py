@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 
-def fingerprint(*parts: Any) -> str:
-    """A sha256 over arrays, texts and numbers: what a run is trained on."""
+def fingerprint(*values: Any) -> str:
+    """Return the sha256 of arrays, texts and numbers; it identifies the data that a run is trained on."""
     digest = hashlib.sha256()
-    for part in parts:
-        array = np.ascontiguousarray(part)
+    for value in values:
+        array = np.ascontiguousarray(value)
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

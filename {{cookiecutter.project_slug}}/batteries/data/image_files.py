@@ -1,6 +1,5 @@
-"""Images that are no part of a data set: a folder of files, or a table that names them."""
+"""Images outside the data set: a directory of files, or a table of their paths."""
 
-import zlib
 from pathlib import Path
 
 import torch
@@ -9,87 +8,68 @@ from batteries.core.errors import UserError
 from batteries.core.tables import read_table
 from batteries.core.text import find_repeated, summarize_names
 from batteries.data.dataset import UNKNOWN
-
-PNG = b"\x89PNG\r\n\x1a\n"  # how these files begin
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+from batteries.data.image_decoding import IMAGE_SUFFIXES, decode_file
 
 
 class ImageFiles:
-    """Images as uint8 tensors (C, H, W), 0 to 255, with the target -1, which is not known.
+    """Images as uint8 tensors (C, H, W), 0 to 255, with the target UNKNOWN.
 
-    `source` is a folder, whose images are called by their paths in it, in alphabetical order, hidden ones left out; or
-    a CSV file with a column `path`, counted from its own folder, and `id` where they are called otherwise. `channels`
-    is 1 or 3.
+    Args:
+        source: A directory, whose images have their relative paths as ids, in alphabetical order, without hidden ones;
+            or a CSV file with a column `path`, relative to its directory, and optionally `id`.
+        channels: 1 or 3.
+
+    Raises:
+        UserError: If no image is found, or the table is invalid.
     """
 
     def __init__(self, source: Path, channels: int) -> None:
-        from torchvision.io import ImageReadMode
+        from torchvision.io import ImageReadMode  # imported here because most commands read no image file
 
         self.mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-        self.ids, self.paths = _read_table(source) if source.is_file() else _read_folder(source)
+        self.ids, self.paths = _read_table(source) if source.is_file() else _read_directory(source)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One image (C, H, W) and ()."""
-        from torchvision.io import decode_image, read_file
+        """Return one image (C, H, W) and its target ()."""
+        from torchvision.io import read_file
 
+        path = self.paths[index]
         try:
-            data = read_file(str(self.paths[index]))
-            image = decode_image(data, self.mode, apply_exif_orientation=True) if _may_be_decoded(data) else None
+            image = decode_file(read_file(str(path)), self.mode)
         except (RuntimeError, OSError):
-            image = None
-        if image is None:
-            raise UserError(f"{self.paths[index]} cannot be read as an image: it is empty, damaged or none.")
-        image = image[0] if image.ndim == 4 else image  # the first picture of an animation
-        return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8), torch.tensor(UNKNOWN)
+            raise UserError(f"{path} cannot be read as an image: it is empty, damaged or not an image.") from None
+        return image, torch.tensor(UNKNOWN)
 
 
-def _may_be_decoded(file: torch.Tensor) -> bool:
-    """Whether the bytes (N,) of a file are no PNG, or a whole one: torchvision (0.29) crashes on some damaged ones.
-
-    experiment/images.py, where there is one, has the same for itself: neither package imports the other.
-    """
-    data = file.numpy().data
-    return bytes(data[: len(PNG)]) != PNG or _is_whole_png(data)
-
-
-def _is_whole_png(data: memoryview) -> bool:
-    """Whether all chunks are there and have their checksums (PNG Specification, third edition, section 5.3)."""
-    place = len(PNG)
-    while place + 12 <= len(data):
-        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
-        if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            return False
-        if data[place + 4 : place + 8] == b"IEND":
-            return True
-        place = end + 4
-    return False
-
-
-def _read_folder(folder: Path) -> tuple[list[str], list[Path]]:
-    there = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    names = [path.relative_to(folder) for path in there]
-    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]  # not .Trash, for one
-    if not shown:
-        raise UserError(f"--images {folder} has no images ({', '.join(SUFFIXES)}); give a folder or a CSV file.")
-    return [name.as_posix() for name in shown], [folder / name for name in shown]
+def _read_directory(directory: Path) -> tuple[list[str], list[Path]]:
+    """List the ids and paths of the images in a directory and below it."""
+    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    names = [path.relative_to(directory) for path in paths]
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]  # without .Trash
+    if not visible:
+        raise UserError(
+            f"--images {directory} has no images ({', '.join(IMAGE_SUFFIXES)}); give a directory or a CSV file."
+        )
+    return [name.as_posix() for name in visible], [directory / name for name in visible]
 
 
 def _read_table(file: Path) -> tuple[list[str], list[Path]]:
-
+    """Read the ids and paths of the images from a table."""
     try:
         table = read_table(file)
     except ValueError as error:
         raise UserError(f"--images {file} cannot be read as a table ({str(error).strip()}).") from None
     if "path" not in table or not len(table):
         raise UserError(f"--images {file} needs a column path, and rows.")
-    ids, paths = list(table["id" if "id" in table else "path"]), [file.parent / path for path in table["path"]]
+    ids = list(table["id" if "id" in table else "path"])
+    paths = [file.parent / path for path in table["path"]]
     if "" in ids:
         raise UserError(f"--images {file} has an empty id, in row {ids.index('') + 1}.")
-    if doubled := find_repeated(ids):
-        raise UserError(f"--images {file} has more than one row of {summarize_names('id', doubled)}.")
+    if repeated := find_repeated(ids):
+        raise UserError(f"--images {file} has more than one row of {summarize_names('id', repeated)}.")
     if missing := [str(path) for path in paths if not path.is_file()]:
-        raise UserError(f"--images {file} names what is not there: {summarize_names('file', missing)}.")
+        raise UserError(f"--images {file} lists files that do not exist: {summarize_names('file', missing)}.")
     return ids, paths

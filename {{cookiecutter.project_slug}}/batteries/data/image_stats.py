@@ -3,19 +3,26 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from batteries.core.errors import UserError
+from batteries.data.dataset import Samples
 
-THUMB = 32  # pixels on a side of the thumbnail that hash and comparison look at
+THUMB = 32  # pixels per side of the thumbnail for hash and comparison
 
 
 class ImageSignature(NamedTuple):
-    """What is kept of one image: its pixels' digest, its hash of 64 bits, and its thumbnail (THUMB, THUMB), uint8."""
+    """What duplicates are found by.
+
+    Attributes:
+        digest: The sha256 of the pixels.
+        bits: The perceptual hash, 64 bits.
+        thumb: The grey thumbnail, shape (THUMB, THUMB), uint8.
+    """
 
     digest: bytes
     bits: int
@@ -23,41 +30,44 @@ class ImageSignature(NamedTuple):
 
 
 def channel_statistics(batches: Iterable[torch.Tensor]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, on the scale 0 to 1.
+    """Return the mean and standard deviation of each channel over all pixels, on the scale 0 to 1.
 
-    Batches are uint8 images (N, C, H, W).
+    Args:
+        batches: Images (N, C, H, W), uint8.
     """
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    count = 0
+    total = torch.zeros(())
+    squares = torch.zeros(())
     for images in batches:
         values = images.transpose(0, 1).flatten(1).double() / 255
         count += values.shape[1]
-        total, squares = total + values.sum(1), squares + values.square().sum(1)
+        total = total + values.sum(1)
+        squares = squares + values.square().sum(1)
     mean = total / count
     return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
 
 
 def image_signatures(
-    dataset: Any, indices: Sequence[int] | np.ndarray, threads: int = 8
+    dataset: Samples, indices: Sequence[int] | np.ndarray, threads: int = 8
 ) -> Iterator[ImageSignature | str]:
-    """A look at each image, in order, or the sentence that says what is wrong with it."""
+    """Compute the signature of each image, in order; the error message for one that cannot be read."""
 
-    def attempt(index: int) -> ImageSignature | str:
+    def signature_or_error(index: int) -> ImageSignature | str:
         try:
             return image_signature(dataset[index][0])
-        except Exception as error:
-            if isinstance(error, UserError):
-                return str(error)
-            raise
+        except UserError as error:
+            return str(error)
 
-    with ThreadPoolExecutor(threads) as pool:  # torchvision decodes without python's lock
-        yield from pool.map(attempt, np.asarray(indices).tolist())
+    with ThreadPoolExecutor(threads) as pool:  # torchvision decodes without the interpreter lock
+        yield from pool.map(signature_or_error, np.asarray(indices).tolist())
 
 
 def image_signature(image: torch.Tensor) -> ImageSignature:
-    """What is kept of an image (C, H, W).
+    """Compute the signature of an image (C, H, W).
 
-    The hash is that of the lowest 8 x 8 frequencies (all but the mean) of the grey thumbnail, each over the median or
-    not (Zauner 2010, section 3.2.1): it outlives another size, another quality of JPEG and small shifts of colour.
+    Each bit of the hash is whether one of the lowest 8 x 8 frequencies (without the mean) of the grey thumbnail is
+    above their median (Zauner 2010, section 3.2.1). It hardly changes with image size, JPEG quality or small colour
+    shifts.
     """
     pixels = np.ascontiguousarray(image.numpy())
     digest = hashlib.sha256(f"{pixels.shape}{pixels.dtype}".encode() + pixels.tobytes()).digest()

@@ -10,14 +10,29 @@ import torch
 
 from batteries.core.ranks import rank, world_size
 from batteries.core.seeding import Stream, preserved_random_state, reseed, reseed_devices, stream_seeds
-from batteries.data.batch_plan import check_batch_size, count_steps, epoch_permutation, plan_epoch
-from batteries.data.dataset import Mixer, SampleRequest, Samples, SeededDataset, Transform, receive
+from batteries.data.batch_plan import (
+    MicroBatch,
+    check_batch_size,
+    count_steps,
+    epoch_permutation,
+    plan_epoch,
+    smallest_micro_batch,
+)
+from batteries.data.dataset import Mixer, SampleRequest, Samples, SeededDataset, Transform, dataset_info, receive
 from batteries.data.workers import make_loader
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its device. `share` weighs its loss; `seed` is the stream of what the model draws."""
+    """One micro-batch on its device.
+
+    Attributes:
+        images: The images of the micro-batch.
+        targets: Their targets.
+        loss_weight: The weight of its loss in the mean loss of the step.
+        ends_step: Whether it is the last micro-batch of its optimizer step.
+        seed: The seed of what the model draws, such as dropout.
+    """
 
     images: Any
     targets: Any
@@ -26,24 +41,42 @@ class Batch:
     seed: int
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """`loss` (a mean over the micro-batch) by its share: the micro-batches of a step add up to the mean over it.
+        """Weight the loss of the micro-batch, so that the losses of a step add up to the mean loss of the step.
 
-        A loss that is not finite makes NaN of all gradients of the step, on all ranks: it is skipped as a whole.
+        A loss that is not finite makes all gradients of the step NaN on all ranks, so that the whole step is skipped.
+
+        Args:
+            loss: The mean loss of the micro-batch, shape ().
         """
         if loss.device.type != "cpu":
-            return loss * (self.loss_weight + 0.0 * loss.detach())  # nothing waits for the device
+            return loss * (self.loss_weight + 0.0 * loss.detach())  # without waiting for the device
         loss_weight = self.loss_weight if math.isfinite(loss.detach()) else math.nan
         return loss if loss_weight == 1 else loss * loss_weight
 
 
 class TrainLoader:
-    """Micro-batches for training, by promise L0; `len()` is the number of optimizer steps in an epoch.
+    """Load micro-batches for training. `len()` is the number of optimizer steps in an epoch.
 
-    `batch_size` counts the samples of one optimizer step over all ranks and micro-batches. Raises BadInput where it
-    does not divide, and where `indices` do not fill one step.
+    The samples of each step, augmentations included, are bit-identical for any number of workers, start method, number
+    of ranks and accumulation steps. With a `mixer`, each sample is mixed with the one before it in its step (the first
+    with the last), with one draw per step; each micro-batch is loaded with one additional sample for that.
 
-    With a `mixer` each sample is mixed with the one before it in its step (the first with the last), by one draw a
-    step. A rank loads one sample more for that, so that mixed batches follow L0 too, whatever the accumulation.
+    Args:
+        dataset: The data set.
+        indices: The samples of the train split, shape (N,).
+        transform: Applied to each sample.
+        device: Where the batches are moved to.
+        seed: The seed of the run.
+        batch_size: The samples of one optimizer step, over all ranks and micro-batches.
+        accumulation_steps: The micro-batches of one optimizer step.
+        drop_last: Skip the short last step of an epoch.
+        limit_batches: The maximum number of steps in an epoch.
+        num_workers: The loader processes per rank; None chooses it for the machine.
+        start_method: How worker processes are started: fork, spawn, or None for the default.
+        mixer: Mixes the samples of a step on the device.
+
+    Raises:
+        UserError: If `batch_size` is not divisible by ranks and micro-batches, or larger than the split.
     """
 
     def __init__(
@@ -64,35 +97,57 @@ class TrainLoader:
     ) -> None:
         check_batch_size(batch_size, accumulation_steps, len(indices), drop_last)
         self.indices = np.asarray(indices)
-        self.ids = getattr(dataset, "ids", None)
+        self.ids = dataset_info(dataset).ids
         self.batch_size = batch_size
+        self.accumulation_steps = accumulation_steps
+        self.drop_last = drop_last
         self.device = device
         self.seed = seed
         self.mixer = mixer
+        self.rank = rank()
+        self.world_size = world_size()
         steps = count_steps(len(indices), batch_size, drop_last)
         self.size = len(indices) if limit_batches is None else min(len(indices), limit_batches * batch_size)
         self.steps = min(steps, limit_batches or steps)
-        self.cutting = batch_size, accumulation_steps, rank(), world_size(), drop_last
-        tail = self.size % batch_size if not drop_last else 0
-        self.smallest_micro_batch = min(
-            size // (min(accumulation_steps, size // world_size()) * world_size())
-            for size in (batch_size, tail)
-            if size
+        self.smallest_micro_batch = smallest_micro_batch(
+            self.size, batch_size, accumulation_steps, self.world_size, drop_last
         )
-        self.requests: list[SampleRequest] = []
+        self.requests: list[SampleRequest] = []  # of the current epoch; the loader reads this list
         self.samples = SeededDataset(dataset, transform)
         self.batches = make_loader(self.samples, self.requests, device, num_workers, start_method)
 
     def __len__(self) -> int:
         return self.steps
 
+    def plan(self, first_step: int) -> list[MicroBatch]:
+        """Return the micro-batches of an epoch on this rank, from `first_step` (counted from 0)."""
+        return list(
+            plan_epoch(
+                self.size,
+                self.batch_size,
+                self.accumulation_steps,
+                self.rank,
+                self.world_size,
+                self.drop_last,
+                first_step,
+            )
+        )
+
     def epoch(self, stage: int, epoch: int, first_step: int = 0) -> "EpochBatches":
-        """The micro-batches of one epoch from `first_step` (counted from 0) on; nothing before it is loaded."""
+        """Return the micro-batches of one epoch from `first_step` (counted from 0); nothing before it is loaded."""
         return EpochBatches(self, (self.seed, stage, epoch), first_step)
 
 
 class EpochBatches:
-    """One pass over the train split, as an iterable of micro-batches; `len()` is the number of its optimizer steps."""
+    """One pass over the train split, as an iterable of micro-batches.
+
+    `len()` is the number of optimizer steps in the whole epoch.
+
+    Args:
+        loader: The loader.
+        key: The seed of the run, the stage (from 0) and the epoch (from 1).
+        first_step: The step to start from, counted from 0.
+    """
 
     def __init__(self, loader: TrainLoader, key: tuple[int, int, int], first_step: int) -> None:
         self.loader = loader
@@ -110,54 +165,61 @@ class EpochBatches:
         return self.key[2]
 
     def samples_of(self, step: int) -> list[str]:
-        """The ids of the samples of one step (counted from 1) over all ranks; their indices where there are no ids."""
-        size, ids = self.loader.batch_size, self.loader.ids
+        """Return the ids, or else the indices, of the samples of one step (counted from 1) over all ranks."""
+        size = self.loader.batch_size
+        ids = self.loader.ids
         return [str(index if ids is None else ids[index]) for index in self.order[(step - 1) * size : step * size]]
 
     def __iter__(self) -> Iterator[Batch]:
         loader = self.loader
         model_seeds = stream_seeds(len(loader), *self.key, Stream.MODEL).tolist()
         mixing_seeds = stream_seeds(len(loader), *self.key, Stream.MIXING).tolist()
-        cuts = list(plan_epoch(loader.size, *loader.cutting, self.first_step))
-        loader.requests[:] = [self._request(cut.start, cut.stop) for cut in cuts]
-        for cut, loaded in zip(cuts, loader.batches, strict=True):
-            step, place = divmod(cut.start, loader.batch_size)
+        plan = loader.plan(self.first_step)
+        loader.requests[:] = [self._request(micro_batch.start, micro_batch.stop) for micro_batch in plan]
+        for micro_batch, loaded in zip(plan, loader.batches, strict=True):
+            step, offset = divmod(micro_batch.start, loader.batch_size)
             images, targets = self._receive(loaded, mixing_seeds[step])
-            yield Batch(images, targets, cut.loss_weight, cut.ends_step, seed=(model_seeds[step] + place) % 2**64)
+            seed = (model_seeds[step] + offset) % 2**64
+            yield Batch(images, targets, micro_batch.loss_weight, micro_batch.ends_step, seed)
 
     def peek(self, count: int) -> tuple[list[Any], Any, Any]:
-        """The first `count` samples of the epoch: as the data set has them, and their images and targets in training.
+        """Load the first samples of the epoch in this process; the epoch itself is not changed.
 
-        They are loaded in this process, and nothing of the epoch is used up.
+        Args:
+            count: The number of samples, limited to one step.
+
+        Returns:
+            The images as the data set returns them, and the images and targets as training gets them.
         """
         count = min(count, self.loader.batch_size, self.loader.size)
         seed = int(stream_seeds(1, *self.key, Stream.MIXING)[0])
         with preserved_random_state():
             originals = [self.loader.samples.dataset[index][0] for index in self.order[:count].tolist()]
-        return originals, *self._receive(self.loader.samples.__getitems__(self._request(0, count)), seed)
+        images, targets = self._receive(self.loader.samples.__getitems__(self._request(0, count)), seed)
+        return originals, images, targets
 
     def sample(self, index: int) -> tuple[Any, Any]:
-        """(image, target) of the sample `index` of the data set as this epoch augments it, before any mixing."""
+        """Return (image, target) of the sample `index` of the data set, as this epoch augments it, before mixing."""
         [position] = np.flatnonzero(self.order == index)
-        images, targets = receive(
-            self.loader.samples.__getitems__(self._plain(np.array([position]))), self.loader.device
-        )
+        loaded = self.loader.samples.__getitems__(self._request_positions(np.array([position])))
+        images, targets = receive(loaded, self.loader.device)
         return images[0], targets[0]
 
-    def _plain(self, positions: np.ndarray | slice) -> SampleRequest:
+    def _request_positions(self, positions: np.ndarray | slice) -> SampleRequest:
         seeds = None if self.sample_seeds is None else self.sample_seeds[positions]
         return SampleRequest(self.order[positions], seeds)
 
     def _request(self, start: int, stop: int) -> SampleRequest:
-        """Positions [start, stop) of the order; where samples are mixed, after the one before them in their step."""
+        """Request positions [start, stop) of the order; for mixing, the one before them in their step comes first."""
         if self.loader.mixer is None:
-            return self._plain(slice(start, stop))
+            return self._request_positions(slice(start, stop))
         begin = start - start % self.loader.batch_size
         end = min(begin + self.loader.batch_size, self.loader.size)
-        return self._plain(np.append(start - 1 if start > begin else end - 1, np.arange(start, stop)))
+        previous = start - 1 if start > begin else end - 1
+        return self._request_positions(np.append(previous, np.arange(start, stop)))
 
     def _receive(self, loaded: Any, seed: int) -> tuple[Any, Any]:
-        """What was loaded, on the device, and mixed under the stream `seed` of its step."""
+        """Move a batch to the device and mix it under `seed`, the random stream of its step."""
         images, targets = receive(loaded, self.loader.device)
         if self.loader.mixer is None:
             return images, targets
@@ -165,14 +227,27 @@ class EpochBatches:
             reseed(seed)
             reseed_devices(seed)
             images, targets = self.loader.mixer(images, targets)
-        return images[1:], targets[1:]  # the first was there for the second alone
+        return images[1:], targets[1:]  # the first was loaded only to be mixed into the second
 
 
 class EvalLoader:
-    """Every sample exactly once, in order, over all ranks: batch j goes to rank j modulo the number of ranks.
+    """Load every sample exactly once, in order, over all ranks: rank r gets batches r, r + world size, and so on.
 
-    Whole batches are dealt out, so that each has the same samples, and the model gives the same bits, for any world
-    size. Gives (images, targets); `size` is the number of samples over all ranks.
+    Ranks get whole batches, so each batch has the same samples, and the model returns the same bits, for any world
+    size. Iteration yields (images, targets).
+
+    Args:
+        dataset: The data set.
+        indices: The samples to load, shape (N,).
+        transform: Applied to each sample.
+        device: Where the batches are moved to.
+        batch_size: The samples of a batch.
+        limit_batches: The maximum number of batches over all ranks.
+        num_workers: The loader processes per rank; None chooses it for the machine.
+        start_method: How worker processes are started: fork, spawn, or None for the default.
+
+    Attributes:
+        size: The number of samples over all ranks.
     """
 
     def __init__(
@@ -192,14 +267,15 @@ class EvalLoader:
         starts = range(0, len(indices), batch_size)[:limit_batches]
         self.size = min(len(indices), len(starts) * batch_size)
         self.device = device
-        # Evaluation draws from streams as well, one for each sample, so that a random transform cannot make it vary.
         samples = SeededDataset(dataset, transform)
+        # Each sample has a random stream here too, so that evaluation with a random transform is reproducible.
         seeds = samples.make_seeds(len(indices))
-        mine = [slice(start, start + batch_size) for start in starts[rank() :: world_size()]]
-        requests = [SampleRequest(indices[part], None if seeds is None else seeds[part]) for part in mine]
+        requests = []
+        for start in starts[rank() :: world_size()]:
+            positions = slice(start, start + batch_size)
+            requests.append(SampleRequest(indices[positions], None if seeds is None else seeds[positions]))
         self.batches = make_loader(samples, requests, device, num_workers, start_method)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for loaded in self.batches:
-            images, targets = receive(loaded, self.device)
-            yield images, targets
+            yield receive(loaded, self.device)

@@ -1,10 +1,9 @@
-"""Split files."""
+"""Split files: which samples are for training, validation and test."""
 
 import csv
 import hashlib
 import io
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,16 +14,17 @@ import numpy as np
 from batteries.core.errors import UserError
 from batteries.core.files import sync_directory, write_text
 from batteries.core.tables import KEYS
-from batteries.core.text import find_repeated, list_first
-from batteries.data.dataset import UNKNOWN, Dataset, has_classes
+from batteries.core.text import count_of, find_repeated, list_first
+from batteries.data.dataset import UNKNOWN, Dataset, dataset_info, has_classes
 from batteries.distributed.collectives import run_on_rank_zero
 
 TEST = -1  # the fold of the held-out test split
 COLUMNS = ("id", "target", "fold", "group")  # of a split file
+MAX_LISTED = 5  # samples that an error message lists
 
 
 class Split(NamedTuple):
-    """Indices into the data set, each part in ascending order."""
+    """Indices into the data set, each split in ascending order."""
 
     train: np.ndarray
     valid: np.ndarray
@@ -36,10 +36,23 @@ class Split(NamedTuple):
 
 
 class SplitFile:
-    """The split in `path`; where there is none, the one that `make_folds` gives, to be kept with `write`.
+    """The split in a file, or a new one that `write` stores there.
 
-    `folds` (N,) are in the order of the data set, `sha256` is that of the file. Every rank makes the same calls; rank 0
-    reads and makes for all. Raises BadInput, in words of the file, where it does not fit the data set.
+    Every rank makes the same calls; rank 0 reads the file for all.
+
+    Args:
+        path: The split file.
+        dataset: The data set.
+        make_folds: Returns the fold of each sample, shape (N,), integers; called if the file does not exist.
+
+    Attributes:
+        text: The contents of the file.
+        folds: The fold of each sample, shape (N,), in the order of the data set.
+        sha256: The hash of the file.
+        num_folds: The number of folds.
+
+    Raises:
+        UserError: If the split does not fit the data set.
     """
 
     def __init__(self, path: Path, dataset: Dataset, make_folds: Callable[[Any], np.ndarray]) -> None:
@@ -50,27 +63,33 @@ class SplitFile:
         self.num_folds = int(self.folds.max()) + 1
 
     def select(self, fold: int) -> Split:
-        """The split in which `fold` validates and the others train.
+        """Return the split that validates on `fold` and trains on the other folds.
 
-        Raises BadInput where it is not there, or a part has no sample of a class.
+        Raises:
+            UserError: If the fold does not exist, or a split has no sample of a class.
         """
-        split = self.cut(fold)
+        split = self.select_unchecked(fold)
         _check_classes(split, fold, self.dataset, str(self.path))
         return split
 
-    def cut(self, fold: int) -> Split:
-        """The same, whatever classes are in its parts."""
+    def select_unchecked(self, fold: int) -> Split:
+        """Return the same split as `select`, also if a class is missing in it."""
         if not 0 <= fold < self.num_folds:
-            raise UserError(f"--fold {fold} is not there; use 0 to {self.num_folds - 1}. ({self.path} has these.)")
-        valid, test = self.folds == fold, self.folds == TEST
-        return Split(*(np.flatnonzero(part) for part in (~valid & ~test, valid, test)))
+            raise UserError(f"--fold {fold} does not exist; {self.path} has the folds 0 to {self.num_folds - 1}.")
+        is_valid = self.folds == fold
+        is_test = self.folds == TEST
+        return Split(
+            train=np.flatnonzero(~is_valid & ~is_test),
+            valid=np.flatnonzero(is_valid),
+            test=np.flatnonzero(is_test),
+        )
 
     def write(self) -> None:
-        """Keep the split in its file. What is there already is left as it is, and has to be the same."""
+        """Write the file. An existing file is not changed; UserError if its contents differ."""
         run_on_rank_zero(lambda: write_once(self.path, self.text))
 
     def describe(self) -> dict[str, Any]:
-        """What a run notes of it."""
+        """Return what run.json records of the split."""
         return {"file": str(self.path), "sha256": self.sha256, "folds": self.num_folds}
 
     def _open(self, make_folds: Callable[[Any], np.ndarray]) -> tuple[str, np.ndarray]:
@@ -79,7 +98,7 @@ class SplitFile:
 
 
 def read_split(path: Path) -> str:
-    """The text of a split file. Raises BadInput where it cannot be read."""
+    """Return the text of a split file. Raises UserError if it cannot be read."""
     try:
         return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -87,9 +106,10 @@ def read_split(path: Path) -> str:
 
 
 def write_once(path: Path, text: str) -> None:
-    """Put `text` into `path`, whole or not at all; where two processes do so at once, the first one wins.
+    """Write a file atomically unless it exists; of two processes at the same time, the first one wins.
 
-    Raises BadInput where something else is there already.
+    Raises:
+        UserError: If the file cannot be written, or exists with other contents.
     """
     if not path.exists():
         draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -100,14 +120,16 @@ def write_once(path: Path, text: str) -> None:
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); use another --split-file.") from None
         finally:
-            with suppress(OSError):  # its folder is none, perhaps
+            with suppress(OSError):  # if its directory could not be created
                 draft.unlink()
     if read_split(path) != text:
-        raise UserError(f"{path} is another split by now, and no file is changed; use another --split-file.")
+        raise UserError(
+            f"{path} already exists with a different split and is not overwritten; use another --split-file."
+        )
 
 
 def _publish(draft: Path, path: Path) -> None:
-    """Give `draft` the name `path`, unless that is taken: a rename would take it from the other."""
+    """Rename `draft` to `path` unless that exists. A plain rename would replace the file of another process."""
     try:
         os.link(draft, path)
     except FileExistsError:
@@ -118,159 +140,184 @@ def _publish(draft: Path, path: Path) -> None:
 
 
 def to_csv(dataset: Dataset, folds: np.ndarray) -> str:
-    """The text of a split file for `dataset`; `folds` (N,) are whole numbers."""
+    """Return the text of a split file.
+
+    Args:
+        dataset: The data set.
+        folds: The fold of each sample, shape (N,), integers.
+    """
     folds = np.asarray(folds)
     if folds.shape != (len(dataset),) or not np.issubdtype(folds.dtype, np.integer):
         raise UserError(
-            f"make_folds in experiment/splits.py gave {folds.dtype} of shape {folds.shape}; "
-            f"give a whole number for each of {len(dataset)} samples."
+            f"make_folds in experiment/splits.py returned {folds.dtype} of shape {folds.shape}; return an integer for "
+            f"each of the {count_of(len(dataset), 'sample')}."
         )
-    columns = {"id": [str(name) for name in dataset.ids], "target": _target_texts(dataset), "fold": folds.tolist()}
-    columns["group"] = _group_texts(dataset)
-    there = {name: values for name, values in columns.items() if values is not None}
+    columns = {
+        "id": [str(name) for name in dataset.ids],
+        "target": _target_texts(dataset),
+        "fold": folds.tolist(),
+        "group": _group_texts(dataset),
+    }
+    present = {name: values for name, values in columns.items() if values is not None}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(there)
-    writer.writerows(zip(*there.values(), strict=True))
+    writer.writerow(present)
+    writer.writerows(zip(*present.values(), strict=True))
     return file.getvalue()
 
 
 def parse_folds(text: str, dataset: Dataset, name: str) -> np.ndarray:
-    """The fold of each sample of `dataset`, shape (N,), from the text of a split file that errors call `name`.
+    """Read the folds from the text of a split file.
 
-    Raises BadInput where ids repeat or are not those of the data set, targets or groups have changed, a group is in two
-    folds, or folds are not numbered from 0.
+    Args:
+        text: The contents of the file.
+        dataset: The data set.
+        name: What error messages call the file.
+
+    Returns:
+        The fold of each sample of the data set, shape (N,), int64.
+
+    Raises:
+        UserError: If ids are repeated or differ from those of the data set, targets or groups have changed, a group is
+            in two folds, or the folds are not numbered from 0.
     """
     reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-    columns = list(reader.fieldnames or [])
-    _check_columns(columns, dataset, name)
-    rows = [row for row in reader if any(value for value in row.values())]  # spreadsheets leave empty ones at the end
+    _check_columns(list(reader.fieldnames or []), dataset, name)
+    rows = [row for row in reader if any(row.values())]  # spreadsheets leave empty rows at the end
     order = _match_ids([row["id"] for row in rows], [str(sample) for sample in dataset.ids], name)
-    rows = [rows[place] for place in order]
-    folds = np.array([_whole_number(row["fold"], row["id"], name) for row in rows], dtype=np.int64)
-    _check_numbers(folds, name)
+    rows = [rows[position] for position in order]
+    folds = np.array([_parse_fold(row["fold"], row["id"], name) for row in rows], dtype=np.int64)
+    _check_fold_numbers(folds, name)
     _check_column("target", _target_texts(dataset), rows, name)
     _check_column("group", _group_texts(dataset), rows, name)
-    # Where the data set has no groups, those that were written into the file; an empty cell is of none.
+    # If the data set has no groups, the file may have some; a sample with an empty cell is a group by itself.
     groups = _group_texts(dataset) or [row.get("group") or f"only {row['id']}" for row in rows]
     _check_groups(groups, folds, name)
-    _check_unknown(dataset, folds, name)
+    _check_targets(dataset, folds, name)
     _check_class_names(dataset)
     return folds
 
 
 def check_files(dataset: Dataset, split: Split) -> None:
-    """Let a data set that has `check(indices)` look at the files that training reads; the test split is left alone."""
+    """Call `check(indices)` of the data set, if it has that, for the files of the train and valid splits."""
     if check := getattr(dataset, "check", None):
         run_on_rank_zero(lambda: check(np.concatenate([split.train, split.valid])))
 
 
 def _check_columns(columns: Sequence[str], dataset: Dataset, name: str) -> None:
-    if repeated := [column for column, count in Counter(columns).items() if count > 1]:
-        raise UserError(f"{name} has column {repeated[0]} more than once; leave one.")
+    if repeated := find_repeated(columns):
+        raise UserError(f"{name} has more than one column {repeated[0]}; keep one.")
     for column in columns:
-        if column not in COLUMNS and (meant := column.strip().lower()) in COLUMNS:
-            raise UserError(f"{name} has a column {column!r}, which is not read; call it {meant!r}, or remove it.")
-    wanted = ["id", "fold"]
-    wanted += ["target"] if _target_texts(dataset) is not None else []
-    wanted += ["group"] if _group_texts(dataset) is not None else []
-    if missing := [column for column in wanted if column not in columns]:
+        meant = column.strip().lower()
+        if column not in COLUMNS and meant in COLUMNS:
+            raise UserError(f"{name} has a column {column!r}, which is not read; rename it to {meant!r}, or remove it.")
+    required = ["id", "fold"]
+    if _target_texts(dataset) is not None:
+        required.append("target")
+    if _group_texts(dataset) is not None:
+        required.append("group")
+    if missing := [column for column in required if column not in columns]:
         raise UserError(f"{name} has no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}.")
 
 
-def _match_ids(there: Sequence[str], wanted: Sequence[str], name: str) -> list[int]:
-    """For each sample of the data set its row in the file."""
-    if repeated := [sample for sample, count in Counter(wanted).items() if count > 1]:
-        raise UserError(f"the data set's ids repeat: {list_first(repeated, most=5)}; each sample needs one of its own.")
-    if repeated := [sample for sample, count in Counter(there).items() if count > 1]:
-        raise UserError(f"{name} has ids more than once: {list_first(repeated, most=5)}; leave one row of each.")
-    place = {sample: row for row, sample in enumerate(there)}
-    missing = [sample for sample in wanted if sample not in place]
-    extra = sorted(place.keys() - set(wanted))
-    if missing or extra:
-        parts = [f"without {len(missing)} samples of it ({list_first(missing, most=5)})"] if missing else []
-        parts += [f"with {len(extra)} that it does not have ({list_first(extra, most=5)})"] if extra else []
-        raise UserError(f"{name} is of another data set: {', and '.join(parts)}; use another --split-file.")
-    return [place[sample] for sample in wanted]
+def _match_ids(file_ids: Sequence[str], ids: Sequence[str], name: str) -> list[int]:
+    """Return the row in the file for each sample of the data set."""
+    if repeated := find_repeated(ids):
+        raise UserError(f"the data set has repeated ids: {list_first(repeated, MAX_LISTED)}; make each id unique.")
+    if repeated := find_repeated(file_ids):
+        raise UserError(f"{name} has repeated ids: {list_first(repeated, MAX_LISTED)}; keep one row of each.")
+    row_of = {sample: row for row, sample in enumerate(file_ids)}
+    missing = [sample for sample in ids if sample not in row_of]
+    extra = sorted(row_of.keys() - set(ids))
+    problems = []
+    if missing:
+        problems.append(f"{count_of(len(missing), 'sample')} not in the file ({list_first(missing, MAX_LISTED)})")
+    if extra:
+        problems.append(f"{count_of(len(extra), 'sample')} not in the data set ({list_first(extra, MAX_LISTED)})")
+    if problems:
+        raise UserError(f"{name} belongs to another data set: {', '.join(problems)}; use another --split-file.")
+    return [row_of[sample] for sample in ids]
 
 
-def _check_numbers(folds: np.ndarray, name: str) -> None:
-    there = set(folds.tolist()) - {TEST}
-    if len(there) < 2 or there != set(range(len(there))):
-        found = ", ".join(map(str, sorted(there))) or "none"
-        raise UserError(f"{name} has the folds {found}; number two or more from 0 on, and the test split {TEST}.")
+def _check_fold_numbers(folds: np.ndarray, name: str) -> None:
+    numbers = set(folds.tolist()) - {TEST}
+    if len(numbers) < 2 or numbers != set(range(len(numbers))):
+        found = ", ".join(map(str, sorted(numbers))) or "none"
+        raise UserError(f"{name} has the folds {found}; number two or more folds from 0 on, and the test split {TEST}.")
 
 
-def _check_column(column: str, wanted: Sequence[str] | None, rows: Sequence[dict[str, str]], name: str) -> None:
-    for row, value in zip(rows, wanted or [], strict=wanted is not None):
-        if row[column] != value and not _same_number(row[column] or "", value):
+def _check_column(column: str, expected: Sequence[str] | None, rows: Sequence[dict[str, str]], name: str) -> None:
+    if expected is None:
+        return
+    for row, value in zip(rows, expected, strict=True):
+        if row[column] != value and not _are_equal_numbers(row[column] or "", value):
             raise UserError(
-                f"{name} has {column} {row[column]!r} for {row['id']}, and the data set {value!r}: the data or "
-                f"the file have changed; use another --split-file."
+                f"{name} has {column} {row[column]!r} for {row['id']}, but the data set has {value!r}: the data or "
+                f"the file changed; use another --split-file."
             )
 
 
 def _check_groups(groups: Sequence[str], folds: np.ndarray, name: str) -> None:
-    first: dict[str, int] = {}
+    fold_of: dict[str, int] = {}
     for group, fold in zip(groups, folds.tolist(), strict=True):
-        if first.setdefault(group, fold) != fold:
-            raise UserError(f"{name} has group {group} in folds {first[group]} and {fold}; a group stays in one.")
+        if fold_of.setdefault(group, fold) != fold:
+            raise UserError(f"{name} has group {group} in folds {fold_of[group]} and {fold}; a group must be in one.")
 
 
-def _check_unknown(dataset: Dataset, folds: np.ndarray, name: str) -> None:
-    """A sample without a target can only be tested; others are indices into the classes."""
-    targets = getattr(dataset, "targets", None)
+def _check_targets(dataset: Dataset, folds: np.ndarray, name: str) -> None:
+    """Check that only test samples have an unknown target, and that others are indices into the classes."""
+    targets = dataset_info(dataset).targets
     if targets is None or np.ndim(targets) != 1:
         return
     values = np.asarray(targets)
-    unknown = values == UNKNOWN if has_classes(dataset) else np.isnan(values.astype(float))
-    if len(places := np.flatnonzero(unknown & (folds != TEST))):
-        raise UserError(
-            f"{name} trains on samples without a target: "
-            f"{list_first((dataset.ids[int(place)] for place in places), most=5)}."
-        )
+    is_unknown = values == UNKNOWN if has_classes(dataset) else np.isnan(values.astype(float))
+    used = np.flatnonzero(is_unknown & (folds != TEST))
+    if len(used):
+        names = list_first((dataset.ids[int(index)] for index in used), MAX_LISTED)
+        raise UserError(f"{name} has samples without a target in folds: {names}; set their fold to {TEST}, for test.")
     if not has_classes(dataset):
         return
-    classes = len(dataset.classes)  # type: ignore[attr-defined]
-    wrong = (values != np.round(values)) | (values < UNKNOWN) | (values >= classes)
-    if len(places := np.flatnonzero(wrong)):
+    classes = len(dataset.classes)
+    invalid = np.flatnonzero((values != np.round(values)) | (values < UNKNOWN) | (values >= classes))
+    if len(invalid):
         raise UserError(
-            f"sample {dataset.ids[int(places[0])]} has target {values[places[0]]}; with {classes} classes a target is "
-            f"a whole number from 0 to {classes - 1}."
+            f"sample {dataset.ids[int(invalid[0])]} has target {values[invalid[0]]}; with {classes} classes it must be "
+            f"an integer from 0 to {classes - 1}."
         )
 
 
 def _check_class_names(dataset: Dataset) -> None:
-    """In predictions/*.csv each class is a column."""
-    names = [str(name) for name in getattr(dataset, "classes", None) or ()]
-    if taken := [name for name in names if name in KEYS]:
-        raise UserError(f"a class is called {taken[0]}, as is a column of predictions/*.csv; call it otherwise.")
-    if doubled := find_repeated(names):
-        raise UserError(f"more than one class is called {list_first(doubled, most=5)}; each needs a name of its own.")
+    """Check that each class can be a column of predictions/*.csv."""
+    names = [str(name) for name in dataset_info(dataset).classes or ()]
+    if reserved := [name for name in names if name in KEYS]:
+        raise UserError(f"a class has the name {reserved[0]}, as a column of predictions/*.csv does; rename the class.")
+    if repeated := find_repeated(names):
+        raise UserError(f"more than one class has the name {list_first(repeated, MAX_LISTED)}; make each name unique.")
 
 
 def _check_classes(split: Split, fold: int, dataset: Dataset, name: str) -> None:
-    """Each part needs a sample of each class; an official test split is as it is."""
+    """Check that each split has a sample of each class, except an official test split."""
     if not has_classes(dataset):
         return
-    targets, classes = np.asarray(dataset.targets), list(dataset.classes)  # type: ignore[attr-defined]
-    official = getattr(dataset, "official_test", None) is not None
-    for part, indices in split._asdict().items():
-        if part == "test" and (official or not len(indices)):
+    info = dataset_info(dataset)
+    targets = np.asarray(info.targets)
+    classes = list(dataset.classes)
+    for split_name, indices in split._asdict().items():
+        if split_name == "test" and (info.official_test is not None or not len(indices)):
             continue
         counts = np.bincount(targets[indices], minlength=len(classes))
         if missing := [classes[index] for index in np.flatnonzero(counts == 0)]:
-            everywhere = int((targets == classes.index(missing[0])).sum())
+            total = int((targets == classes.index(missing[0])).sum())
             raise UserError(
-                f"the {part} split of fold {fold} has no sample of class {list_first(missing, most=5)} ({everywhere} "
-                f"of {missing[0]} in all, {name}); bring more of it (of more groups, where there are any), leave it "
-                "out, or use fewer folds."
+                f"the {split_name} split of fold {fold} has no sample of class {list_first(missing, MAX_LISTED)} "
+                f"({name} has {count_of(total, 'sample')} of {missing[0]}); add samples (of more groups, if there are "
+                "groups), remove the class, or use fewer folds."
             )
 
 
 def _target_texts(dataset: Dataset) -> list[str] | None:
-    """What the column `target` holds; None where no single number fits."""
-    targets = getattr(dataset, "targets", None)
+    """Return the column `target`; None if the targets are not single numbers."""
+    targets = dataset_info(dataset).targets
     if targets is None or np.ndim(targets) != 1:
         return None
     unknown = UNKNOWN if has_classes(dataset) else None
@@ -278,22 +325,22 @@ def _target_texts(dataset: Dataset) -> list[str] | None:
 
 
 def _group_texts(dataset: Dataset) -> list[str] | None:
-    groups = getattr(dataset, "groups", None)
+    groups = dataset_info(dataset).groups
     return None if groups is None else [str(group) for group in groups]
 
 
-def _whole_number(text: str | None, sample: str, name: str) -> int:
+def _parse_fold(text: str | None, sample: str, name: str) -> int:
     try:
         number = int(text or "")
     except ValueError:
         number = TEST - 1
     if number < TEST:
-        raise UserError(f"{name} has fold {text!r} for {sample}; give a whole number from 0, or {TEST} for test.")
+        raise UserError(f"{name} has fold {text!r} for {sample}; use an integer from 0, or {TEST} for test.")
     return number
 
 
-def _same_number(text: str, other: str) -> bool:
-    """Whether two texts are the same number, as 3 and 3.0, which a spreadsheet makes of it."""
+def _are_equal_numbers(text: str, other: str) -> bool:
+    """Return whether two texts are the same number; a spreadsheet may have changed 3 to 3.0."""
     try:
         return float(text) == float(other)
     except ValueError:

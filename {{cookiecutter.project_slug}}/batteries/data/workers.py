@@ -13,9 +13,15 @@ from batteries.core.errors import UserError
 from batteries.core.signals import SIGNALS
 from batteries.data.dataset import SampleRequest, SeededDataset
 
+SECONDS_TO_LIVE = 10  # of a worker after SIGTERM, so that the main process can finish its step
+
 
 def choose_num_workers(device: torch.device) -> int:
-    """With a GPU: the machine's cores over its processes, at most 8; on a CPU none: the model needs the cores."""
+    """Choose the number of workers per rank.
+
+    Returns:
+        The CPU cores per process of the machine, 1 to 8, for a GPU; 0 for a CPU, because the model needs the cores.
+    """
     if device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -29,7 +35,15 @@ def make_loader(
     num_workers: int | None,
     start_method: str | None,
 ) -> Iterable[Any]:
-    """Batches for ready-made requests; the list is read anew at the start of each pass."""
+    """Build a loader that returns a batch for each request.
+
+    Args:
+        samples: The data set.
+        requests: The batches; the list is read again at the start of each pass.
+        device: For a GPU, batches are pinned.
+        num_workers: The loader processes; None chooses their number.
+        start_method: How they are started: fork, spawn, or None for the default.
+    """
     workers = choose_num_workers(device) if num_workers is None else num_workers
     if workers < 0:
         raise UserError(f"--num-workers {workers} must be 0 or more.")
@@ -38,19 +52,19 @@ def make_loader(
     return DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=requests,  # type: ignore[arg-type]
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         multiprocessing_context=start_method if workers else None,
         worker_init_fn=_WorkerInit() if workers else None,
-        generator=torch.Generator(),  # else each pass draws a seed from the global generator
+        generator=torch.Generator(),  # without it each pass draws a seed from the global generator
     )
 
 
 @dataclass(frozen=True)
 class InProcessLoader:
-    """What a torch DataLoader without workers gives, in less time: nothing to pin, and no profiler to tell."""
+    """Load batches in this process, with less overhead than a torch DataLoader without workers."""
 
     samples: SeededDataset
     requests: list[SampleRequest]
@@ -59,17 +73,15 @@ class InProcessLoader:
         return map(self.samples.__getitems__, self.requests)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-SECONDS_TO_LIVE = 10  # of a worker after SIGTERM: the main process finishes its step with it
-
-
 class _WorkerInit:
-    """What a worker does first. A signal to all processes reaches it as well, but the main one still needs its data.
+    """The initialisation of a worker process.
 
-    The sharing strategy is that of the process that made it; a spawned one would start with torch's default.
+    A worker ignores the signals that ask the main process to save and exit, because it needs its data until then. It
+    gets the sharing strategy of the main process; a spawned one would start with the default of torch.
     """
 
     def __init__(self) -> None:
@@ -78,7 +90,7 @@ class _WorkerInit:
     def __call__(self, worker: int) -> None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        if hasattr(signal, "alarm"):  # python ends workers that are left over with SIGTERM, and waits for them
+        if hasattr(signal, "alarm"):  # Python sends SIGTERM to remaining workers at exit, and waits for them
             signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_LIVE))
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # its end, whatever it is for the main process
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the worker, whatever handler the main process has
         torch.multiprocessing.set_sharing_strategy(self.sharing_strategy)

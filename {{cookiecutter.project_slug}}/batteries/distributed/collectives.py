@@ -12,34 +12,38 @@ Result = TypeVar("Result")
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` (any shape) over all processes, in place, the same bits on each."""
+    """Sum `tensor` (any shape) over all ranks in place and return it; the result is bit-identical on all ranks."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 class AsyncMaxReduce:
-    """The largest wish of any process, given to all of them one call later, so that no step waits for it."""
+    """The maximum of a number over all ranks, available one call later, so that no step waits for another rank."""
 
     def __init__(self) -> None:
         self._work: Any = None
-        self._wish = torch.zeros((), dtype=torch.int64)
+        self._maximum = torch.zeros((), dtype=torch.int64)
 
-    def __call__(self, wish: int) -> int:
-        """Ask for `wish`; what was agreed in the call before, 0 in the first. Alone one agrees at once."""
+    def __call__(self, value: int) -> int:
+        """Start to reduce `value`, and return the maximum of the call before. Every rank must call it.
+
+        Returns:
+            The maximum over all ranks in the call before, 0 in the first call. In a single process `value`.
+        """
         if not dist.is_initialized():
-            return wish
-        agreed = 0
+            return value
+        previous = 0
         if self._work is not None:
             self._work.wait()
-            agreed = int(self._wish)
-        self._wish = torch.tensor(wish)
-        self._work = dist.all_reduce(self._wish, op=dist.ReduceOp.MAX, async_op=True)
-        return agreed
+            previous = int(self._maximum)
+        self._maximum = torch.tensor(value)
+        self._work = dist.all_reduce(self._maximum, op=dist.ReduceOp.MAX, async_op=True)
+        return previous
 
 
 def gather_over_ranks(value: Any) -> list[Any]:
-    """What each process has, in the order of ranks, the same list on each."""
+    """Return the `value` of every rank, in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     gathered: list = [None] * world_size()
@@ -47,46 +51,58 @@ def gather_over_ranks(value: Any) -> list[Any]:
     return gathered
 
 
-def interleave_over_ranks(mine: list[Result]) -> list[Result]:
-    """The batches of all processes in one order, where batch j was dealt to rank j modulo their number."""
-    gathered = gather_over_ranks(mine)
-    count = sum(map(len, gathered))
+def interleave_over_ranks(batches: list[Result]) -> list[Result]:
+    """Return the batches of all ranks in their original order, in which rank r has batches r, r + world size, …."""
+    gathered = gather_over_ranks(batches)
+    count = sum(len(of_rank) for of_rank in gathered)
     return [gathered[index % len(gathered)][index // len(gathered)] for index in range(count)]
 
 
 def union_over_ranks(names: Iterable[str]) -> list[str]:
-    """All names that any process has, sorted, the same list on each."""
+    """Return the names that any rank has, sorted, on every rank."""
     return sorted(set().union(*gather_over_ranks(list(names))))
 
 
 def local_rank_zero_first(action: Callable[[], Result]) -> Result:
-    """What `action` gives, on every process, but one process of each machine goes first: it downloads for the others.
+    """Run `action` on every rank, first on local rank 0 of each node, such as to download files for the others.
 
-    Where it fails on one machine, its error is raised everywhere.
+    Returns:
+        The result on this rank.
+
+    Raises:
+        Exception: What `action` raises on any local rank 0, on every rank.
     """
     if not dist.is_initialized():
         return action()
     result, error = _attempt(action) if local_rank() == 0 else (None, None)
-    for found in gather_over_ranks(error):
-        if found is not None:
-            raise found
+    for raised in gather_over_ranks(error):
+        if raised is not None:
+            raise raised
     return result if local_rank() == 0 else action()  # type: ignore[return-value]
 
 
 def run_on_rank_zero(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 alone and give every process its result; what it raises is raised on all of them."""
+    """Run `action` on rank 0 only.
+
+    Returns:
+        Its result, on every rank.
+
+    Raises:
+        Exception: What `action` raises, on every rank.
+    """
     if not dist.is_initialized():
         return action()
-    outcome: list = [*_attempt(action)] if is_rank_zero() else [None, None]
+    outcome: list = list(_attempt(action)) if is_rank_zero() else [None, None]
     dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
 
 
 def _attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """The result or the error of `action`: whatever it is, no other process may wait for it for ever."""
+    """Return the result or the error of `action`, so that no other rank waits forever for the collective after it."""
     try:
         return action(), None
-    except Exception as error:  # noqa: BLE001 (raised again on all processes)
+    except Exception as error:  # noqa: BLE001 (raised again on all ranks)
         return None, error

@@ -1,6 +1,6 @@
-"""Whether the processes of scripts/train_ddp.sh can form a process group.
+"""A check that the processes of scripts/train_ddp.sh can form a process group.
 
-`python -m batteries.distributed.connectivity cpu` is one of them.
+`python -m batteries.distributed.connectivity cpu` is one of the processes.
 """
 
 import os
@@ -24,16 +24,22 @@ from batteries.distributed.process_group import process_group
 
 
 def check_process_group(processes: int, device_type: str, seconds: float) -> str | None:
-    """Let that many processes join one group and add up numbers. Why they could not, in one line; None where they did.
+    """Start processes that join one process group and add numbers.
 
-    All have ended when this returns, after at most about `seconds`.
+    Args:
+        processes: Their number.
+        device_type: cpu, cuda or mps.
+        seconds: The time limit; no process is left running after it.
+
+    Returns:
+        None if they succeeded, else the reason in one line.
     """
     with ExitStack() as stack:
-        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
+        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
         port = find_free_port()
-        ranks = [_start(rank, processes, device_type, port, file) for rank, file in enumerate(said)]
+        ranks = [_start(rank, processes, device_type, port, log) for rank, log in enumerate(logs)]
         try:
-            return _wait(ranks, said, seconds)
+            return _wait(ranks, logs, seconds)
         finally:
             for process in ranks:
                 process.kill()
@@ -41,7 +47,7 @@ def check_process_group(processes: int, device_type: str, seconds: float) -> str
 
 
 def main(device_type: str) -> None:
-    """One of the processes."""
+    """Run one of the processes."""
     device = find_device(device_type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -49,28 +55,35 @@ def main(device_type: str) -> None:
         assert int(sum_over_ranks(torch.ones((), device=device))) == world_size()
 
 
-def _start(rank: int, processes: int, device_type: str, port: int, said: IO[bytes]) -> subprocess.Popen:
-    """One process, with what torchrun would tell it."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+def _start(rank: int, processes: int, device_type: str, port: int, log: IO[bytes]) -> subprocess.Popen:
+    """Start one process with the variables that torchrun would set."""
+    variables = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "batteries.distributed.connectivity", device_type],
         cwd=ROOT,
-        env=os.environ | {name: str(value) for name, value in told.items()},
+        env=os.environ | {name: str(value) for name, value in variables.items()},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=said,
+        stderr=log,
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen], said: Sequence[IO[bytes]], seconds: float) -> str | None:
-    """Until all have ended well, one has failed, or the time is over."""
+def _wait(ranks: Sequence[subprocess.Popen], logs: Sequence[IO[bytes]], seconds: float) -> str | None:
+    """Wait until all processes succeeded, one failed, or the time is over; return what went wrong."""
     end = time.monotonic() + seconds
     while True:
         codes = [process.poll() for process in ranks]
         for rank, code in enumerate(codes):
             if code:
-                return f"process {rank} of {len(ranks)} ended with {code}: {_last_line(said[rank])}"
+                return f"process {rank} of {len(ranks)} exited with code {code}: {_last_line(logs[rank])}"
         if all(code == 0 for code in codes):
             return None
         if time.monotonic() > end:
@@ -82,11 +95,11 @@ def _wait(ranks: Sequence[subprocess.Popen], said: Sequence[IO[bytes]], seconds:
 def _last_line(file: IO[bytes]) -> str:
     file.seek(0)
     lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip()[:300] if lines else "without a word"
+    return lines[-1].strip()[:300] if lines else "(no error message)"
 
 
 def find_free_port() -> int:
-    """One that no system gives by itself, as gloo's are given: in another run on this machine, gloo could take it."""
+    """Return a free TCP port outside the ephemeral ranges, from which the gloo of another run may take one."""
     while True:
         port = random.SystemRandom().randrange(15_000, 30_000)
         with socket.socket() as probe, suppress(OSError):

@@ -7,9 +7,13 @@ from batteries.core.ranks import local_rank, world_size
 
 
 def find_device(name: str) -> torch.device:
-    """The device for this process: `auto` takes a GPU where there is one, under DDP the one of the local rank.
+    """Return the device of this process.
 
-    Raises BadInput for a device that is not there, with those that are.
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps. `auto` prefers a GPU; under DDP, `cuda` is the GPU of the local rank.
+
+    Raises:
+        UserError: If the device is not available; the message lists the available ones.
     """
     if name == "auto":
         name = _best_device()
@@ -18,25 +22,27 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is not a device; use one of: auto, {', '.join(_devices())}.")
+        raise UserError(f"--device {name} is not a device; use one of: {_choices()}.")
     if device.type == "cuda":
         return _find_gpu(device, name)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name} is not on this machine; use one of: auto, {', '.join(_devices())}.")
+        raise UserError(f"--device {name} is not available on this machine; use one of: {_choices()}.")
     if device.type == "mps" and world_size() > 1:
-        raise UserError("--device mps cannot be shared between processes; use scripts/train_device.sh or --device cpu.")
+        raise UserError("--device mps supports one process only; use scripts/train_device.sh or --device cpu.")
     return device
 
 
 def _find_gpu(device: torch.device, name: str) -> torch.device:
-    """A GPU that is there; under DDP each process on a machine takes the one with its local rank."""
+    """Return `device` with its index. Raises UserError if there is no such GPU, or several ranks would use it."""
     if world_size() > 1 and device.index is not None:
         raise UserError(f"--device {name} is one GPU, but {world_size()} processes run; use --device cuda.")
     index = local_rank() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if index >= count:
+        fewer_processes = ", or fewer processes (NPROC)" if world_size() > 1 else ""
         raise UserError(
-            f"--device {name} needs GPU {index}, but this machine has {torch.cuda.device_count()}; "
-            f"use one of: auto, {', '.join(_devices())}{', or fewer processes (NPROC)' if world_size() > 1 else ''}."
+            f"--device {name} needs GPU {index}, but this machine has {count}; "
+            f"use one of: {_choices()}{fewer_processes}."
         )
     return torch.device("cuda", index)
 
@@ -47,6 +53,10 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() and world_size() == 1 else "cpu"
 
 
-def _devices() -> list[str]:
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+def _choices() -> str:
+    """List the values of --device that this machine supports."""
+    names = ["auto", "cpu"]
+    names += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return ", ".join(names)

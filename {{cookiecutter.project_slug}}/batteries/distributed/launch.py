@@ -1,11 +1,12 @@
-"""torchrun for scripts/train_ddp.sh: the same agent, as many processes as fit, and the cause of an end said once.
+"""The launcher of scripts/train_ddp.sh: torchrun's agent, a number of processes that fits, and one clear error.
 
-`python -m batteries.distributed.launch train.py [flags]` starts one process per GPU, or NPROC of them (2 without a
-GPU).
-For several machines set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each, as for torchrun.
+    python -m batteries.distributed.launch train.py [flags]
 
-torchrun itself ends with a page of its own traceback and exit code 1 whatever the processes said; here the exit code
-is that of the first process that failed, and its message is the last line.
+starts one process per GPU, or NPROC processes (without a GPU, 2 by default). For several nodes, set NNODES, NODE_RANK,
+MASTER_ADDR and MASTER_PORT on each node, as for torchrun.
+
+torchrun exits with code 1 and a long traceback of the agent, whatever the processes printed. This launcher exits with
+the code of the first process that failed, and the message of that process is the last output.
 """
 
 import logging
@@ -22,24 +23,23 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from batteries.core.errors import UserError
+from batteries.core.project import ROOT
 
 
 def main(command: list[str]) -> int:
-    """Run `command` (a Python file and its flags) in every process; the exit code."""
+    """Run `command`, a Python file and its flags, in every process; return the exit code."""
     try:
         processes = count_processes()
-        # After --, or torchrun would take --run of predict.py for an abbreviation of its own --run-path.
-        arguments = [*rendezvous(), f"--nproc-per-node={processes}", "--", *command]
+        # After --, because torchrun would take --run of predict.py for an abbreviation of its option --run-path.
+        arguments = [*rendezvous_arguments(), f"--nproc-per-node={processes}", "--", *command]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    threads = max(1, len(_cores()) // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    _set_environment(processes)
     print(f"+ OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} torchrun {shlex.join(arguments)}", flush=True)
-    os.environ["BATTERIES_LAUNCHER"] = str(os.getpid())  # for batteries.distributed: whose end is theirs
-    logging.disable(logging.CRITICAL)  # of the agent in this process; the processes that it starts speak for themselves
-    if hasattr(signal, "SIGUSR1"):  # torchrun passes on the others
-        signal.signal(signal.SIGUSR1, _pass_on)
+    logging.disable(logging.CRITICAL)  # of the agent in this process; the ranks print their own messages
+    if hasattr(signal, "SIGUSR1"):  # torchrun forwards the other signals
+        signal.signal(signal.SIGUSR1, _forward_signal)
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
@@ -52,24 +52,28 @@ def main(command: list[str]) -> int:
 
 
 def count_processes() -> int:
-    """NPROC, or one process per GPU, or two where there is no GPU."""
-    wanted = os.environ.get("NPROC") or str(torch.cuda.device_count() or 2)
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise UserError(f"NPROC={wanted} must be a whole number of processes, 1 or more.")
-    return int(wanted)
+    """Return the number of processes on this node: NPROC, or one per GPU, or 2 without a GPU."""
+    count = os.environ.get("NPROC") or str(torch.cuda.device_count() or 2)
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"NPROC={count} must be an integer, 1 or more.")
+    return int(count)
 
 
-def rendezvous() -> list[str]:
-    """Where the processes meet: a free port on this machine, or the address of the first of several machines."""
-    nodes = os.environ.get("NNODES", "1")
+def rendezvous_arguments() -> list[str]:
+    """Return torchrun's arguments for the rendezvous: a free port of this machine, or the address of the first node.
+
+    Raises:
+        UserError: If a variable is missing or is not a number.
+    """
     for name in ("NNODES", "NODE_RANK", "MASTER_PORT"):
         if not os.environ.get(name, "0").isdecimal():
-            raise UserError(f"{name}={os.environ[name]} must be a whole number.")
+            raise UserError(f"{name}={os.environ[name]} must be an integer.")
+    nodes = os.environ.get("NNODES", "1")
     if nodes == "1":
         return ["--standalone"]
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in os.environ]
     if missing:
-        raise UserError(f"NNODES={nodes} needs {' and '.join(missing)} too, on each machine.")
+        raise UserError(f"NNODES={nodes} also needs {' and '.join(missing)} on each node.")
     return [
         f"--nnodes={nodes}",
         f"--node-rank={os.environ['NODE_RANK']}",
@@ -79,23 +83,36 @@ def rendezvous() -> list[str]:
 
 
 def exit_code(error: ChildFailedError) -> int:
-    """The first failed process's own exit code; 128 + the signal where one ended it, as a shell says it."""
+    """Return the exit code of the first process that failed; 128 + the signal number if a signal ended it."""
     rank, failure = error.get_first_failure()
     code = failure.exitcode
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (is memory short?)" if name == "SIGKILL" else ""
-        print(f"error: rank {rank} was ended by {name}{hint}, and the others with it.", file=sys.stderr)
-    return 128 - code if code < 0 else code
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    print(f"error: rank {rank} was ended by {name}{hint}; the other ranks were stopped.", file=sys.stderr)
+    return 128 - code
 
 
-def _pass_on(number: int, frame: FrameType | None) -> NoReturn:
-    """Have the agent send the signal to its processes, and wait for their end."""
-    raise SignalException("passed on", signal.Signals(number))
+def _set_environment(processes: int) -> None:
+    """Set the variables that the processes inherit."""
+    threads = max(1, len(_available_cores()) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ["BATTERIES_LAUNCHER"] = str(os.getpid())  # process_group checks that this process is alive
+    # A script in tools/ has its own directory in sys.path, and the project may not be installed.
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 
 
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+def _forward_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Have the agent send the signal to its processes and wait for them to exit."""
+    raise SignalException("forwarded", signal.Signals(number))
+
+
+def _available_cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

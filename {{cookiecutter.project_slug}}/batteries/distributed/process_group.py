@@ -15,45 +15,57 @@ from batteries.core.errors import RunError, UserError
 from batteries.core.ranks import is_launched, world_size
 from batteries.distributed.collectives import sum_over_ranks
 
+PR_SET_PDEATHSIG = 1  # see man 2 prctl
+
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started; a process on its own has nothing to join."""
+    """Join the process group of the processes that torchrun started; do nothing in a process started without it.
+
+    Args:
+        device: The device of this process.
+
+    Raises:
+        RunError: If the launcher of this process has died.
+    """
     if not is_launched():
         yield
         return
-    _end_with_launcher()
-    # gloo carries the objects of `on_main` and runs on a CPU; NCCL carries the gradients between GPUs.
+    _exit_with_launcher()
+    # gloo is used for objects and tensors on the CPU, NCCL for the gradients on GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    sum_over_ranks(torch.zeros(()))  # wait for all: one that left before another has connected would make that one fail
+    # Wait for all ranks: a rank that exits before another one has connected would make that one fail.
+    sum_over_ranks(torch.zeros(()))
     if sys.version_info < (3, 11, 8) and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_wait_for_threads)
+        os.register_at_fork(before=_wait_for_gloo_threads)
     yield
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that have gone
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that have exited
 
 
-def _wait_for_threads() -> None:
-    """Wait, before a fork, until no thread of gloo is about to enter Python.
+def _wait_for_gloo_threads() -> None:
+    """Wait, before a fork, until no thread of gloo is entering Python.
 
-    It has a lock of the interpreter for a moment then, and a loader's worker that is forked in that moment waits for it
-    for ever, and the run for the worker. Python 3.11.8 mended that: github.com/python/cpython/issues/112275
+    Such a thread holds a lock of the interpreter for a moment. A DataLoader worker that is forked in that moment waits
+    for the lock forever, and the run waits for the worker. Fixed in Python 3.11.8:
+    https://github.com/python/cpython/issues/112275
     """
-    time.sleep(0.01)  # gives those that are there Python's global lock, so that they end what they want
-    sys._current_frames()  # takes that lock of the interpreter, and so waits for the thread that has it
+    time.sleep(0.01)  # releases the GIL, so that threads that are entering can finish
+    sys._current_frames()  # takes the same lock, and so waits for a thread that holds it
 
 
-def _end_with_launcher() -> None:
-    """Have Linux send SIGTERM, which saves the run, where the process that started this one is killed.
+def _exit_with_launcher() -> None:
+    """On Linux, have this process receive SIGTERM, which saves the run, if the process that started it dies.
 
-    Raises RunFailed where it was killed before, while this one imported torch.
+    Raises:
+        RunError: If it died before, while this process imported torch.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG, see man 2 prctl
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.environ.get("BATTERIES_LAUNCHER", str(os.getppid())) != str(os.getppid()):
-        raise RunError("the launcher has gone, and its processes end with it.")
+        raise RunError("the launcher process died, so this rank exits.")
 
 
-def require_single_process(verb: str) -> None:
-    """Raise BadInput where many processes run what is made for one."""
+def require_single_process(command: str) -> None:
+    """Raise UserError if `command`, which runs in one process only, was started by torchrun with several."""
     if world_size() > 1:
-        raise UserError(f"{verb} is for one process: leave the launcher out.")
+        raise UserError(f"{command} runs in a single process; start it without torchrun.")

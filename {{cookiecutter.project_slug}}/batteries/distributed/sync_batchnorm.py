@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """Replace every batch norm of `model` by one that synchronises its statistics over all ranks.
 
-    Parameters, buffers, hooks and state names stay. A subclass keeps its attributes and its own `forward`, and the
-    `super().forward` in it is the synchronised one.
+    Parameters, buffers, hooks and state names stay. A subclass keeps its attributes and its `forward`, in which
+    `super().forward` is the synchronised one. A subclass that calls F.batch_norm itself is not synchronised, such as
+    timm's BatchNormAct2d, for which timm.layers has another convert_sync_batchnorm.
 
     Args:
         model: The model, modified in place.
@@ -23,22 +24,26 @@ def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
         The model; another module only if it is a batch norm itself.
     """
     base = SyncBatchNormCPU if device.type == "cpu" else nn.SyncBatchNorm
-    converted = {module: _convert(module, base) for module in model.modules() if isinstance(module, _BatchNorm)}
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, _BatchNorm) and child in converted:
-                setattr(module, name, converted[child])
-    return converted[model] if isinstance(model, _BatchNorm) else model
+    converted: dict[nn.Module, nn.Module] = {
+        module: _convert(module, base)
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, base)
+    }
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a module can have several names
+        if name and module in converted:
+            model.set_submodule(name, converted[module])
+    return converted.get(model, model)
 
 
 def _convert(module: _BatchNorm, base: type[_BatchNorm]) -> nn.Module:
     """Return a module that shares the state of `module`, with `base` right before _BatchNorm in its class hierarchy."""
     kind = type(module)
-    synchronised = base if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) else _subclass(kind, base)
+    is_plain = kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    synchronised = base if is_plain else _subclass(kind, base)
     result: Any = synchronised.__new__(synchronised)
     result.__dict__.update(module.__dict__)
     if base is nn.SyncBatchNorm:
-        result.process_group = dist.group.WORLD
+        result.process_group = None  # all ranks; the group itself could not be copied, and EMA copies the model
     return result
 
 
@@ -70,8 +75,10 @@ class SyncBatchNormCPU(_BatchNorm):
             self._update_running_statistics(count, mean.detach(), variance.detach())
         shape = (1, -1, *[1] * (input.ndim - 2))
         output = (values - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
-        if self.affine:
-            output = output * self.weight.view(shape) + self.bias.view(shape)
+        if self.weight is not None:
+            output = output * self.weight.view(shape)
+        if self.bias is not None:
+            output = output + self.bias.view(shape)
         return output.to(input.dtype)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The user's model inside its wrappers."""
+"""Unwrapping a model."""
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -6,7 +6,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The user's own model inside the wrappers, whose state has no `module.` or `_orig_mod.` in its names."""
+    """Return the user's model inside its wrappers; its state names have no `module.` or `_orig_mod.` prefix."""
     while isinstance(model, DataParallel | DistributedDataParallel | OptimizedModule):
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
     return model

@@ -1,99 +1,134 @@
-"""What predictions get wrong, and how sure they are of it: confusions, classes, calibration, single samples."""
+"""Error analysis of predictions: confusion matrix, scores per class, calibration, misclassified samples."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from batteries.core.errors import UserError
+from batteries.core.text import count_of
 from batteries.evaluation.predictions import Predictions
 
-BINS = 15  # of confidence, as in Guo et al. 2017
+BINS = 15  # confidence bins, as in Guo et al. 2017
 
 
-def has_one_class_each(predictions: Predictions) -> bool:
-    """Whether each sample's target is known and one class: no vector of labels, number or mask."""
+def has_class_targets(predictions: Predictions) -> bool:
+    """Return whether targets are known and each is one class: not a vector of labels, a number or a mask."""
     targets = predictions.targets
     return targets is not None and targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
 
 
-def what_is_missing(predictions: Predictions) -> str:
-    """Why nothing can be said of classes, as a sentence; empty where all can be."""
+def check_classification(predictions: Predictions) -> None:
+    """Raise UserError unless each sample has one class as its target and finite outputs."""
     values = predictions.probabilities
     if predictions.targets is None:
-        return "The targets of these samples are not known."
-    if values.ndim != 2 or not has_one_class_each(predictions):
-        return "Its targets are not one class for each sample, so there are no confusions and no calibration."
-    if len(wrong := np.flatnonzero(~np.isfinite(values).all(1))):
-        return f"The model gives numbers that are not finite for {len(wrong):,} of {len(values):,} samples."
-    return ""
+        raise UserError("the targets of these samples are not known.")
+    if values.ndim != 2 or not has_class_targets(predictions):
+        raise UserError("the targets are not one class per sample, which a confusion matrix and calibration need.")
+    infinite = np.flatnonzero(~np.isfinite(values).all(1))
+    if len(infinite):
+        raise UserError(
+            f"the outputs of the model are not finite for {len(infinite):,} of {count_of(len(values), 'sample')}."
+        )
 
 
-def count_confusions(predictions: Predictions) -> np.ndarray:
-    """How many samples of each class (rows) were taken for each class (columns): (C, C)."""
+def compute_confusion_matrix(predictions: Predictions) -> np.ndarray:
+    """Count the samples of each target class (rows) that are predicted as each class (columns).
+
+    Returns:
+        Counts (C, C), int64.
+    """
     from sklearn.metrics import confusion_matrix
 
-    return confusion_matrix(
-        predictions.targets, predictions.probabilities.argmax(1), labels=range(len(predictions.classes))
-    )
+    predicted = predictions.probabilities.argmax(1)
+    return confusion_matrix(predictions.targets, predicted, labels=range(len(predictions.classes)))
 
 
 class ClassScore(NamedTuple):
-    """One class: of its samples the share that was found, of those taken for it the share that is of it."""
+    """The scores of one class.
+
+    Attributes:
+        name: The class.
+        samples: The number of samples with this target.
+        recall: The fraction of these samples that are predicted as this class.
+        precision: The fraction of the samples predicted as this class that have it as their target.
+        f1: The harmonic mean of recall and precision.
+        confused_with: The class that its misclassified samples are most often predicted as, and their number; empty if
+            none are misclassified.
+    """
 
     name: str
     samples: int
     recall: float
     precision: float
     f1: float
-    taken_for: str  # the other class that its samples are most often taken for, and how many of them
+    confused_with: str
 
 
 def score_classes(counts: np.ndarray, classes: Sequence[str]) -> list[ClassScore]:
-    """A row for each class from `count_confusions`, the lowest F1 first; 0 where a share has no samples."""
-    right, samples, taken = np.diag(counts), counts.sum(1), counts.sum(0)
-    recall, precision = right / np.maximum(samples, 1), right / np.maximum(taken, 1)
-    f1 = 2 * right / np.maximum(samples + taken, 1)
-    rows = [
-        ClassScore(name, int(samples[row]), recall[row], precision[row], f1[row], _taken_for(counts[row], row, classes))
-        for row, name in enumerate(classes)
+    """Compute the scores of each class, the lowest F1 first; a fraction of no samples is 0.
+
+    Args:
+        counts: The confusion matrix (C, C).
+        classes: The names of the C classes.
+    """
+    correct = np.diag(counts)
+    samples = counts.sum(1)
+    predicted = counts.sum(0)
+    recall = correct / np.maximum(samples, 1)
+    precision = correct / np.maximum(predicted, 1)
+    f1 = 2 * correct / np.maximum(samples + predicted, 1)
+    scores = [
+        ClassScore(
+            name=name,
+            samples=int(samples[index]),
+            recall=recall[index],
+            precision=precision[index],
+            f1=f1[index],
+            confused_with=_most_confused_with(counts[index], index, classes),
+        )
+        for index, name in enumerate(classes)
     ]
-    return sorted(rows, key=lambda row: row.f1)
+    return sorted(scores, key=lambda score: score.f1)
 
 
-def _taken_for(counts: np.ndarray, own: int, classes: Sequence[str]) -> str:
-    others = np.where(np.arange(len(counts)) == own, 0, counts)
-    return f"{classes[int(others.argmax())]} ({others.max()})" if others.any() else ""
+def _most_confused_with(counts: np.ndarray, target: int, classes: Sequence[str]) -> str:
+    errors = np.where(np.arange(len(counts)) == target, 0, counts)
+    return f"{classes[int(errors.argmax())]} ({errors.max()})" if errors.any() else ""
 
 
 class Confusion(NamedTuple):
-    """How often samples of one class were taken for another, and which share of the class that is."""
+    """A pair of classes: how many samples of `target` are predicted as `prediction`, and their fraction of all."""
 
     target: str
     prediction: str
     samples: int
-    share: float
+    fraction: float
 
 
-def most_confused(counts: np.ndarray, classes: Sequence[str], most: int = 10) -> list[Confusion]:
-    """The pairs of classes that are most often confused, the most frequent first."""
-    off = counts - np.diag(np.diag(counts))
-    order = np.argsort(-off, axis=None, kind="stable")[:most]
-    pairs = [divmod(int(place), len(classes)) for place in order]
+def most_confused_pairs(counts: np.ndarray, classes: Sequence[str], most: int = 10) -> list[Confusion]:
+    """List up to `most` pairs of classes from a confusion matrix (C, C), the most frequent first."""
+    errors = counts - np.diag(np.diag(counts))
+    order = np.argsort(-errors, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(position), len(classes)) for position in order]
     return [
-        Confusion(classes[row], classes[column], int(off[row, column]), off[row, column] / counts[row].sum())
+        Confusion(classes[row], classes[column], int(errors[row, column]), errors[row, column] / counts[row].sum())
         for row, column in pairs
-        if off[row, column]
+        if errors[row, column]
     ]
 
 
-def most_mistaken(counts: np.ndarray, most: int) -> np.ndarray:
-    """The indices of the classes with the most mistakes, of their samples or for them, in their own order."""
-    off = counts - np.diag(np.diag(counts))
-    return np.sort(np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:most])
+def most_misclassified(counts: np.ndarray, most: int) -> np.ndarray:
+    """Return the indices, in increasing order, of the `most` classes with the most errors.
+
+    An error counts for the target and for the predicted class.
+    """
+    errors = counts - np.diag(np.diag(counts))
+    return np.sort(np.argsort(-(errors.sum(0) + errors.sum(1)), kind="stable")[:most])
 
 
-class Bin(NamedTuple):
-    """The samples whose confidence is over `low`, up to `high`: their mean confidence, and the share that is right."""
+class ConfidenceBin(NamedTuple):
+    """The samples with a confidence over `low`, up to `high`: their number, mean confidence and accuracy."""
 
     low: float
     high: float
@@ -102,33 +137,39 @@ class Bin(NamedTuple):
     accuracy: float
 
 
-def bin_by_confidence(predictions: Predictions) -> list[Bin]:
-    """The samples in BINS of equal width by their largest probability; empty ones are left out."""
+def bin_by_confidence(predictions: Predictions) -> list[ConfidenceBin]:
+    """Group samples into BINS bins of equal width by their largest probability; empty bins are omitted."""
     values = predictions.probabilities
-    confidence, right = values.max(1), values.argmax(1) == predictions.targets
+    confidence = values.max(1)
+    is_correct = values.argmax(1) == predictions.targets
     edges = np.linspace(0, 1, BINS + 1)
-    places = np.digitize(confidence, edges[1:-1], right=True)
-    return [
-        Bin(edges[place], edges[place + 1], len(chosen), confidence[chosen].mean(), right[chosen].mean())
-        for place in range(BINS)
-        if len(chosen := np.flatnonzero(places == place))
-    ]
+    bin_of = np.digitize(confidence, edges[1:-1], right=True)
+    bins = []
+    for number in range(BINS):
+        chosen = np.flatnonzero(bin_of == number)
+        if len(chosen):
+            low, high = edges[number : number + 2]
+            bins.append(
+                ConfidenceBin(low, high, len(chosen), confidence[chosen].mean(), is_correct[chosen].mean()),
+            )
+    return bins
 
 
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: how far confidence is from accuracy, as a mean over samples (Guo et al. 2017)."""
-    samples = sum(one.samples for one in bins)
-    return sum(one.samples * abs(one.accuracy - one.confidence) for one in bins) / samples
+def expected_calibration_error(bins: Sequence[ConfidenceBin]) -> float:
+    """Return the mean over samples of the gap between confidence and accuracy of their bin (Guo et al. 2017)."""
+    samples = sum(group.samples for group in bins)
+    return sum(group.samples * abs(group.accuracy - group.confidence) for group in bins) / samples
 
 
-def worst_mistakes(predictions: Predictions, most: int) -> np.ndarray:
-    """Rows of wrong predictions, those that leave their target the least probability first."""
-    values, targets = predictions.probabilities, predictions.targets
+def worst_errors(predictions: Predictions, most: int) -> np.ndarray:
+    """Return the rows of up to `most` misclassified samples, the lowest probability of the target first."""
+    values = predictions.probabilities
+    targets = predictions.targets
     wrong = np.flatnonzero(values.argmax(1) != targets)
-    left = values[wrong, targets[wrong]]  # type: ignore[index]
-    return wrong[np.argsort(left, kind="stable")[:most]]
+    target_probabilities = values[wrong, targets[wrong]]  # type: ignore[index]
+    return wrong[np.argsort(target_probabilities, kind="stable")[:most]]
 
 
-def least_certain(predictions: Predictions, most: int) -> np.ndarray:
-    """Rows whose largest probability is smallest, right or wrong."""
+def least_confident(predictions: Predictions, most: int) -> np.ndarray:
+    """Return the rows of up to `most` samples with the smallest largest probability, correct or not."""
     return np.argsort(predictions.probabilities.max(1), kind="stable")[:most]

@@ -1,28 +1,29 @@
-"""Tables of predictions."""
+"""Tables of predictions: reading, writing, validation and matching by id."""
 
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from batteries.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 from batteries.core.tables import KEYS, check_new_file, read_table, write_new_file
-from batteries.core.text import find_repeated, summarize_names
+from batteries.core.text import count_of, find_repeated, summarize_names
 
-TOLERANCE = 1e-3  # how far from one a row may sum up: files with three decimals and ten classes still pass
+TOLERANCE = 1e-3  # of the sum of a row: files with three decimals and ten classes still pass
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities (N, C), float64, in the order of `ids` (N) and `classes` (C); targets (N) are indices of classes.
+    """Predictions of N samples over C classes.
 
-    `name` is what an error calls it: the file.
+    Attributes:
+        name: What error messages call the table: the path of its file.
+        ids: The ids of the samples (N).
+        classes: The names of the classes (C).
+        probabilities: Probabilities (N, C), float64.
+        targets: Class indices (N), int64; None if they are not known.
     """
 
     name: str
@@ -32,24 +33,27 @@ class Predictions:
     targets: np.ndarray | None = None
 
     def sums_to_one(self) -> bool:
-        """Whether every row is a distribution over the classes."""
+        """Return whether every row is a distribution over the classes."""
         return bool(np.all(np.abs(self.probabilities.sum(1) - 1) <= TOLERANCE))
 
 
 def write_predictions(path: Path, predictions: Predictions, *, overwrite: bool = False) -> None:
-    """Write the table in one step.
+    """Write a table atomically.
 
-    Raises BadInput, and writes nothing, for what `read_predictions` would refuse, and where the file is there with
-    other bytes, unless `overwrite`.
+    Raises:
+        UserError: If `read_predictions` would reject the table, or if the file exists with different contents and
+            `overwrite` is false. Nothing is written.
     """
     write_new_file(path, _to_csv(predictions), overwrite=overwrite)
 
 
 def write_all(tables: Sequence[Predictions], *, overwrite: bool = False) -> None:
-    """Write each table to the path that it is named by; none where one of them is refused."""
-    for write in (check_new_file, write_new_file):
-        for table in tables:
-            write(Path(table.name), _to_csv(table), overwrite=overwrite)
+    """Write each table to the path that is its name. Raises UserError, and writes nothing, if one is rejected."""
+    texts = {Path(table.name): _to_csv(table) for table in tables}
+    for path, text in texts.items():
+        check_new_file(path, text, overwrite=overwrite)
+    for path, text in texts.items():
+        write_new_file(path, text, overwrite=overwrite)
 
 
 def _to_csv(predictions: Predictions) -> str:
@@ -57,19 +61,20 @@ def _to_csv(predictions: Predictions) -> str:
 
     check_predictions(predictions)
     columns: dict[str, object] = {"id": list(predictions.ids)}
-    columns |= {name: predictions.probabilities[:, index] for index, name in enumerate(predictions.classes)}
+    for index, name in enumerate(predictions.classes):
+        columns[name] = predictions.probabilities[:, index]
     if predictions.targets is not None:
         columns["target"] = [predictions.classes[index] for index in predictions.targets]
     return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
 
 
 def read_predictions(path: Path) -> Predictions:
-    """The table in `path`. Raises BadInput, with column, id and value, for whatever is not a table of predictions."""
+    """Read a table. Raises UserError, with column, id and value, if it is not a valid table of predictions."""
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise UserError(f"{path} {what}; give a file of predictions, such as logs/baseline/predictions/test.csv.")
+        problem = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {problem}; give a file of predictions, such as logs/baseline/predictions/test.csv.")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark that is no text
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
             header = next(csv.reader(file), [])
         _check_header(path, header)
         table = read_table(path)
@@ -77,104 +82,123 @@ def read_predictions(path: Path) -> Predictions:
         raise UserError(f"{path} cannot be read as a table ({str(error).strip()}).") from None
     classes = tuple(name for name in header if name not in KEYS)
     ids = tuple(table["id"])
-    values = [_numbers(path, ids, name, list(table[name])) for name in classes]
-    targets = _indices(path, ids, list(table["target"]), classes) if "target" in header else None
-    found = Predictions(str(path), ids, classes, np.stack(values, axis=1), targets)
-    check_predictions(found)
-    return found
+    columns = [_parse_numbers(path, ids, name, list(table[name])) for name in classes]
+    targets = _parse_targets(path, ids, list(table["target"]), classes) if "target" in header else None
+    predictions = Predictions(str(path), ids, classes, np.stack(columns, axis=1), targets)
+    check_predictions(predictions)
+    return predictions
 
 
 def check_predictions(predictions: Predictions) -> None:
-    """Raise BadInput for names and ids that are empty or doubled, and for numbers that are no probabilities."""
-    name, values = predictions.name, predictions.probabilities
-    if taken := [key for key in KEYS if key in predictions.classes]:
-        raise UserError(f"{name} has a class that is called {taken[0]}, as is a column of its own; call it otherwise.")
+    """Raise UserError for names and ids that are empty or repeated, and for values outside 0 to 1."""
+    name = predictions.name
+    values = predictions.probabilities
+    reserved = [key for key in KEYS if key in predictions.classes]
+    if reserved:
+        raise UserError(f"{name} has a class named {reserved[0]}, which is a reserved column name; rename the class.")
     _check_header(name, ["id", *predictions.classes])
     if not len(predictions.ids):
         raise UserError(f"{name} has no rows.")
     if "" in predictions.ids:
-        raise UserError(f"{name} has an empty id, in row {predictions.ids.index('') + 1}.")
-    if doubled := find_repeated(predictions.ids):
-        raise UserError(f"{name} has more than one row of {summarize_names('id', doubled)}.")
-    bad = np.argwhere(~((values >= 0) & (values <= 1)))  # NaN compares as false
-    if len(bad):
-        row, column = bad[0]
+        raise UserError(f"{name} has an empty id in row {predictions.ids.index('') + 1}.")
+    if repeated := find_repeated(predictions.ids):
+        raise UserError(f"{name} has more than one row of {summarize_names('id', repeated)}.")
+    invalid = np.argwhere(~((values >= 0) & (values <= 1)))  # NaN compares as false
+    if len(invalid):
+        row, column = invalid[0]
         raise UserError(
             f"{name} has {values[row, column]} for class {predictions.classes[column]} of id {predictions.ids[row]}; "
-            f"a probability is 0 to 1."
+            "a probability is 0 to 1."
         )
 
 
 def check_sums(predictions: Predictions) -> None:
-    """Raise BadInput, with the first such id, where the probabilities of a row do not sum to one."""
+    """Raise UserError, with the first id, if the probabilities of a row do not sum to one."""
     sums = predictions.probabilities.sum(1)
     wrong = np.flatnonzero(np.abs(sums - 1) > TOLERANCE)
     if len(wrong):
+        first = wrong[0]
         raise UserError(
-            f"{predictions.name}: the probabilities of id {predictions.ids[wrong[0]]} sum to {sums[wrong[0]]:.6g}, not "
-            f"to 1 (in {len(wrong)} of {len(sums)} rows); blend by --method rank, or say --independent where a sample "
-            f"may be of several classes."
+            f"{predictions.name}: the probabilities of id {predictions.ids[first]} sum to {sums[first]:.6g}, not to 1 "
+            f"(in {len(wrong)} of {count_of(len(sums), 'row')}); use --method rank, or --independent if a sample can "
+            "belong to several classes."
         )
 
 
 def match_predictions(tables: Sequence[Predictions]) -> list[Predictions]:
-    """The tables with their rows and columns in the order of the first, matched by id and class.
+    """Bring the rows and columns of all tables into the order of the first one, matched by id and class.
 
-    Raises BadInput for a missing or extra id, other classes, and targets that contradict each other. Targets that one
-    table knows are known to all.
+    Targets that one table has are set in all of them.
+
+    Raises:
+        UserError: If ids or classes differ, or targets conflict.
     """
-    matched = [_in_order(tables[0], table) for table in tables]
-    known = next((table for table in matched if table.targets is not None), tables[0])
-    targets = known.targets
-    for table in matched:
-        if table.targets is not None and (wrong := np.flatnonzero(table.targets != targets)).size:
-            raise UserError(f"{table.name} has another target than {known.name} for id {table.ids[wrong[0]]}.")
+    matched = [_reorder(tables[0], table) for table in tables]
+    with_targets = [table for table in matched if table.targets is not None]
+    targets = with_targets[0].targets if with_targets else None
+    for table in with_targets:
+        differing = np.flatnonzero(table.targets != targets)
+        if len(differing):
+            raise UserError(
+                f"{with_targets[0].name} and {table.name} have different targets for id {table.ids[differing[0]]}."
+            )
     return [Predictions(table.name, table.ids, table.classes, table.probabilities, targets) for table in matched]
 
 
 def average_by_id(name: str, tables: Sequence[Predictions], order: Sequence[str]) -> Predictions:
-    """One row for each id in any of `tables`, in the order of `order`: the mean over the tables that have it.
+    """Average the rows of each id over the tables that have it.
 
-    Over the folds of a cross-validation these are out-of-fold predictions, where each table has its own ids.
+    If each table holds a different fold of a cross-validation, the result is the out-of-fold predictions.
+
+    Args:
+        name: The name of the result.
+        tables: Tables of the same classes.
+        order: All ids, in the order of the result; ids in no table are ignored.
     """
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     targets: dict[str, int] = {}
     for table in tables:
-        compare("class", tables[0].name, tables[0].classes, table.name, table.classes)
-        for row, one in enumerate(table.ids):
-            sums[one] = sums[one] + table.probabilities[row] if one in sums else table.probabilities[row]
-            counts[one] = counts.get(one, 0) + 1
+        check_same_names("class", tables[0].name, tables[0].classes, table.name, table.classes)
+        for row, sample in enumerate(table.ids):
+            values = table.probabilities[row]
+            sums[sample] = sums[sample] + values if sample in sums else values
+            counts[sample] = counts.get(sample, 0) + 1
             if table.targets is not None:
-                targets[one] = int(table.targets[row])
-    ids = tuple(one for one in order if one in sums)
+                targets[sample] = int(table.targets[row])
+    ids = tuple(sample for sample in order if sample in sums)
     assert len(ids) == len(sums), "an id is missing in the order"
-    values = np.stack([sums[one] / counts[one] for one in ids])
-    known = np.array([targets[one] for one in ids]) if len(targets) == len(ids) else None
-    return Predictions(name, ids, tables[0].classes, values, known)
+    means = np.stack([sums[sample] / counts[sample] for sample in ids])
+    known_targets = np.array([targets[sample] for sample in ids]) if len(targets) == len(ids) else None
+    return Predictions(name, ids, tables[0].classes, means, known_targets)
 
 
-def _in_order(first: Predictions, table: Predictions) -> Predictions:
-    """`table` in the order of `first`."""
-    compare("class", first.name, first.classes, table.name, table.classes)
-    compare("id", first.name, first.ids, table.name, table.ids)
-    rows = {name: index for index, name in enumerate(table.ids)}
-    order = np.array([rows[name] for name in first.ids])
+def _reorder(first: Predictions, table: Predictions) -> Predictions:
+    """Bring the rows and columns of `table` into the order of `first`."""
+    check_same_names("class", first.name, first.classes, table.name, table.classes)
+    check_same_names("id", first.name, first.ids, table.name, table.ids)
+    row_of = {name: index for index, name in enumerate(table.ids)}
+    rows = np.array([row_of[name] for name in first.ids])
     columns = [table.classes.index(name) for name in first.classes]
     targets = None
     if table.targets is not None:
-        targets = np.argsort(columns)[table.targets[order]]
-    return Predictions(table.name, first.ids, first.classes, table.probabilities[order][:, columns], targets)
+        targets = np.argsort(columns)[table.targets[rows]]
+    return Predictions(table.name, first.ids, first.classes, table.probabilities[rows][:, columns], targets)
 
 
-def compare(kind: str, first: str, wanted: Sequence[str], second: str, given: Sequence[str]) -> None:
-    """Raise BadInput where the names in `wanted`, of `first`, and `given`, of `second`, are not the same."""
-    known, found = set(wanted), set(given)
+def check_same_names(
+    kind: str, first: str, first_names: Sequence[str], second: str, second_names: Sequence[str]
+) -> None:
+    """Raise UserError, with the differences, unless two tables have the same names of a kind, such as ids."""
+    in_first = set(first_names)
+    in_second = set(second_names)
+    missing = [name for name in first_names if name not in in_second]
+    extra = [name for name in second_names if name not in in_first]
     differences = []
-    if missing := [name for name in wanted if name not in found]:
+    if missing:
         differences.append(f"{summarize_names(kind, missing)} missing in {second}")
-    if extra := [name for name in given if name not in known]:
-        differences.append(f"{summarize_names(kind, extra)} only there")
+    if extra:
+        differences.append(f"{summarize_names(kind, extra)} only in {second}")
     if differences:
         raise UserError(f"{first} and {second} do not match: {', '.join(differences)}.")
 
@@ -183,22 +207,24 @@ def _check_header(name: object, header: Sequence[str]) -> None:
     classes = [column for column in header if column not in KEYS]
     if "id" not in header or not classes:
         raise UserError(
-            f"{name} needs a column id and one of probabilities for each class; it has {', '.join(header) or 'none'}."
+            f"{name} needs a column id and one column of probabilities per class; it has {', '.join(header) or 'none'}."
         )
-    if doubled := find_repeated(header):
-        raise UserError(f"{name} has more than one column {', '.join(doubled)}.")
+    if repeated := find_repeated(header):
+        raise UserError(f"{name} has more than one column {', '.join(repeated)}.")
     if "" in header:
         raise UserError(f"{name} has a column without a name.")
 
 
-def _numbers(path: Path, ids: Sequence[str], column: str, values: Sequence[str]) -> np.ndarray:
-    """A column of numbers from texts."""
+def _parse_numbers(path: Path, ids: Sequence[str], column: str, values: Sequence[str]) -> np.ndarray:
+    """Convert the cells of a column to numbers (N,), float64."""
     try:
         return np.array([float(value) for value in values])
     except ValueError:
         for name, value in zip(ids, values, strict=True):
             if not _is_number(value):
-                raise UserError(f"{path} has {value!r} for class {column} of id {name}, which is no number.") from None
+                raise UserError(
+                    f"{path} has {value!r} for class {column} of id {name}; a probability is a number."
+                ) from None
         raise
 
 
@@ -210,10 +236,10 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _indices(path: Path, ids: Sequence[str], targets: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """Targets as indices of classes."""
-    known = {name: index for index, name in enumerate(classes)}
+def _parse_targets(path: Path, ids: Sequence[str], targets: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Convert the names of targets to class indices (N,), int64."""
+    index_of = {name: index for index, name in enumerate(classes)}
     for name, target in zip(ids, targets, strict=True):
-        if target not in known:
-            raise UserError(f"{path} has the target {target!r} for id {name}, which is none of its classes.")
-    return np.array([known[target] for target in targets], dtype=np.int64)
+        if target not in index_of:
+            raise UserError(f"{path} has the target {target!r} for id {name}, which is not one of its classes.")
+    return np.array([index_of[target] for target in targets], dtype=np.int64)

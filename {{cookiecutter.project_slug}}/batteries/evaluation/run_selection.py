@@ -1,4 +1,4 @@
-"""What the other verbs read from a run's folder: its config, and which of its checkpoints is meant."""
+"""Selection of a run's config and checkpoint for the tools."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,59 +13,83 @@ from batteries.core.text import did_you_mean
 Config = TypeVar("Config")
 
 
-def read_config(folder: Path, config_class: type[Config]) -> Config:
-    """The Config of the run in `folder`. Raises BadInput where there is none, or it has another kind of knob."""
-    path = folder / "config.json"
+def read_config(directory: Path, config_class: type[Config]) -> Config:
+    """Read the Config of a run.
+
+    Raises:
+        UserError: If the directory does not hold a run, or an option in config.json is unknown or invalid.
+    """
+    path = directory / "config.json"
     if not path.is_file():
-        raise UserError(f"--run {folder} holds no run: config.json is missing; give one, such as logs/baseline.")
+        raise UserError(
+            f"--run {directory} does not hold a run (config.json is missing); give a run directory, such as "
+            "logs/baseline."
+        )
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"--run {folder} has a config.json that cannot be read ({error}); put it back.") from None
+        raise UserError(f"{path} cannot be read ({error}); restore it.") from None
     return from_json(config_class, values, str(path))
 
 
-def find_checkpoint(folder: Path, stages: Sequence[str], stage: str | None, which: str, *, minimize: bool) -> Path:
-    """The file of a run that is meant by `which` (best, last, swa, or a path) of `stage`, one of `stages`.
+def find_checkpoint(directory: Path, stages: Sequence[str], stage: str | None, which: str, *, minimize: bool) -> Path:
+    """Return the path of a checkpoint of a run.
 
-    Without `stage`: for best and swa the one with the best score, the earlier on a tie; for last the last that began.
-    Raises BadInput where there is none.
+    Args:
+        directory: The run directory.
+        stages: The names of all stages.
+        stage: The stage. By default the stage with the best score, the earlier one on a tie; for "last" the last stage
+            that has a checkpoint.
+        which: "best", "last", "swa", or a path, which is returned as it is.
+        minimize: Whether the main metric is better when it is lower.
+
+    Raises:
+        UserError: If the stage does not exist or has no such checkpoint.
     """
     if stage is not None and stage not in stages:
-        raise UserError(
-            f"--stage {stage} is none of {folder}{did_you_mean(stage, stages) or '.'} It has: {', '.join(stages)}."
-        )
+        hint = did_you_mean(stage, stages) or "."
+        raise UserError(f"--stage {stage} is not a stage of {directory}{hint} Its stages: {', '.join(stages)}.")
     if which not in ("best", "last", "swa"):
         return Path(which)
     name = AVERAGE if which == "swa" else f"{which}.pth"
-    looked_in = [stage] if stage else stages
-    there = [one for one in looked_in if (folder / one / name).is_file()]
-    if not there:
-        hint = "train it first"
-        if which == "swa":
-            hint = "run tools/average.py first"
-        elif any((folder / one / "last.pth").is_file() for one in looked_in):
-            hint = "use --checkpoint last"
-        raise UserError(f"--checkpoint {which}: no {name} in {folder / stage if stage else folder}; {hint}.")
+    candidates = list(stages) if stage is None else [stage]
+    present = [candidate for candidate in candidates if (directory / candidate / name).is_file()]
+    if not present:
+        searched = directory if stage is None else directory / stage
+        hint = _hint_for_missing(directory, candidates, which)
+        raise UserError(f"--checkpoint {which}: {searched} has no {name}; {hint}.")
     if which == "last":
-        return folder / there[-1] / name
+        return directory / present[-1] / name
     score_of = average_score if which == "swa" else best_score
-    return folder / _best(there, lambda one: score_of(folder / one), minimize) / name
+    return directory / _best(present, lambda candidate: score_of(directory / candidate), minimize) / name
 
 
-def best_score(folder: Path) -> float | None:
-    """The best validation score of a stage, by its ledger."""
-    return read_manifest(folder)["best"]["score"]
+def _hint_for_missing(directory: Path, stages: Sequence[str], which: str) -> str:
+    if which == "swa":
+        return "run tools/average.py first"
+    if any((directory / stage / "last.pth").is_file() for stage in stages):
+        return "use --checkpoint last"
+    return "train it first"
 
 
-def average_score(folder: Path) -> float | None:
-    """The validation score of a stage's average."""
-    return read_average(folder).get("score")
+def best_score(stage_directory: Path) -> float | None:
+    """Return the best validation score of a stage, from its manifest."""
+    return read_manifest(stage_directory).best.score
+
+
+def average_score(stage_directory: Path) -> float | None:
+    """Return the validation score of a stage's averaged checkpoint."""
+    return read_average(stage_directory).get("score")
 
 
 def _best(names: Sequence[str], score_of: Callable[[str], float | None], minimize: bool) -> str:
-    """The name with the best score, the earlier on a tie; without any score the last."""
-    scores = {name: score for name in names if (score := score_of(name)) is not None}
+    """Return the name with the best score, the earlier one on a tie; the last name if none has a score."""
+    scores: dict[str, float] = {}
+    for name in names:
+        score = score_of(name)
+        if score is not None:
+            scores[name] = score
     if not scores:
         return names[-1]
-    return (min if minimize else max)(scores, key=lambda name: scores[name])
+    choose = min if minimize else max
+    return choose(scores, key=lambda name: scores[name])

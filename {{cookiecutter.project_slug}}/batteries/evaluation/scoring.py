@@ -1,4 +1,4 @@
-"""Scores."""
+"""Scores of predictions, and bootstrap intervals for the difference between two splits."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,66 +8,75 @@ import numpy as np
 
 from batteries.evaluation.predictions import Predictions
 
-SMALLEST = 1e-15  # of a probability in a logarithm: a certain and wrong prediction costs 34.5, not infinity
+SMALLEST = 1e-15  # minimum probability in a logarithm: a wrong prediction with probability 1 costs 34.5, not infinity
 RESAMPLES = 2000
 ScoreFunction = Callable[[Any, np.ndarray, np.ndarray], float]
 
 
 def sample_scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """One number per sample, each (N,): accuracy, and loss (cross-entropy) where rows sum to one.
+    """Compute the scores that are means over samples. Add a custom metric of this kind here.
 
-    Empty where targets are not known. Add a metric of your own here.
+    Returns:
+        One number per sample, each (N,), float64: accuracy, and loss (cross-entropy) if rows sum to one. Empty if
+        targets are not known.
     """
     if predictions.targets is None:
         return {}
-    values, targets = predictions.probabilities, predictions.targets
+    values = predictions.probabilities
+    targets = predictions.targets
     scores = {"accuracy": (values.argmax(1) == targets).astype(np.float64)}
     if predictions.sums_to_one():
-        chosen = values[np.arange(len(targets)), targets]
-        scores["loss"] = -np.log(np.maximum(chosen, SMALLEST))
+        target_probabilities = values[np.arange(len(targets)), targets]
+        scores["loss"] = -np.log(np.maximum(target_probabilities, SMALLEST))
     return scores
 
 
 def score(predictions: Predictions, functions: Mapping[str, ScoreFunction] | None = None) -> dict[str, float]:
-    """The mean of each of `sample_scores`, and what each of `functions` gives for the whole: those of train.SCORES.
+    """Score predictions.
 
-    Those take (sklearn.metrics, targets, probabilities); NaN where such a score has no meaning.
+    Args:
+        predictions: A table of predictions.
+        functions: More scores, such as train.SCORES: functions of (sklearn.metrics, targets, probabilities).
+
+    Returns:
+        The means of `sample_scores`, and one number per function; NaN if that score is undefined. Empty if targets are
+        not known.
     """
-    means = {name: float(values.mean()) for name, values in sample_scores(predictions).items()}
+    scores = {name: float(values.mean()) for name, values in sample_scores(predictions).items()}
     if not functions or predictions.targets is None:
-        return means
+        return scores
     from sklearn import metrics
 
     for name, function in functions.items():
         try:
-            means[name] = float(function(metrics, predictions.targets, predictions.probabilities))
+            scores[name] = float(function(metrics, predictions.targets, predictions.probabilities))
         except ValueError:  # such as ROC AUC of a class without samples
-            means[name] = math.nan
-    return means
+            scores[name] = math.nan
+    return scores
 
 
 class Gap(NamedTuple):
-    """The second mean less the first, and the interval that holds 95 % of its bootstrap."""
+    """The second mean minus the first, with the bounds of its 95 % bootstrap interval."""
 
     difference: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        sure = "sampling alone explains it" if self.low <= 0 <= self.high else "more than sampling explains"
-        return f"{self.difference:+.4f} (95 % interval {self.low:+.4f} to {self.high:+.4f}: {sure})"
+        verdict = "within sampling noise" if self.low <= 0 <= self.high else "larger than sampling noise"
+        return f"{self.difference:+.4f} (95 % interval {self.low:+.4f} to {self.high:+.4f}: {verdict})"
 
 
 def bootstrap_gap(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Gap:
-    """The mean of `second` (M,) less that of `first` (N,), with a percentile interval (Efron 1979).
+    """Compute the mean of `second` (M,) minus the mean of `first` (N,), with a percentile interval (Efron 1979).
 
-    Both are drawn anew with replacement, RESAMPLES times, from a stream of their own that `seed` starts.
+    Both are resampled with replacement RESAMPLES times, from a separate random stream that starts at `seed`.
     """
     generator = np.random.default_rng(seed)
-    differences = [_resampled(second, generator) - _resampled(first, generator) for _ in range(RESAMPLES)]
+    differences = [_resampled_mean(second, generator) - _resampled_mean(first, generator) for _ in range(RESAMPLES)]
     low, high = np.quantile(differences, (0.025, 0.975))
     return Gap(float(second.mean() - first.mean()), float(low), float(high))
 
 
-def _resampled(values: np.ndarray, generator: np.random.Generator) -> float:
+def _resampled_mean(values: np.ndarray, generator: np.random.Generator) -> float:
     return values[generator.integers(len(values), size=len(values))].mean()

@@ -9,10 +9,16 @@ Views = Literal["none", "flip", "crops", "flip-crops"]
 
 
 def make_views(images: torch.Tensor, views: Views) -> list[torch.Tensor]:
-    """Views of images (N, C, H, W), each of the same shape, the images themselves first.
+    """Return the views of a batch, the images themselves first.
 
-    flip: and mirrored. crops: and shifted to four corners by an eighth of the shorter side, as in Krizhevsky et al.
-    2012, but with mirrored borders, so that the size stays.
+    Args:
+        images: Images (N, C, H, W).
+        views: "flip" adds mirrored images. "crops" adds images shifted towards four corners by an eighth of the shorter
+            side, as in Krizhevsky et al. 2012, but with reflected borders, so that the size stays. "flip-crops" adds
+            both.
+
+    Returns:
+        Views (N, C, H, W).
     """
     found = [images]
     if "crops" in views:
@@ -22,8 +28,10 @@ def make_views(images: torch.Tensor, views: Views) -> list[torch.Tensor]:
     return found
 
 
-def _shifts(images: torch.Tensor, by: int) -> list[torch.Tensor]:
+def _shifts(images: torch.Tensor, pixels: int) -> list[torch.Tensor]:
+    """Return the images shifted by `pixels` towards each of four corners, as float."""
     height, width = images.shape[-2:]
-    padded = F.pad(images.float(), (by, by, by, by), mode="reflect")  # of whole numbers up to 2^24 exact
-    corners = [(top, left) for top in (0, 2 * by) for left in (0, 2 * by)]
+    padding = (pixels, pixels, pixels, pixels)
+    padded = F.pad(images.float(), padding, mode="reflect")  # exact for integers up to 2^24
+    corners = [(top, left) for top in (0, 2 * pixels) for left in (0, 2 * pixels)]
     return [padded[..., top : top + height, left : left + width] for top, left in corners]

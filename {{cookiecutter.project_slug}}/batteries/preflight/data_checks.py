@@ -1,174 +1,225 @@
-"""Checks of the data."""
+"""Checks of the data: samples, class counts, duplicates and normalization."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 
 from batteries.core.errors import UserError
-from batteries.core.text import list_first
-from batteries.data.dataset import has_classes
+from batteries.core.text import count_of, list_first
+from batteries.data.dataset import Dataset, dataset_info, has_classes
 from batteries.data.duplicates import find_duplicates
 from batteries.data.image_stats import ImageSignature, image_signature
 from batteries.data.splits import Split, SplitFile, check_files
 from batteries.preflight.results import CheckResult, describe_error
 
-MOST_NAMED = 3  # samples in a row of the table
-RARE = 10  # times fewer samples than the largest class has
-MANY_DOUBLES = 0.01  # of the samples that validate or test: a score is off by up to as much
+MAX_LISTED = 3  # samples listed in a result
+IMBALANCE_RATIO = 10  # samples of the largest class over those of the rarest, from which on there is a warning
+# Equal images in two splits, as a fraction of the valid and test samples, from which on the check fails: a score can be
+# off by as much.
+MAX_DUPLICATE_FRACTION = 0.01
 
-# Of normalised values: MNIST under ImageNet's constants has mean -1.5 and deviation 1.3: it trains, and might do better
-# under its own. Images whose values were never brought from 0..255 to 0..1 have a deviation of about 255.
+# Bounds for normalized values. MNIST normalized with ImageNet's constants has mean -1.5 and standard deviation 1.3: it
+# trains, and may do better with its own. Images that were never scaled from 0..255 to 0..1 have one of about 255.
 FAR_MEAN, WRONG_MEAN = 0.5, 2.0
-FAR_DEVIATION, WRONG_DEVIATION = 1.5, 4.0
+FAR_STD, WRONG_STD = 1.5, 4.0
 
 
 def choose_samples(indices: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """`indices`, or `most` of them by chance, in ascending order."""
+    """Return all of `indices`, or `most` of them chosen at random, in ascending order."""
     if len(indices) <= most:
         return np.sort(indices)
     return np.sort(np.random.default_rng(seed).choice(indices, most, replace=False))
 
 
-def open_samples(dataset: Any, indices: np.ndarray, threads: int = 8) -> list[ImageSignature | str | None]:
-    """For each sample what is kept of it (None where it is no image), or the sentence that says what is wrong."""
-    targets = np.asarray(dataset.targets) if has_classes(dataset) else None
+def choose_balanced(dataset: Dataset, indices: np.ndarray, count: int) -> np.ndarray:
+    """Return `count` of `indices`, with as many classes as possible in equal numbers.
 
-    def attempt(index: int) -> ImageSignature | str | None:
-        try:
-            return read_sample(dataset, targets, index)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the sample is named)
-            return f"{dataset.ids[index]}: {describe_error(error)}"
-
-    with ThreadPoolExecutor(threads) as pool:  # torchvision decodes without python's lock
-        return list(pool.map(attempt, indices.tolist()))
-
-
-def read_sample(dataset: Any, targets: np.ndarray | None, index: int) -> ImageSignature | None:
-    """A look at one sample. Raises BadInput where it is not finite, or has another target than `targets` (N,) say."""
-    image, target = dataset[index]
-    if targets is not None and 0 <= targets[index] != int(target):
-        raise UserError(f"its target is {int(target)}, and {targets[index]} in the data set's targets.")
-    if not isinstance(image, torch.Tensor):
-        return None
-    if not image.isfinite().all():
-        raise UserError("it has values that are not finite.")
-    return image_signature(image) if image.ndim == 3 else None
-
-
-def check_samples_load(
-    dataset: Any, split: Split, indices: np.ndarray, found: Sequence[ImageSignature | str | None]
-) -> CheckResult:
-    """Whether the samples that were opened are images, and each has the target that the data set says."""
-    check_files(dataset, split)
-    count, total = len(indices), sum(map(len, split))
-    some = f"{count:,} of {total:,} samples, by chance," if count < total else f"all {total:,} samples"
-    if broken := [text for text in found if isinstance(text, str)]:
-        others = "; a larger --samples may find more" if count < total else ""
-        details = f"tried {some.rstrip(',')}; of {len(broken):,} this is wrong: {list_first(broken, MOST_NAMED)}"
-        return CheckResult("fail", details, f"mend these files or leave them out{others}")
-    left_out = getattr(dataset, "left_out", "")
-    return CheckResult("pass", f"{some} open{'; left out: ' * bool(left_out)}{left_out}")
-
-
-def check_class_counts(splits: SplitFile, fold: int) -> CheckResult:
-    """Whether each part has samples of each class, and how many of the rarest and of the largest."""
-    dataset = splits.dataset
-    splits.select(fold)  # raises where a class is missing in a part
-    parts = splits.cut(fold)._asdict()
-    if not has_classes(dataset):
-        sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
-        return CheckResult("pass", f"{sizes} samples; their targets are no classes, so none are counted")
-    targets, classes = np.asarray(getattr(dataset, "targets", ())), list(getattr(dataset, "classes", ()))
-    counts = {name: _count_classes(targets[part], len(classes)) for name, part in parts.items()}
-    known = ", ".join(f"{name} {len(parts[name]):,} ({_range(count)})" for name, count in counts.items())
-    details, train = f"{len(classes)} classes, samples (of a class): {known}", counts["train"]
-    if train.max() < RARE * train.min():
-        return CheckResult("pass", details)
-    rare, large = int(train.argmin()), int(train.argmax())
-    details += f"; {train.max() / train.min():.0f} times as many {classes[large]} as {classes[rare]}"
-    return CheckResult(
-        "warning", details, "rank by --main-metric balanced_accuracy or macro_f1; accuracy hides rare classes"
-    )
-
-
-def check_duplicates(
-    dataset: Any, split: Split, indices: np.ndarray, found: Sequence[ImageSignature | str | None]
-) -> CheckResult:
-    """Whether an image that was opened is in two parts of the split, equal or nearly so."""
-    parts = np.full(len(dataset), -1)
-    for number, part in enumerate(split):
-        parts[part] = number
-    sound = [place for place, kept in enumerate(found) if isinstance(kept, ImageSignature)]
-    looks = [kept for kept in found if isinstance(kept, ImageSignature)]
-    if not looks:
-        return CheckResult("warning", "not tried: no sample is an image (C, H, W) that opens")
-    indices = indices[sound]
-    pairs = find_duplicates(looks, parts[indices])
-    equal = sum(pair.equal for pair in pairs)
-    if not pairs:
-        return CheckResult("pass", f"none in two parts, among {len(looks):,} images")
-    details = f"in two parts are {equal:,} equal and {len(pairs) - equal:,} nearly equal images, of {len(looks):,}"
-    named = [_name_pair(dataset, indices[pair.first], indices[pair.second], parts, Split._fields) for pair in pairs]
-    held_out = int((parts[indices] > 0).sum())
-    outcome = "fail" if equal >= MANY_DOUBLES * held_out and equal else "warning"
-    hint = "give both of a pair one group, or leave one out; `python tools/split.py` names more"
-    return CheckResult(outcome, f"{details}: {list_first(named, MOST_NAMED)}", hint)
-
-
-def check_normalization(batches: Iterable[torch.Tensor]) -> CheckResult:
-    """Whether normalised images (N, C, H, W), as the model gets them, have about mean 0 and deviation 1."""
-    count, total, squares, low, high = 0, torch.zeros(()), torch.zeros(()), np.inf, -np.inf
-    for images in batches:
-        values = images.detach().cpu().double().transpose(0, 1).flatten(1)
-        count += values.shape[1]
-        total, squares = total + values.sum(1), squares + values.square().sum(1)
-        low, high = min(low, float(values.min())), max(high, float(values.max()))
-    mean = total / count
-    deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
-    details = f"mean {_numbers(mean)}, deviation {_numbers(deviation)}, values {low:.2f} to {high:.2f}, after normalize"
-    hint = "`python tools/split.py --keep --statistics` prints MEAN and STD for experiment/augmentations.py"
-    if not (mean.isfinite().all() and deviation.isfinite().all()):
-        return CheckResult("fail", f"{details}: not all are finite", "look at normalize in experiment/augmentations.py")
-    if _is_off(mean, deviation, WRONG_MEAN, WRONG_DEVIATION):
-        return CheckResult("fail", f"{details}: far from 0 and 1", hint)
-    if _is_off(mean, deviation, FAR_MEAN, FAR_DEVIATION):
-        return CheckResult("warning", f"{details}: not very near 0 and 1", hint)
-    return CheckResult("pass", details)
-
-
-def some_of_each_class(dataset: Any, indices: np.ndarray, count: int) -> np.ndarray:
-    """`count` of `indices`, of as many classes as there are, alike; the first ones where targets are no classes."""
+    If the targets are not classes, return the first ones.
+    """
     if not has_classes(dataset):
         return indices[:count]
     import pandas as pd
 
-    targets = pd.Series(np.asarray(dataset.targets)[indices])
-    turns = targets.groupby(targets).cumcount()  # 0 for the first sample of its class, 1 for the second
-    return indices[np.argsort(turns.to_numpy(), kind="stable")[:count]]
+    targets = pd.Series(np.asarray(dataset_info(dataset).targets)[indices])
+    rank_in_class = targets.groupby(targets).cumcount()  # 0 for the first sample of its class, 1 for the second
+    return indices[np.argsort(rank_in_class.to_numpy(), kind="stable")[:count]]
 
 
-def _is_off(mean: torch.Tensor, deviation: torch.Tensor, most: float, times: float) -> bool:
-    return bool(((mean.abs() > most) | (deviation > times) | (deviation < 1 / times)).any())
+def open_samples(dataset: Dataset, indices: np.ndarray, threads: int = 8) -> list[ImageSignature | str | None]:
+    """Read samples.
+
+    Returns:
+        For each sample the signature of its image, None if it is not an image, or the error as text.
+    """
+    targets = np.asarray(dataset_info(dataset).targets) if has_classes(dataset) else None
+
+    def read(index: int) -> ImageSignature | str | None:
+        try:
+            return read_sample(dataset, targets, index)
+        except Exception as error:  # noqa: BLE001 (the error is reported with the id of the sample)
+            return f"{dataset.ids[index]}: {describe_error(error)}"
+
+    with ThreadPoolExecutor(threads) as pool:  # torchvision decodes without Python's lock
+        return list(pool.map(read, indices.tolist()))
+
+
+def read_sample(dataset: Dataset, targets: np.ndarray | None, index: int) -> ImageSignature | None:
+    """Read one sample and return the signature of its image; None if it is not an image (C, H, W).
+
+    Args:
+        dataset: The data set.
+        targets: The class of each sample, shape (N,), or None if the targets are not classes.
+        index: The index of the sample.
+
+    Raises:
+        UserError: If a value is not finite, or the target differs from `targets`.
+    """
+    image, target = dataset[index]
+    if targets is not None and 0 <= targets[index] != int(target):
+        raise UserError(f"its target is {int(target)}, but dataset.targets[{index}] is {targets[index]}.")
+    if not isinstance(image, torch.Tensor):
+        return None
+    if not image.isfinite().all():
+        raise UserError("not every value is finite.")
+    return image_signature(image) if image.ndim == 3 else None
+
+
+def check_samples_load(
+    dataset: Dataset, split: Split, indices: np.ndarray, found: Sequence[ImageSignature | str | None]
+) -> CheckResult:
+    """Check that samples can be read, and that their targets are those of the data set.
+
+    Args:
+        dataset: The data set.
+        split: The indices of the fold.
+        indices: The samples that were read.
+        found: The output of `open_samples` for `indices`.
+    """
+    check_files(dataset, split)
+    count = len(indices)
+    total = sum(map(len, split))
+    chosen = f" (chosen at random from {total:,})" if count < total else ""
+    broken = [text for text in found if isinstance(text, str)]
+    if broken:
+        details = f"errors in {len(broken):,} of {count_of(count, 'sample')}{chosen}: {list_first(broken, MAX_LISTED)}"
+        more = "; a larger --samples may find more" if count < total else ""
+        return CheckResult("fail", details, f"fix these files or leave them out{more}")
+    left_out = dataset_info(dataset).left_out
+    ignored = f"; left out: {left_out}" if left_out else ""
+    return CheckResult("pass", f"all {count_of(count, 'sample')}{chosen} load{ignored}")
+
+
+def check_class_counts(split_file: SplitFile, fold: int) -> CheckResult:
+    """Check that each split has samples of each class, and that no class is rare."""
+    dataset = split_file.dataset
+    split_file.select(fold)  # raises UserError if a split lacks a class
+    splits = split_file.select_unchecked(fold)._asdict()
+    if not has_classes(dataset):
+        sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in splits.items())
+        return CheckResult("pass", f"samples: {sizes}; the targets are not classes, so classes are not counted")
+    targets = np.asarray(dataset_info(dataset).targets)
+    classes = list(dataset.classes)
+    counts = {name: _count_classes(targets[indices], len(classes)) for name, indices in splits.items()}
+    sizes = ", ".join(f"{name} {len(splits[name]):,} ({_format_range(count)})" for name, count in counts.items())
+    details = f"{count_of(len(classes), 'class')}, samples (per class): {sizes}"
+    train = counts["train"]
+    if train.max() < IMBALANCE_RATIO * train.min():
+        return CheckResult("pass", details)
+    rare = classes[int(train.argmin())]
+    large = classes[int(train.argmax())]
+    details += f"; {train.max() / train.min():.0f} times as many samples of {large} as of {rare}"
+    hint = "use --main-metric balanced_accuracy or macro_f1, because accuracy hides rare classes"
+    return CheckResult("warning", details, hint)
+
+
+def check_duplicates(
+    dataset: Dataset, split: Split, indices: np.ndarray, found: Sequence[ImageSignature | str | None]
+) -> CheckResult:
+    """Check that no image is in two splits, equal or nearly equal.
+
+    Args:
+        dataset: The data set.
+        split: The indices of the fold.
+        indices: The samples that were read.
+        found: The output of `open_samples` for `indices`.
+    """
+    split_of = np.full(len(dataset), -1)  # the number of the split of each sample
+    for number, members in enumerate(split):
+        split_of[members] = number
+    places = [place for place, signature in enumerate(found) if isinstance(signature, ImageSignature)]
+    signatures = [signature for signature in found if isinstance(signature, ImageSignature)]
+    if not signatures:
+        return CheckResult("warning", "skipped: no sample could be read as an image of shape (C, H, W)")
+    indices = indices[places]
+    pairs = find_duplicates(signatures, split_of[indices])
+    if not pairs:
+        return CheckResult("pass", f"no image is in two splits ({len(signatures):,} compared)")
+    equal = sum(pair.equal for pair in pairs)
+    named = [_describe_pair(dataset, indices[pair.first], indices[pair.second], split_of) for pair in pairs]
+    details = (
+        f"{equal:,} equal and {len(pairs) - equal:,} nearly equal pairs of images in different splits, among "
+        f"{count_of(len(signatures), 'image')}: {list_first(named, MAX_LISTED)}"
+    )
+    held_out = int((split_of[indices] > 0).sum())
+    outcome = "fail" if equal >= MAX_DUPLICATE_FRACTION * held_out and equal else "warning"
+    hint = "put both images of a pair into one group, or leave one out; `python tools/split.py` lists more"
+    return CheckResult(outcome, details, hint)
+
+
+def check_normalization(batches: Iterable[torch.Tensor]) -> CheckResult:
+    """Check that each channel has a mean of about 0 and a standard deviation of about 1.
+
+    Args:
+        batches: Normalized images (N, C, H, W), as the model gets them.
+    """
+    count = 0
+    total = torch.zeros(())
+    squares = torch.zeros(())
+    low = np.inf
+    high = -np.inf
+    for images in batches:
+        values = images.detach().cpu().double().transpose(0, 1).flatten(1)  # (C, N * H * W)
+        count += values.shape[1]
+        total = total + values.sum(1)
+        squares = squares + values.square().sum(1)
+        low = min(low, float(values.min()))
+        high = max(high, float(values.max()))
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    details = f"mean {_format(mean)}, std {_format(std)}, values {low:.2f} to {high:.2f} after normalize"
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        hint = "check normalize in experiment/augmentations.py"
+        return CheckResult("fail", f"{details}; not every value is finite", hint)
+    hint = "`python tools/split.py --keep --statistics` prints MEAN and STD for experiment/augmentations.py"
+    if _is_off(mean, std, WRONG_MEAN, WRONG_STD):
+        return CheckResult("fail", f"{details}; far from mean 0 and std 1", hint)
+    if _is_off(mean, std, FAR_MEAN, FAR_STD):
+        return CheckResult("warning", f"{details}; not close to mean 0 and std 1", hint)
+    return CheckResult("pass", details)
+
+
+def _is_off(mean: torch.Tensor, std: torch.Tensor, max_mean: float, max_ratio: float) -> bool:
+    return bool(((mean.abs() > max_mean) | (std > max_ratio) | (std < 1 / max_ratio)).any())
 
 
 def _count_classes(targets: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(targets[targets >= 0], minlength=classes)
 
 
-def _range(counts: np.ndarray) -> str:
+def _format_range(counts: np.ndarray) -> str:
     if not counts.any():
-        return "targets not known"
-    low, high = int(counts.min()), int(counts.max())
+        return "targets unknown"
+    low = int(counts.min())
+    high = int(counts.max())
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _name_pair(dataset: Any, first: int, second: int, parts: np.ndarray, names: Sequence[str]) -> str:
-    one, other = (f"{dataset.ids[index]} ({names[parts[index]]})" for index in (first, second))
-    return f"{one} and {other}"
+def _describe_pair(dataset: Dataset, first: int, second: int, split_of: np.ndarray) -> str:
+    names = [f"{dataset.ids[index]} ({Split._fields[split_of[index]]})" for index in (first, second)]
+    return " and ".join(names)
 
 
-def _numbers(values: torch.Tensor) -> str:
+def _format(values: torch.Tensor) -> str:
     return " ".join(f"{value:.2f}" for value in values.tolist())

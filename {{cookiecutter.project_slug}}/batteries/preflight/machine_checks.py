@@ -1,4 +1,4 @@
-"""Checks of the machine."""
+"""Checks of the machine: speed, disk space, processes and the run directory."""
 
 import os
 import shutil
@@ -12,157 +12,201 @@ import torch
 
 from batteries.checkpoint.io import count_bytes
 from batteries.core.errors import UserError
-from batteries.core.text import format_duration
+from batteries.core.text import count_of, format_duration
 from batteries.distributed.connectivity import check_process_group
 from batteries.distributed.launch import count_processes
-from batteries.preflight.model_checks import nearest_folder
+from batteries.preflight.model_checks import nearest_directory
 from batteries.preflight.results import CheckResult
 from batteries.run.directory import check_logdir, holds_run
 from batteries.training.state import TrainState
 
-MOST_SECONDS = 5.0  # for one measurement, but for the step that is under way then
-CONNECT_TIMEOUT = 60.0  # each process imports torch first: 2 to 20 s
-ALMOST_FULL = 0.8  # of what is free
+MAX_SECONDS = 5.0  # of one measurement, plus the rest of the step that is running then
+CONNECT_TIMEOUT = 60.0  # seconds; each process imports torch first, which takes 2 to 20 s
+ALMOST_FULL = 0.8  # fraction of the free disk space
 
 
 class Speed(NamedTuple):
-    """Seconds: of the loader alone for a step, of the model alone for a step, and of the whole validation."""
+    """The speed of a stage.
+
+    Attributes:
+        loading: The seconds that the loader needs for one step.
+        step: The seconds that the model needs for one step.
+        validation: The seconds of one validation.
+        workers: The number of loader processes. Without any, loading and training alternate.
+    """
 
     loading: float
     step: float
     validation: float
-    workers: int  # of the loader; with 0 it takes turns with the model
+    workers: int
 
     @property
-    def whole_step(self) -> float:
-        """Seconds from one step to the next."""
+    def seconds_per_step(self) -> float:
+        """The seconds from one step to the next."""
         return max(self.loading, self.step) if self.workers else self.loading + self.step
 
 
-class Length(NamedTuple):
-    """How long a stage is, and how fast."""
+class StageLength(NamedTuple):
+    """The length of a stage, and its speed.
+
+    Attributes:
+        epochs: The number of epochs.
+        steps: The optimizer steps of an epoch.
+        validations: The validations of an epoch: two if there is an EMA of the weights.
+        speed: The speed.
+    """
 
     epochs: int
-    steps: int  # in an epoch
-    validations: int  # in an epoch: two where weights are averaged
+    steps: int
+    validations: int
     speed: Speed
 
     @property
     def seconds(self) -> float:
-        """Of the whole stage."""
-        return self.epochs * (self.steps * self.speed.whole_step + self.validations * self.speed.validation)
+        """The seconds of the whole stage."""
+        per_epoch = self.steps * self.speed.seconds_per_step + self.validations * self.speed.validation
+        return self.epochs * per_epoch
 
 
-def seconds_each(events: Iterable[object], clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """The time from each event to the next; the first is left out, since things are built in it.
+def measure_intervals(events: Iterable[object], clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Measure the seconds from each event to the next; stop after MAX_SECONDS.
 
-    Stops after MOST_SECONDS. Where only one event came by then, its own time.
+    The time until the first event is left out, because it includes initialisation; it is returned only if no other
+    event comes in time.
     """
     times = [clock()]
     for _ in events:
         times.append(clock())
-        if times[-1] - times[0] > MOST_SECONDS:
+        if times[-1] - times[0] > MAX_SECONDS:
             break
-    each = [after - before for before, after in pairwise(times)]
-    return each[1:] or each
+    intervals = [after - before for before, after in pairwise(times)]
+    return intervals[1:] or intervals
 
 
 def check_loader_throughput(speeds: Mapping[str, Speed], batch_size: int) -> CheckResult:
-    """What is the limit, loader or model, in the stage (by name) where loading is the largest share of a step."""
+    """Check that the loader is at least as fast as the model, in the stage with the slowest loader relative to it.
+
+    Args:
+        speeds: The speed of each stage; the key is its name.
+        batch_size: The samples of an optimizer step.
+    """
     name, speed = max(speeds.items(), key=lambda item: item[1].loading / item[1].step)
-    loader, model = batch_size / speed.loading, batch_size / speed.step
-    details = f"samples a second: loader {loader:,.0f}, model {model:,.0f}" + f", in {name}" * (
-        len(set(speeds.values())) > 1
-    )
-    how = f"{speed.workers} worker{'s' * (speed.workers != 1)}" if speed.workers else "no workers, so they take turns"
+    loader = batch_size / speed.loading
+    model = batch_size / speed.step
+    stage = f" in {name}" if len(set(speeds.values())) > 1 else ""
+    rates = f"samples per second{stage}: loader {loader:,.0f}, model {model:,.0f}"
+    workers = count_of(speed.workers, "worker") if speed.workers else "no workers: loading and training alternate"
     if speed.loading <= speed.step:
-        return CheckResult("pass", f"{details}: the model is the limit ({how})")
+        return CheckResult("pass", f"{rates}; the model is the bottleneck ({workers})")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     more = f"--num-workers {max(2, cores)}" if speed.workers < cores else "more cores"
-    return CheckResult(
-        "warning", f"{details}: the loader is the limit ({how})", f"{more}, smaller files, fewer transforms"
-    )
+    hint = f"use {more}, smaller files, or fewer transforms"
+    return CheckResult("warning", f"{rates}; the loader is the bottleneck ({workers})", hint)
 
 
-def estimate_run_time(stages: Sequence[Length], peak_memory: int, *, patient: bool = True) -> CheckResult:
-    """How long the run will be; not `patient` where stages may end before their last epoch. `peak_memory` in bytes."""
+def estimate_run_time(stages: Sequence[StageLength], peak_memory: int, *, may_stop_early: bool = False) -> CheckResult:
+    """Estimate the time of the whole run.
+
+    Args:
+        stages: The length of each stage.
+        peak_memory: The peak memory so far, in bytes; 0 if it is not known.
+        may_stop_early: Whether a stage may end before its last epoch.
+    """
     from rich.filesize import decimal
 
-    epochs, steps = sum(stage.epochs for stage in stages), sum(stage.epochs * stage.steps for stage in stages)
-    slowest = max((stage.speed for stage in stages), key=lambda speed: speed.whole_step)
+    epochs = sum(stage.epochs for stage in stages)
+    steps = sum(stage.epochs * stage.steps for stage in stages)
     seconds = sum(stage.seconds for stage in stages)
+    slowest = max((stage.speed for stage in stages), key=lambda speed: speed.seconds_per_step)
+    about = "at most about" if may_stop_early else "about"
     memory = f"; peak memory so far {decimal(peak_memory)}" if peak_memory else ""
     return CheckResult(
         "pass",
-        f"{'about' if patient else 'at most about'} {format_duration(seconds)} for {epochs} epochs, {steps:,} steps; "
-        f"{slowest.whole_step:.3g} s a step, {slowest.validation:.3g} s a validation{memory}",
+        f"{about} {format_duration(seconds)} for {count_of(epochs, 'epoch')}, {count_of(steps, 'step')}; "
+        f"{slowest.seconds_per_step:.3g} s per step, {slowest.validation:.3g} s per validation{memory}",
     )
 
 
 def kept_checkpoints(epochs: int, save_n_best: int, *, within_epochs: bool) -> int:
-    """The most that a stage keeps: the n best and the two newest; `within_epochs` where some are written there too."""
+    """Return the maximum number of checkpoints that a stage keeps: the n best and the two newest.
+
+    Args:
+        epochs: The epochs of the stage.
+        save_n_best: The option --save-n-best.
+        within_epochs: Whether checkpoints are written within epochs too.
+    """
     return min(save_n_best, epochs) + 2 if within_epochs else min(save_n_best + 2, epochs)
 
 
-def check_disk_space(logdir: Path, sizes: Sequence[int], kept: Sequence[int]) -> CheckResult:
-    """Whether the checkpoints of all stages fit: of each stage its size in bytes, and how many it keeps.
+def check_disk_space(logdir: Path, sizes: Sequence[int], counts: Sequence[int]) -> CheckResult:
+    """Check that the checkpoints of all stages fit on the disk.
 
-    One more is counted, which is being written before an old one goes.
+    One more checkpoint is counted: a new one is written before an old one is deleted.
+
+    Args:
+        logdir: The run directory.
+        sizes: The bytes of a checkpoint, for each stage.
+        counts: The number of checkpoints that are kept, for each stage.
     """
     from rich.filesize import decimal
 
-    folder = nearest_folder(logdir)
-    needed = sum(size * count for size, count in zip(sizes, kept, strict=True)) + max(sizes)
-    free = shutil.disk_usage(folder).free
-    counts = " + ".join(map(str, [*kept, 1]))
-    details = f"up to {decimal(needed)} of {decimal(free)} free: {counts} checkpoints of {decimal(max(sizes))}"
-    hint = "less --save-n-best, or a --logdir on another disk"
+    needed = sum(size * count for size, count in zip(sizes, counts, strict=True)) + max(sizes)
+    free = shutil.disk_usage(nearest_directory(logdir)).free
+    checkpoints = " + ".join(map(str, [*counts, 1]))
+    details = f"up to {decimal(needed)} of {decimal(free)} free: {checkpoints} checkpoints of {decimal(max(sizes))}"
+    hint = "use a smaller --save-n-best, or a --logdir on another disk"
     if needed > free:
         return CheckResult("fail", details, hint)
-    return CheckResult("warning", details, hint) if needed > ALMOST_FULL * free else CheckResult("pass", details)
+    if needed > ALMOST_FULL * free:
+        return CheckResult("warning", details, hint)
+    return CheckResult("pass", details)
 
 
-def count_state_bytes(state: TrainState, pack: Callable[[TrainState], Any]) -> int:
-    """Bytes of all tensors in a checkpoint of `state` once its optimizer has stepped: nearly those of its file.
+def count_state_bytes(state: TrainState, make_checkpoint: Callable[[TrainState], Any]) -> int:
+    """Return the bytes of all tensors in the checkpoint of a state, which is nearly the size of the file.
 
-    The step has gradients of zero, since the optimizer makes what it keeps in its first.
+    The optimizer takes one step with gradients of zero, because it creates its state in its first step.
     """
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()
-    return count_bytes(pack(state))
+    return count_bytes(make_checkpoint(state))
 
 
-def check_processes(device: torch.device, pieces: int, batch_size: int) -> CheckResult:
-    """Whether the processes of scripts/train_ddp.sh find each other here: one per GPU, or two.
+def check_processes(device: torch.device, accumulation_steps: int, batch_size: int) -> CheckResult:
+    """Check that the processes of scripts/train_ddp.sh (one per GPU, or two) can form a process group.
 
-    A step of `batch_size` samples is cut into `pieces` micro-batches for each of them.
+    Args:
+        device: The device of this process.
+        accumulation_steps: The micro-batches of a step on each rank.
+        batch_size: The samples of a step over all ranks.
     """
     if device.type == "mps":
-        return CheckResult("pass", "not tried: mps cannot be shared between processes")
+        return CheckResult("pass", "skipped: processes cannot share mps")
     processes = count_processes()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if reason := check_process_group(processes, device.type, CONNECT_TIMEOUT):
-        details = f"{processes} processes ({backend}) cannot meet: {reason}"
-        hint = (
-            "look at the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), the firewall, and the host's name"
+    name = f"{count_of(processes, 'process')} ({backend})"
+    reason = check_process_group(processes, device.type, CONNECT_TIMEOUT)
+    if reason:
+        hint = "check the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), the firewall and the host name"
+        details = f"{name} cannot form a process group: {reason}"
+        if torch.cuda.device_count() > 1:
+            return CheckResult("fail", details, hint)
+        return CheckResult("warning", f"{details}; this affects only scripts/train_ddp.sh", hint)
+    if batch_size % (processes * accumulation_steps):
+        details = (
+            f"{name} formed a process group, but --batch-size {batch_size} is not a multiple of {processes} processes "
+            f"x --accumulation-steps {accumulation_steps}"
         )
-        only = "" if torch.cuda.device_count() > 1 else "; matters for scripts/train_ddp.sh alone"
-        return CheckResult("warning" if only else "fail", details + only, hint)
-    details = f"{processes} process{'es' * (processes != 1)} met ({backend})"
-    if batch_size % (processes * pieces):
-        what = f"--batch-size {batch_size} does not divide over {processes} x --accumulation-steps {pieces}"
-        return CheckResult(
-            "warning", f"{details}, but {what}", "another --batch-size, or NPROC for scripts/train_ddp.sh"
-        )
-    return CheckResult("pass", details)
+        return CheckResult("warning", details, "use another --batch-size, or set NPROC for scripts/train_ddp.sh")
+    return CheckResult("pass", f"{name} formed a process group")
 
 
 def check_logdir_is_free(logdir: Path, *, resume: bool) -> CheckResult:
-    """Whether train.py would take the folder."""
+    """Check that train.py would accept the run directory."""
     if resume and holds_run(logdir):
-        return CheckResult("pass", f"{logdir} holds a run, to be resumed")
+        return CheckResult("pass", f"{logdir} holds a run, which will be resumed")
     try:
         check_logdir(logdir)
     except UserError as error:

@@ -1,194 +1,224 @@
-"""Checks of model, optimizer and checkpoint: does a batch get learned, do gradients arrive, does a state come back."""
+"""Checks of model, optimizer and checkpoint."""
 
 import math
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from batteries.checkpoint.async_writer import HostBuffers
 from batteries.checkpoint.io import read_checkpoint, save_checkpoint
-from batteries.core.text import list_first
+from batteries.core.text import count_of, list_first
 from batteries.distributed.unwrap import unwrap_model
 from batteries.preflight.results import CheckResult
 from batteries.training.state import TrainState
 
-LEARNED, HALF_LEARNED = 0.1, 0.5  # of the first loss
-MOST_NAMED = 5  # parameters in a row of the table
+# Fractions of the first loss: at or below the one the batch counts as learned, at or below the other as half learned.
+LEARNED = 0.1
+HALF_LEARNED = 0.5
+MAX_LISTED = 5  # parameters listed in a result
 
 
-class DryRun:
-    """What train_fn and valid_fn ask of a run, without its folder: nothing is shown, logged or saved."""
+def check_overfit_one_batch(
+    losses: Iterable[float], samples: int, lr: float, *, pretrained: bool = False
+) -> CheckResult:
+    """Check that the loss of one batch, which is trained repeatedly, falls towards 0.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def track(self, batches: Iterable[Any], metrics: Any) -> Iterator[Any]:
-        """The batches as they are."""
-        return iter(batches)
-
-    def log_step(self, lr: float, gradient_norm: torch.Tensor) -> None:
-        """Nothing."""
-
-
-def check_overfit_one_batch(losses: Iterable[float], samples: int, lr: float, *, knows: bool = False) -> CheckResult:
-    """Whether the loss of one batch, trained on again and again, falls towards 0; it is over when it has fallen enough.
-
-    `knows`: the first weights may know the samples already, so that there is little left to fall.
+    Args:
+        losses: The loss of each step; no more steps are taken than necessary.
+        samples: The number of samples in the batch.
+        lr: The learning rate.
+        pretrained: Whether the initial weights may have been trained on the samples, so that the first loss is low.
     """
-    losses_so_far: list[float] = []
+    seen: list[float] = []
     for loss in losses:
-        losses_so_far.append(loss)
-        if not math.isfinite(loss) or loss <= LEARNED * losses_so_far[0]:
+        seen.append(loss)
+        if not math.isfinite(loss) or loss <= LEARNED * seen[0]:
             break
-    first, last = losses_so_far[0], losses_so_far[-1]
-    words = f"loss {first:.3g} to {last:.3g} in {len(losses_so_far)} steps on the same {samples} samples, lr {lr:g}"
+    first = seen[0]
+    last = seen[-1]
+    steps = count_of(len(seen), "step")
+    details = f"loss {first:.3g} to {last:.3g} in {steps} on the same {count_of(samples, 'sample')}, lr {lr:g}"
     if not math.isfinite(last):
-        return CheckResult(
-            "fail", f"{words}: not finite", "a smaller --stages.0.lr; look at loss and normalize for 0 / 0, log 0"
-        )
+        hint = "use a smaller --stages.0.lr; check the loss and normalize for 0 / 0 and log(0)"
+        return CheckResult("fail", f"{details}; the loss is not finite", hint)
     if last <= LEARNED * first:
-        return CheckResult("pass", words)
-    if last <= HALF_LEARNED * first or knows:
-        return CheckResult("warning", f"{words}: it falls slowly", "another --stages.0.lr, or more --overfit-steps")
-    hint = "do images, targets and loss belong together? do the optimizer's steps reach the model? is lr far off?"
-    return CheckResult("fail", f"{words}: it does not learn them", hint)
+        return CheckResult("pass", details)
+    if last <= HALF_LEARNED * first or pretrained:
+        hint = "try another --stages.0.lr, or more --overfit-steps"
+        return CheckResult("warning", f"{details}; the loss decreases slowly", hint)
+    hint = "check that images match targets, that the optimizer updates the model, and that the lr is suitable"
+    return CheckResult("fail", f"{details}; the model does not learn them", hint)
 
 
-class Seen(NamedTuple):
-    """What the gradients of one parameter were in the steps so far."""
+class GradientMonitor:
+    """Records what the gradients of parameters were during some backward passes.
 
-    moved: bool = False  # not zero in one of them
-    finite: bool = True  # in all of them
+    Attributes:
+        reached: The names of the parameters that got a gradient.
+        nonzero: The names of those whose gradient was not zero at least once.
+        nonfinite: The names of those whose gradient was not finite at least once.
+    """
+
+    def __init__(self) -> None:
+        self.reached: set[str] = set()
+        self.nonzero: set[str] = set()
+        self.nonfinite: set[str] = set()
+
+    @contextmanager
+    def watch(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Record the gradients of `parameters` (name to parameter) while the context is open."""
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._record, name))
+            for name, parameter in parameters.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, name: str, parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        self.reached.add(name)
+        if gradient.any():
+            self.nonzero.add(name)
+        if not gradient.isfinite().all():
+            self.nonfinite.add(name)
 
 
 def check_gradients(
-    model: nn.Module, learning: Collection[str], train: Callable[[], object], *, scaled: bool
+    model: nn.Module, trainable: Collection[str], train: Callable[[], object], *, scaled: bool
 ) -> CheckResult:
-    """Whether every parameter of `learning`, by name, gets a gradient while `train` runs some steps.
+    """Check that every trainable parameter gets a gradient that is finite and not always zero.
 
-    It must not be zero in all of them, and finite; where losses are `scaled` (fp16) the first ones may overflow.
+    Args:
+        model: The model.
+        trainable: The names of the parameters that at least one stage trains.
+        train: Trains some steps.
+        scaled: Whether the loss is scaled (fp16); the first gradients may then overflow.
     """
-    losses_so_far: dict[str, Seen] = {}
-
-    def watch(name: str) -> Callable[[torch.Tensor], None]:
-        def look(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
-            if gradient is not None:
-                before = losses_so_far.get(name, Seen())
-                moved, finite = bool(gradient.any()), bool(gradient.isfinite().all())
-                losses_so_far[name] = Seen(before.moved or moved, before.finite and finite)
-
-        return look
-
     parameters = dict(unwrap_model(model).named_parameters())
-    handles = [
-        parameters[name].register_post_accumulate_grad_hook(watch(name)) for name in parameters if name in learning
-    ]
-    try:
+    watched = {name: parameter for name, parameter in parameters.items() if name in trainable}
+    monitor = GradientMonitor()
+    with monitor.watch(watched):
         train()
-    finally:
-        for handle in handles:
-            handle.remove()
-    unreached = [name for name in parameters if name in learning and name not in losses_so_far]
-    still = [name for name in parameters if name in losses_so_far and not losses_so_far[name].moved]
-    endless = [name for name in parameters if name in losses_so_far and not losses_so_far[name].finite and not scaled]
-    frozen = len(parameters) - len(learning)
-    return _judge_gradients(len(learning), frozen, unreached, still, endless)
-
-
-def _judge_gradients(
-    count: int, frozen: int, unreached: list[str], still: list[str], endless: list[str]
-) -> CheckResult:
+    count = len(trainable)
+    unreached = [name for name in watched if name not in monitor.reached]
     if unreached:
-        losses_so_far = f"no gradient for {len(unreached)} of {count} parameters: {list_first(unreached, MOST_NAMED)}"
-        return CheckResult(
-            "fail", losses_so_far, "use them in forward, or remove or freeze them; DDP ends with an error for them"
+        details = f"no gradient for {len(unreached)} of {count} parameters: {list_first(unreached, MAX_LISTED)}"
+        hint = "use them in forward, freeze them, or remove them; DDP raises an error for unused parameters"
+        return CheckResult("fail", details, hint)
+    nonfinite = [name for name in watched if name in monitor.nonfinite]
+    if nonfinite and not scaled:
+        details = (
+            f"non-finite gradients for {len(nonfinite)} of {count} parameters: {list_first(nonfinite, MAX_LISTED)}"
         )
-    if endless:
-        losses_so_far = (
-            f"gradients that are not finite, for {len(endless)} of {count}: {list_first(endless, MOST_NAMED)}"
-        )
-        return CheckResult(
-            "fail", losses_so_far, "look for sqrt, log and division at 0 in model and loss; --precision fp32"
-        )
-    if still:
-        losses_so_far = f"only zeros for {len(still)} of {count} parameters: {list_first(still, MOST_NAMED)}"
-        return CheckResult("warning", losses_so_far, "a factor of 0, a dead activation, or detach() before them")
-    return CheckResult(
-        "pass", f"all {count} parameters have one" + (f"; {frozen} are frozen in all stages" if frozen else "")
-    )
+        hint = "check the model and the loss for sqrt, log and division at 0; try --precision fp32"
+        return CheckResult("fail", details, hint)
+    zero = [name for name in watched if name not in monitor.nonzero]
+    if zero:
+        details = f"only zero gradients for {len(zero)} of {count} parameters: {list_first(zero, MAX_LISTED)}"
+        hint = "check for a factor of 0, a dead activation, or detach() in front of them"
+        return CheckResult("warning", details, hint)
+    frozen = len(parameters) - count
+    in_all_stages = f"; {frozen} are frozen in all stages" if frozen else ""
+    return CheckResult("pass", f"all {count} parameters get a gradient{in_all_stages}")
 
 
 @contextmanager
-def temporary_folder(logdir: Path) -> Iterator[Path]:
-    """A folder on the file system of `logdir`, which may not be there yet; it is removed at the end."""
-    with tempfile.TemporaryDirectory(prefix=".check-", dir=nearest_folder(logdir)) as folder:
-        yield Path(folder)
+def temporary_directory(logdir: Path) -> Iterator[Path]:
+    """Make a directory on the file system of `logdir`, which need not exist; remove it at the end."""
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=nearest_directory(logdir)) as directory:
+        yield Path(directory)
 
 
-def nearest_folder(path: Path) -> Path:
-    """`path`, or the folder above it that is there."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+def nearest_directory(path: Path) -> Path:
+    """Return `path`, or the closest directory above it that exists."""
+    return next(directory for directory in (path, *path.absolute().parents) if directory.is_dir())
 
 
 def check_checkpoint_roundtrip(
     logdir: Path,
     make_state: Callable[[int], TrainState],
-    pack: Callable[[TrainState], dict[str, Any]],
-    go_on: Callable[[TrainState, int], Any] | None,
+    make_checkpoint: Callable[[TrainState], dict[str, Any]],
+    train_and_validate: Callable[[TrainState, int], Any] | None,
 ) -> CheckResult:
-    """Whether a state that is saved and loaded into another has the same bits, and goes on to the same bits.
+    """Check that a state which is saved and loaded into another model is bit-identical, and continues bit-identically.
 
-    `make_state` makes a state of other random weights for 0 and 1, `pack` its checkpoint, `go_on(state, epoch)` trains
-    and validates a little. Without `go_on` (kernels that give other bits each time) only what is loaded is compared.
+    Args:
+        logdir: The run directory; the checkpoint is written to the same file system, and removed.
+        make_state: Makes a state; 0 and 1 give different random weights.
+        make_checkpoint: Makes the checkpoint of a state.
+        train_and_validate: Called with a state and an epoch; returns the metrics of some steps. None if the kernels are
+            not deterministic: then only the loaded state is compared.
     """
     from rich.filesize import decimal
 
-    state, then = make_state(0), None
-    if go_on is not None:
-        go_on(state, 1)
-    with temporary_folder(logdir) as folder:
-        path = folder / "checkpoint.pth"
-        size, _ = save_checkpoint(path, pack(state))
-        saved = HostBuffers().copy(pack(state))
-        if go_on is not None:
-            then = HostBuffers().copy({"result": go_on(state, 2), **pack(state)})
-        del state  # before the next is made: a GPU may not have room for both
-        twin = make_state(1)
-        twin.restore(read_checkpoint(path), path.name)
-    hint = "what it computes with has to be in state_dict: register_buffer or get_extra_state in experiment/model.py"
-    if lost := differences(saved, pack(twin)):
-        return CheckResult("fail", f"loaded otherwise than saved: {list_first(lost, MOST_NAMED)}", hint)
-    if go_on is not None and (lost := differences(then, {"result": go_on(twin, 2), **pack(twin)})):
-        return CheckResult("fail", f"it loads, and a step later these differ: {list_first(lost, MOST_NAMED)}", hint)
-    after = ", a step later too" if go_on is not None else "; no step compared: --no-deterministic"
-    return CheckResult("pass", f"{decimal(size)} out and back, equal bit for bit{after}")
+    state = make_state(0)
+    expected = None
+    if train_and_validate is not None:
+        train_and_validate(state, 1)
+    with temporary_directory(logdir) as directory:
+        path = directory / "checkpoint.pth"
+        size, _ = save_checkpoint(path, make_checkpoint(state))
+        saved = HostBuffers().copy(make_checkpoint(state))
+        if train_and_validate is not None:
+            expected = HostBuffers().copy({"result": train_and_validate(state, 2), **make_checkpoint(state)})
+        del state  # before the next one is made: a GPU may not have memory for both
+        loaded = make_state(1)
+        loaded.restore(read_checkpoint(path), path.name)
+    hint = "keep what the model computes with in its state_dict: register_buffer or get_extra_state"
+    different = find_differences(saved, make_checkpoint(loaded))
+    if different:
+        return CheckResult("fail", f"loading changes these values: {list_first(different, MAX_LISTED)}", hint)
+    if train_and_validate is None:
+        details = (
+            f"{decimal(size)} saved and loaded, bit-identical; further steps cannot be compared without --deterministic"
+        )
+        return CheckResult("pass", details)
+    different = find_differences(expected, {"result": train_and_validate(loaded, 2), **make_checkpoint(loaded)})
+    if different:
+        details = f"loading changes no value, but further steps differ in: {list_first(different, MAX_LISTED)}"
+        return CheckResult("fail", details, hint)
+    return CheckResult("pass", f"{decimal(size)} saved and loaded, bit-identical, also after further steps")
 
 
-def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """The places where two nested values differ, bit for bit; an empty list where none does."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        names = [*one, *(key for key in other if key not in one)]
-        missing = [f"{name}{key}" for key in names if (key in one) != (key in other)]
-        both = [key for key in names if key in one and key in other]
-        return missing + [place for key in both for place in differences(one[key], other[key], f"{name}{key}.")]
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [place for number, pair in pairs for place in differences(*pair, f"{name}{number}.")]
-    return [] if _is_same(one, other) else [name.rstrip(".")]
+def find_differences(first: Any, second: Any, name: str = "") -> list[str]:
+    """List the names of the values in which two nested objects differ, bit for bit; `name` is the prefix."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return _find_mapping_differences(first, second, name)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        found: list[str] = []
+        for number, (a, b) in enumerate(zip(first, second, strict=True)):
+            found += find_differences(a, b, f"{name}{number}.")
+        return found
+    return [] if _is_same(first, second) else [name.rstrip(".")]
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and _bytes(one).equal(_bytes(other))
-    both_nan = one != one and other != other
-    return type(one) is type(other) and bool(one == other or both_nan)
+def _find_mapping_differences(first: Mapping[Any, Any], second: Mapping[Any, Any], name: str) -> list[str]:
+    keys = [*first, *(key for key in second if key not in first)]
+    found = [f"{name}{key}" for key in keys if (key in first) != (key in second)]
+    for key in keys:
+        if key in first and key in second:
+            found += find_differences(first[key], second[key], f"{name}{key}.")
+    return found
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _is_same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        same_kind = first.dtype == second.dtype and first.shape == second.shape
+        return same_kind and _bytes_of(first).equal(_bytes_of(second))
+    both_nan = first != first and second != second
+    return type(first) is type(second) and bool(first == second or both_nan)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""What is tried before a long run: each check gives one row, said when it is known, and none stops the others."""
+"""Run checks and print one line for each result. A check that fails does not stop the others."""
 
 import sys
 import time
@@ -13,10 +13,17 @@ from batteries.core.project import ROOT
 
 Outcome = Literal["pass", "warning", "fail"]
 STYLES: dict[Outcome, str] = {"pass": "green", "warning": "yellow", "fail": "bold red"}
+MAX_MESSAGE_LENGTH = 200  # characters of the message of an unexpected error
 
 
 class CheckResult(NamedTuple):
-    """What a check found: one sentence or two, and how to mend it."""
+    """The result of a check.
+
+    Attributes:
+        outcome: Whether the check passed.
+        details: What was found, in one line.
+        hint: How to fix it; empty if there is nothing to fix.
+    """
 
     outcome: Outcome
     details: str
@@ -24,107 +31,133 @@ class CheckResult(NamedTuple):
 
 
 def run_checks(checks: Mapping[str, Callable[[], CheckResult]]) -> dict[str, CheckResult]:
-    """Try each check and say its row; the rows by name. What a check raises becomes a row that fails."""
-    table, rows, begin = ResultTable(max(map(len, checks))), {}, time.monotonic()
+    """Run each check and print its result as soon as it is known.
+
+    Args:
+        checks: A function for each name. An exception in it becomes a result that fails.
+
+    Returns:
+        A result for each name.
+    """
+    table = ResultTable(name_width=max(len(name) for name in checks))
+    results: dict[str, CheckResult] = {}
+    begin = time.monotonic()
     for name, check in checks.items():
-        with table.trying(name):
-            rows[name] = run_one_check(check)
-        table.say(name, rows[name])
-    table.say_end(list(rows.values()), time.monotonic() - begin)
-    return rows
+        with table.show_running(name):
+            results[name] = run_one_check(check)
+        table.print_result(name, results[name])
+    table.print_summary(list(results.values()), time.monotonic() - begin)
+    return results
 
 
 def run_one_check(check: Callable[[], CheckResult]) -> CheckResult:
-    """The row of a check, whatever happens in it."""
+    """Run a check and return its result; an exception becomes a result that fails."""
     try:
         return check()
-    except Exception as error:  # noqa: BLE001 (the other checks are tried all the same)
-        return CheckResult("fail", describe_error(error), hint_for(error))
+    except Exception as error:  # noqa: BLE001 (the other checks must run too)
+        return CheckResult("fail", describe_error(error), suggest_fix(error))
 
 
-def raise_if_failed(rows: Mapping[str, CheckResult]) -> None:
-    """Raise RunFailed, which means exit code 1, where a check failed."""
-    if failed := [name for name, row in rows.items() if row.outcome == "fail"]:
-        raise RunError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}.")
+def raise_if_failed(results: Mapping[str, CheckResult]) -> None:
+    """Raise RunError, which means exit code 1, if a check failed."""
+    failed = [name for name, result in results.items() if result.outcome == "fail"]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}.")
 
 
 def describe_error(error: Exception) -> str:
-    """An error in one sentence: for the user as it is, a bug with its type and the last of our lines it came through.
+    """Describe an error in one line: the message of a UserError, or the type, message and place of another error.
 
-    Ours are the user's as well: what stands in this repository, not in a library.
+    The place is the last line of user code in the traceback: the repository without batteries/ and without libraries.
     """
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return said
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(ROOT)]
-    yours = [frame for frame in lines if Path(frame.filename).parent != ROOT / "batteries"]
-    place = f" ({Path(yours[-1].filename).relative_to(ROOT)}, line {yours[-1].lineno})" if yours else ""
-    return f"{type(error).__name__}: {said[:200] or 'without a word'}{place}"
+        return message
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_code(Path(frame.filename))]
+    place = ""
+    if frames:
+        place = f" ({Path(frames[-1].filename).relative_to(ROOT)}, line {frames[-1].lineno})"
+    return f"{type(error).__name__}: {message[:MAX_MESSAGE_LENGTH] or '(no error message)'}{place}"
 
 
-def hint_for(error: Exception) -> str:
-    """What helps against an error that many runs meet."""
-    return "more --accumulation-steps, or less --batch-size" if is_out_of_memory(error) else ""
+def is_user_code(file: Path) -> bool:
+    """Return whether a file belongs to this repository, but not to batteries/ or a virtual environment in it."""
+    is_library = file.is_relative_to(ROOT / "batteries") or "site-packages" in file.parts
+    return file.is_relative_to(ROOT) and not is_library
+
+
+def suggest_fix(error: Exception) -> str:
+    """Return a hint for an error with a known fix, otherwise an empty string."""
+    return "use more --accumulation-steps, or a smaller --batch-size" if is_out_of_memory(error) else ""
 
 
 class ResultTable:
-    """Rows as they come: in columns on a terminal, one line each in a pipe or a file.
+    """Prints results as they come: in columns on a terminal, one line for each in a pipe or a file.
 
-    Nothing is drawn by a thread: loaders fork meanwhile, and times are measured.
+    No thread draws anything, because loaders fork in the meantime and times are measured.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, name_width: int) -> None:
+        """Print the header on a terminal.
+
+        Args:
+            name_width: The width of the column with the names of the checks, in characters.
+        """
         from rich.console import Console
 
-        self.width = width  # of the names of checks
-        self.screen = Console(file=sys.stdout, highlight=False)
-        if self.screen.is_terminal:
-            self._print(self._grid(("result", "check", "what was seen"), "bold"))
-            self.screen.rule(characters="-", style="dim")
+        self._name_width = name_width
+        self._screen = Console(file=sys.stdout, highlight=False)
+        if self._screen.is_terminal:
+            self._print(self._make_row("result", "check", "details", style="bold"))
+            self._screen.rule(characters="-", style="dim")
 
     @contextmanager
-    def trying(self, name: str) -> Iterator[None]:
-        """While a check is tried a terminal shows its name."""
+    def show_running(self, name: str) -> Iterator[None]:
+        """Show the name of a check on a terminal while it runs."""
         from rich.live import Live
 
-        if not self.screen.is_terminal:
+        if not self._screen.is_terminal:
             yield
             return
-        waiting = self._grid(("...", name, ""), "dim")
-        with Live(waiting, console=self.screen, auto_refresh=False, transient=True, redirect_stdout=False):
+        row = self._make_row("...", name, "", style="dim")
+        with Live(row, console=self._screen, auto_refresh=False, transient=True, redirect_stdout=False):
             yield
 
-    def say(self, name: str, row: CheckResult) -> None:
-        """One row."""
-        if not self.screen.is_terminal:
-            hint = f" Mend: {row.hint}." if row.hint else ""
-            self._print(f"{row.outcome:<8} {name:<{self.width}}  {row.details.rstrip('.')}.{hint}")
+    def print_result(self, name: str, result: CheckResult) -> None:
+        """Print the result of one check."""
+        if self._screen.is_terminal:
+            self._print_columns(name, result)
             return
+        hint = f" Fix: {result.hint}." if result.hint else ""
+        self._print(f"{result.outcome:<8} {name:<{self._name_width}}  {result.details.rstrip('.')}.{hint}")
+
+    def print_summary(self, results: Sequence[CheckResult], seconds: float) -> None:
+        """Print the number of checks with each outcome, and the time."""
+        if self._screen.is_terminal:
+            self._screen.rule(characters="-", style="dim")
+        counts = {outcome: sum(result.outcome == outcome for result in results) for outcome in STYLES}
+        summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+        self._print(f"{len(results)} checks in {seconds:.0f} s: {summary}.")
+
+    def _print_columns(self, name: str, result: CheckResult) -> None:
         from rich.text import Text
 
-        details = Text(row.details)
-        if row.hint:
-            details.append(f"\n-> {row.hint}", STYLES[row.outcome])
-        self._print(self._grid((Text(row.outcome, STYLES[row.outcome]), Text(name), details)))
+        style = STYLES[result.outcome]
+        details = Text(result.details)
+        if result.hint:
+            details.append(f"\n-> {result.hint}", style)
+        self._print(self._make_row(Text(result.outcome, style), Text(name), details))
 
-    def say_end(self, rows: Sequence[CheckResult], seconds: float) -> None:
-        """How many of each there are."""
-        if self.screen.is_terminal:
-            self.screen.rule(characters="-", style="dim")
-        counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in STYLES}
-        said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
-        self._print(f"{len(rows)} checks in {seconds:.0f} s: {said}.")
+    def _make_row(self, outcome: Any, name: Any, details: Any, style: str = "") -> Any:
+        from rich.table import Table
 
-    def _grid(self, cells: Sequence[Any], style: str = "") -> Any:
-        from rich.table import Table as Grid
+        row = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        row.add_column(width=len("warning"), no_wrap=True)
+        row.add_column(width=self._name_width, no_wrap=True)
+        row.add_column(ratio=1, overflow="fold")
+        row.add_row(outcome, name, details, style=style)
+        return row
 
-        grid = Grid.grid(padding=(0, 2, 0, 0), expand=True)
-        grid.add_column(width=len("warning"), no_wrap=True)
-        grid.add_column(width=self.width, no_wrap=True)
-        grid.add_column(ratio=1, overflow="fold")
-        grid.add_row(*cells, style=style)
-        return grid
-
-    def _print(self, what: Any) -> None:
-        self.screen.print(what, markup=False, soft_wrap=True)
-        self.screen.file.flush()
+    def _print(self, content: Any) -> None:
+        self._screen.print(content, markup=False, soft_wrap=True)
+        self._screen.file.flush()

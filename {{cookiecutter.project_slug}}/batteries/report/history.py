@@ -1,4 +1,4 @@
-"""What runs left in their folders, read without torch: knobs, record, and what each epoch came to."""
+"""Histories of runs: options, metadata, and metrics per epoch. Reading them does not import torch."""
 
 import math
 import os
@@ -14,8 +14,8 @@ from batteries.core.jsonl import read_jsonl
 from batteries.core.text import find_repeated
 
 
-class Span(NamedTuple):
-    """The epochs of a stage, counted from 1 over all stages, the last one included."""
+class StageSpan(NamedTuple):
+    """The epochs of a stage, counted from 1 over all stages, both ends included."""
 
     name: str
     first: int
@@ -23,157 +23,192 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class History:
-    """One run, whole or cut: of a run that was cut early the record or the epochs are empty."""
+class RunHistory:
+    """One run, finished or not.
 
-    name: str  # what it is called beside others
-    folder: Path
-    config: dict[str, Any]  # config.json
-    record: dict[str, Any]  # run.json
-    epochs: list[dict[str, Any]]  # the lines of metrics.jsonl
-    timings: list[dict[str, Any]]  # the lines of timings.jsonl
+    Attributes:
+        name: The name of the run in the report.
+        directory: The run directory.
+        config: The contents of config.json.
+        metadata: The contents of run.json; empty if the run was interrupted before it was written.
+        epochs: The lines of metrics.jsonl, one per epoch over all stages.
+        timings: The lines of timings.jsonl.
+    """
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
 
     @property
-    def metric(self) -> str:
-        """The one that ranks epochs."""
+    def main_metric(self) -> str:
+        """The metric that ranks epochs."""
         return self.config.get("main_metric", "accuracy")
 
     @property
-    def parts(self) -> list[str]:
-        """What each epoch was measured on: train, valid, and valid_ema where weights are averaged."""
-        return list(dict.fromkeys(part for line in self.epochs for part in line if isinstance(line[part], Mapping)))
+    def splits(self) -> list[str]:
+        """The splits with metrics: train, valid, and valid_ema if weights are averaged."""
+        return unique(name for line in self.epochs for name, value in line.items() if isinstance(value, Mapping))
 
     @property
     def metrics(self) -> list[str]:
-        """The names of all metrics, the one that ranks epochs first."""
-        named = (name for line in self.epochs for part in self.parts for name in line.get(part, {}))
-        return sorted(dict.fromkeys(named), key=lambda name: name != self.metric)
+        """The names of all metrics, the main metric first."""
+        names = unique(name for line in self.epochs for split in self.splits for name in line.get(split, {}))
+        return sorted(names, key=lambda name: name != self.main_metric)
 
     @property
-    def ranked_part(self) -> str:
-        """Whose scores rank epochs: those of the averaged weights where there are any."""
-        return "valid_ema" if "valid_ema" in self.parts else "valid"
+    def ranked_split(self) -> str:
+        """The split whose scores rank epochs: valid_ema if weights are averaged."""
+        return "valid_ema" if "valid_ema" in self.splits else "valid"
 
-    def has(self, part: str, metric: str) -> bool:
-        """Whether that metric was taken on that split."""
-        return any(metric in line.get(part, {}) for line in self.epochs)
+    def has(self, split: str, metric: str) -> bool:
+        """Return whether a metric was computed on a split."""
+        return any(metric in line.get(split, {}) for line in self.epochs)
 
-    def curve(self, part: str, metric: str) -> list[float]:
-        """One number for each epoch; NaN where there is none."""
-        return [_number(line.get(part, {}).get(metric)) for line in self.epochs]
+    def curve(self, split: str, metric: str) -> list[float]:
+        """Return one value per epoch; NaN if it is missing or not finite."""
+        return [_to_number(line.get(split, {}).get(metric)) for line in self.epochs]
 
-    def rates(self) -> list[float]:
-        """The learning rate at the end of each epoch."""
-        return [_number(line.get("lr")) for line in self.epochs]
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate at the end of each epoch."""
+        return [_to_number(line.get("lr")) for line in self.epochs]
 
-    def best(self, span: Span | None = None) -> int | None:
-        """The best epoch, from 1 over all stages, or that of one stage; the earlier on a tie, None without a score."""
-        first, last = (1, len(self.epochs)) if span is None else span[1:]
-        scores = self.curve(self.ranked_part, self.metric)[first - 1 : last]
-        sign = -1 if self.config.get("minimize_metric") else 1
-        finite = [(-sign * score, epoch) for epoch, score in enumerate(scores, first) if math.isfinite(score)]
+    def best_epoch(self, span: StageSpan | None = None) -> int | None:
+        """Return the best epoch of the run, or of one stage.
+
+        Returns:
+            The epoch, counted from 1 over all stages; the earlier one on a tie; None if no score is finite.
+        """
+        first = 1 if span is None else span.first
+        last = len(self.epochs) if span is None else span.last
+        scores = self.curve(self.ranked_split, self.main_metric)[first - 1 : last]
+        sign = 1 if self.config.get("minimize_metric") else -1
+        finite = [(sign * score, epoch) for epoch, score in enumerate(scores, first) if math.isfinite(score)]
         return min(finite)[1] if finite else None
 
-    def value(self, epoch: int | None, part: str, metric: str) -> float:
-        """One metric of one epoch; NaN without one."""
-        return math.nan if epoch is None else self.curve(part, metric)[epoch - 1]
+    def value(self, epoch: int | None, split: str, metric: str) -> float:
+        """Return one metric of one epoch; NaN if `epoch` is None."""
+        return math.nan if epoch is None else self.curve(split, metric)[epoch - 1]
 
-    def spans(self) -> list[Span]:
-        """The stages that have epochs, in order."""
+    def stage_spans(self) -> list[StageSpan]:
+        """List the stages that have epochs, in order."""
         stages = [line["stage"] for line in self.epochs]
-        return [Span(name, stages.index(name) + 1, len(stages) - stages[::-1].index(name)) for name in unique(stages)]
+        return [
+            StageSpan(name, stages.index(name) + 1, len(stages) - stages[::-1].index(name)) for name in unique(stages)
+        ]
 
-    def place(self, epoch: int | None) -> str:
-        """An epoch in words: `stage1 epoch 3`."""
-        return "" if epoch is None else f"{self.epochs[epoch - 1]['stage']} epoch {self.epochs[epoch - 1]['epoch']}"
+    def describe_epoch(self, epoch: int | None) -> str:
+        """Return the stage and its epoch, such as `stage1 epoch 3`; empty for None."""
+        if epoch is None:
+            return ""
+        line = self.epochs[epoch - 1]
+        return f"{line['stage']} epoch {line['epoch']}"
 
-    def seconds(self) -> float:
-        """Spent training, validation and checkpoints not counted."""
+    def training_seconds(self) -> float:
+        """Return the seconds of training, without validation and checkpoints."""
         return sum(line["seconds"] for line in self.timings)
 
     def samples_per_second(self) -> float:
-        """In training, over all epochs; NaN where no time was kept."""
-        seen = sum(line["samples_per_second"] * line["seconds"] for line in self.timings)
-        return seen / self.seconds() if self.seconds() else math.nan
+        """Return the training throughput over all epochs; NaN without timings."""
+        samples = sum(line["samples_per_second"] * line["seconds"] for line in self.timings)
+        seconds = self.training_seconds()
+        return samples / seconds if seconds else math.nan
 
-    def format_duration(self) -> float:
-        """Seconds from the first start to the end, breaks included; NaN for a run without an end."""
-        start, end = self.record.get("start"), self.record.get("end")
+    def total_seconds(self) -> float:
+        """Return the seconds from the first start to the end, interruptions included; NaN if the run has not ended."""
+        start = self.metadata.get("start")
+        end = self.metadata.get("end")
         if not (start and end):
             return math.nan
         return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
 
     def outcome(self) -> str:
-        """How the run ended."""
-        return self.record.get("exit") or "without an end: it still runs, or was killed"
+        """Return how the run ended."""
+        return self.metadata.get("exit") or "not ended: still running, or killed"
 
     def summary(self) -> str:
-        """How the run ended, when it began, and its commit."""
-        start, commit = self.record.get("start"), self.record.get("git_commit")
-        said = [self.outcome()]
-        said += [f"started {datetime.fromisoformat(start):%Y-%m-%d %H:%M} UTC"] if start else []
-        said += [f"git {commit[:12]}{' with changes' * bool(self.record.get('git_dirty'))}"] if commit else []
-        return " · ".join(said)
+        """Return how the run ended, when it started, and its commit."""
+        parts = [self.outcome()]
+        if start := self.metadata.get("start"):
+            parts.append(f"started {datetime.fromisoformat(start):%Y-%m-%d %H:%M} UTC")
+        if commit := self.metadata.get("git_commit"):
+            changes = " with uncommitted changes" if self.metadata.get("git_dirty") else ""
+            parts.append(f"git {commit[:12]}{changes}")
+        return " · ".join(parts)
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in order."""
+    """Return each value once, in order."""
     return list(dict.fromkeys(values))
 
 
-def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The runs that are meant: a folder is a run, or holds runs, such as folds.
+def find_runs(directories: Sequence[Path]) -> list[Path]:
+    """List the run directories: each directory is a run, or holds runs, such as folds.
 
-    Raises BadInput for one that is neither, and where a run is given twice.
+    Raises:
+        UserError: If a directory is neither, or a run is given twice.
     """
     runs = []
-    for folder in folders:
-        inside = [] if is_run(folder) else [path for path in sorted(folder.glob("*")) if is_run(path)]
-        if not is_run(folder) and not inside:
+    for directory in directories:
+        found = [directory] if is_run(directory) else [path for path in sorted(directory.glob("*")) if is_run(path)]
+        if not found:
             raise UserError(
-                f"{folder} holds no run: config.json is missing; give a run's folder, such as logs/baseline."
+                f"{directory} does not hold a run (config.json is missing); give a run directory, such as "
+                "logs/baseline."
             )
-        runs += inside or [folder]
-    if doubled := find_repeated(str(run.resolve()) for run in runs):
-        raise UserError(f"{doubled[0]} is given twice; give each run once.")
+        runs += found
+    if repeated := find_repeated(str(run.resolve()) for run in runs):
+        raise UserError(f"{repeated[0]} is given twice; give each run once.")
     return runs
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a run was started in `folder`."""
-    return (folder / "config.json").is_file()
+def is_run(directory: Path) -> bool:
+    """Return whether a run was started in a directory."""
+    return (directory / "config.json").is_file()
 
 
-def common_folder(runs: Sequence[Path]) -> Path:
-    """The folder that holds all of several runs, and is none of them."""
-    found = Path(os.path.commonpath([run.resolve() for run in runs]))
-    while is_run(found):
-        found = found.parent
-    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
+def common_directory(runs: Sequence[Path]) -> Path:
+    """Return the closest directory that contains all runs and is not a run."""
+    directory = Path(os.path.commonpath([run.resolve() for run in runs]))
+    while is_run(directory):
+        directory = directory.parent
+    return directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory
 
 
-def read_histories(runs: Sequence[Path]) -> list[History]:
-    """Each run, called by its path from the folder that holds them all. Raises BadInput for a damaged file."""
+def read_histories(runs: Sequence[Path]) -> list[RunHistory]:
+    """Read all runs, named by their path in their common directory. Raises UserError for a damaged file."""
     if len(runs) == 1:
         return [read_history(runs[0], runs[0].resolve().name)]
-    common = common_folder(runs)
-    return [read_history(run, run.resolve().relative_to(common.resolve()).as_posix()) for run in runs]
+    common = common_directory(runs).resolve()
+    return [read_history(run, run.resolve().relative_to(common).as_posix()) for run in runs]
 
 
-def read_history(folder: Path, name: str) -> History:
-    """What is there of a run. Raises BadInput for a damaged file; a line that a kill has torn is left out."""
-    config, record = (_read_object(folder / file) for file in ("config.json", "run.json"))
-    epochs, timings = ([line for _, line in read_jsonl(folder / file)] for file in ("metrics.jsonl", "timings.jsonl"))
-    return History(name, folder, config, record, epochs, timings)
+def read_history(directory: Path, name: str) -> RunHistory:
+    """Read what exists of a run.
+
+    Raises:
+        UserError: If a file is damaged; a last line that is incomplete, because the run was killed, is ignored.
+    """
+    return RunHistory(
+        name=name,
+        directory=directory,
+        config=read_object(directory / "config.json"),
+        metadata=read_object(directory / "run.json"),
+        epochs=[line for _, line in read_jsonl(directory / "metrics.jsonl")],
+        timings=[line for _, line in read_jsonl(directory / "timings.jsonl")],
+    )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file does not exist. Raises UserError if it is damaged."""
     values = read_json(path) if path.is_file() else {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it is no object); put it back.")
+        raise UserError(f"{path} is damaged (not a JSON object); restore it.")
     return values
 
 
-def _number(value: Any) -> float:
-    """A number of metrics.jsonl, which has null for what was not finite."""
+def _to_number(value: Any) -> float:
+    """Convert a value of metrics.jsonl, in which null stands for numbers that are not finite."""
     return float(value) if isinstance(value, int | float) else math.nan

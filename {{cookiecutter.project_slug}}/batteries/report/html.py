@@ -1,9 +1,9 @@
-"""One HTML page that needs nothing else: no script, no font, no file beside it. What comes from outside is escaped."""
+"""A self-contained HTML report: no scripts, no fonts, no other files. Text from outside is escaped."""
 
 import base64
 import html
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from batteries.core.errors import UserError
 from batteries.core.files import write_output
 from batteries.report.plots import MARK, Plot
 
-# Nothing is loaded, whatever a page says, and no script runs: developer.mozilla.org/docs/Web/HTTP/CSP
+# The browser loads nothing and runs no script, whatever the text contains: developer.mozilla.org/docs/Web/HTTP/CSP
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-# Characters that XML has no place for, in any form.
+# Characters that are not valid in XML in any form.
 CONTROL = {code: None for code in [*range(0x20), 0x7F, 0xFFFE, 0xFFFF, *range(0xD800, 0xE000)] if code not in (9, 10)}
 
-# In the dark, plots are inverted, and their hues turned back: white becomes the colour of `--card` there.
+# In dark mode plots are inverted and their hues are rotated back: white becomes the colour of `--card` in dark mode.
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #ffffff; --ink: #1d1d1f; --soft: #66666b; --line: #e2e2df;
   --mark: #fff3cf; --link: #0060a0; }
@@ -65,90 +65,113 @@ footer { margin-top: 3rem; color: var(--soft); font-size: 0.85rem; }
 
 
 class Html(str):
-    """A text that is HTML; every other text is escaped when it is put into a page."""
+    """Text that is HTML; all other text is escaped when it is put into a report."""
 
 
 class Aside(Html):
-    """HTML that stands beside the plots around it, where the page is wide enough."""
+    """HTML that is placed next to plots if the window is wide enough."""
 
 
 class Section(NamedTuple):
-    """A part of a page, with a name for links to it."""
+    """A section of a report, with its title and content."""
 
     title: str
-    parts: Sequence[Html | Plot]
+    content: Sequence[Html | Plot]
 
     @property
     def anchor(self) -> str:
-        """Its name in the address."""
+        """The target of links to the section."""
         return self.title.lower().replace(" ", "-")
 
 
 def escape(value: object) -> Html:
-    """Any value as HTML that shows it; what is HTML stays."""
+    """Convert a value to HTML that displays it; HTML is returned unchanged."""
     return value if isinstance(value, Html) else Html(html.escape(str(value).translate(CONTROL)))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-    """An element; an attribute that python has a word of its own for ends in an underscore, such as `class_`."""
-    given = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items() if value is not None)
-    inner = "".join(escape(child) for child in children)
-    return Html(f"<{name}{given} />" if name in ("img", "meta") else f"<{name}{given}>{inner}</{name}>")
+    """Build an element.
 
-
-def join(parts: Iterable[object]) -> Html:
-    """Parts one after the other."""
-    return Html("".join(escape(part) for part in parts))
+    Args:
+        name: The name of the element.
+        children: Its content; what is not HTML is escaped.
+        attributes: Its attributes; None omits one. A name that Python reserves ends in an underscore, such as `class_`.
+    """
+    written = [f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items() if value is not None]
+    opening = name + "".join(written)
+    if name in ("img", "meta"):
+        return Html(f"<{opening} />")
+    content = "".join(escape(child) for child in children)
+    return Html(f"<{opening}>{content}</{name}>")
 
 
 def make_table(
-    header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1, marked: Iterable[int] = ()
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    text_columns: int = 1,
+    highlighted: bool = False,
 ) -> Html:
-    """A table whose first `texts` columns are words and whose others are numbers; the rows in `marked` stand out."""
-    kinds = [None if column < texts else "n" for column in range(len(header))]
-    head = tag("tr", *(tag("th", name, class_=kind) for name, kind in zip(header, kinds, strict=True)))
-    found = set(marked)
-    lines = [
-        tag(
-            "tr",
-            *(tag("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)),
-            class_="differs" if number in found else None,
-        )
-        for number, row in enumerate(rows)
-    ]
-    of_words = " words" * (texts >= len(header))
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *lines)), class_=f"table{of_words}")
+    """Build a table.
+
+    Args:
+        header: The names of the columns.
+        rows: The cells.
+        text_columns: The number of columns, from the left, that hold text; the others hold numbers, aligned right.
+        highlighted: Whether all rows are highlighted.
+    """
+    classes = [None if column < text_columns else "n" for column in range(len(header))]
+    names = [tag("th", name, class_=class_) for name, class_ in zip(header, classes, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [tag("td", cell, class_=class_) for cell, class_ in zip(row, classes, strict=True)]
+        lines.append(tag("tr", *cells, class_="differs" if highlighted else None))
+    table = tag("table", tag("thead", tag("tr", *names)), tag("tbody", *lines))
+    return tag("div", table, class_="table words" if text_columns >= len(header) else "table")
 
 
-def make_tiles(tiles: Iterable[tuple[str, str, str]]) -> Html:
-    """A row of numbers: what each is, the number, and a word on it."""
-    return tag(
-        "div",
-        *(tag("div", tag("span", name), tag("b", number), tag("small", word)) for name, number, word in tiles),
-        class_="tiles",
-    )
+class Tile(NamedTuple):
+    """A key number, with its name and a comment."""
+
+    name: str
+    number: str
+    comment: str
 
 
-def make_image(png: bytes, says: str, class_: str | None = None) -> Html:
-    """A picture within the page."""
-    width, height = size_of(png)
+def make_tiles(tiles: Sequence[Tile]) -> Html:
+    """Build a row of key numbers."""
+    made = [tag("div", tag("span", name), tag("b", number), tag("small", comment)) for name, number, comment in tiles]
+    return tag("div", *made, class_="tiles")
+
+
+def make_image(png: bytes, alt: str, class_: str | None = None) -> Html:
+    """Embed a PNG file, with an alternative text."""
+    width, height = png_size(png)
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return tag("img", src=source, alt=says, width=width, height=height, class_=class_)
+    return tag("img", src=source, alt=alt, width=width, height=height, class_=class_)
 
 
-def size_of(png: bytes) -> tuple[int, int]:
-    """Width and height of a PNG file, in pixels."""
+def png_size(png: bytes) -> tuple[int, int]:
+    """Return the width and height of a PNG file, in pixels."""
     width, height = struct.unpack(">II", png[16:24])
     return width, height
 
 
-def fold(summary: str, *children: object) -> Html:
-    """What is shown when it is asked for."""
+def collapsible(summary: str, *children: object) -> Html:
+    """Build a block that is collapsed until its summary is clicked."""
     return tag("details", tag("summary", summary), *children)
 
 
-def make_page(title: str, beneath: str, lead: Sequence[Html], sections: Sequence[Section], foot: str) -> str:
-    """The whole page: a title and a line beneath it, what leads, links to the sections, and those."""
+def make_report(title: str, subtitle: str, lead: Sequence[Html], sections: Sequence[Section], footer: str) -> str:
+    """Build the complete report.
+
+    Args:
+        title: The heading.
+        subtitle: The line below the heading.
+        lead: What comes before the first section.
+        sections: The sections, each with a link at the top.
+        footer: The last line.
+    """
     links = tag("nav", *(tag("a", section.title, href=f"#{section.anchor}") for section in sections))
     head = tag(
         "head",
@@ -159,53 +182,59 @@ def make_page(title: str, beneath: str, lead: Sequence[Html], sections: Sequence
         tag("title", title),
         tag("style", Html(STYLE)),
     )
-    top = tag("header", tag("h1", title), tag("p", beneath, class_="soft"), links)
-    body = tag("main", top, *lead, *map(_show, sections), tag("footer", foot))
-    return f"<!doctype html>\n{tag('html', head, tag('body', body), lang='en')}\n"
+    top = tag("header", tag("h1", title), tag("p", subtitle, class_="soft"), links)
+    blocks = [_render_section(section) for section in sections]
+    body = tag("body", tag("main", top, *lead, *blocks, tag("footer", footer)))
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _show(section: Section) -> Html:
-    """A section, neighbouring plots side by side."""
-    parts = []
-    for are_narrow, group in groupby(section.parts, _is_narrow):
-        shown = [_show_part(part) for part in group]
-        parts += [tag("div", *shown, class_="plots")] if are_narrow else shown
-    return tag("section", tag("h2", section.title), *parts, id=section.anchor)
+def _render_section(section: Section) -> Html:
+    """Build a section in which adjacent plots are side by side."""
+    blocks = []
+    for are_narrow, group in groupby(section.content, _is_narrow):
+        rendered = [_render_item(item) for item in group]
+        if are_narrow:
+            blocks.append(tag("div", *rendered, class_="plots"))
+        else:
+            blocks += rendered
+    return tag("section", tag("h2", section.title), *blocks, id=section.anchor)
 
 
-def _is_narrow(part: Html | Plot) -> bool:
-    return isinstance(part, Plot | Aside)
+def _is_narrow(item: Html | Plot) -> bool:
+    return isinstance(item, Plot | Aside)
 
 
-def _show_part(part: Html | Plot) -> Html:
-    if not isinstance(part, Plot):
-        return part
-    return tag("figure", make_image(part.png, part.says), class_=f"plot{' wide' * part.is_wide}")
+def _render_item(item: Html | Plot) -> Html:
+    if not isinstance(item, Plot):
+        return item
+    return tag("figure", make_image(item.png, item.alt), class_="plot wide" if item.is_wide else "plot")
 
 
 def plots_of(sections: Sequence[Section]) -> list[Plot]:
-    """All plots of a page."""
-    return [part for section in sections for part in section.parts if isinstance(part, Plot)]
+    """List all plots of a report."""
+    return [item for section in sections for item in section.content if isinstance(item, Plot)]
 
 
-def write_page(path: Path, page: str, plots: Sequence[Plot]) -> None:
-    """Write the page, and its plots as files into plots/ beside it.
+def write_report(path: Path, report: str, plots: Sequence[Plot]) -> None:
+    """Write the report, and its plots as files in the directory plots/ next to it.
 
-    Raises BadInput, and writes nothing, where something else than a report is there already.
+    Raises:
+        UserError: If one of the files exists and is not part of an earlier report. Nothing is written.
     """
-    folder = path.with_name("plots" if path.name == "report.html" else f"{path.stem}_plots")
-    files = {folder / f"{plot.name}.png": plot.png for plot in plots} | {path: page.encode()}
+    directory = path.with_name("plots" if path.name == "report.html" else f"{path.stem}_plots")
+    files = {directory / f"{plot.name}.png": plot.png for plot in plots}
+    files[path] = report.encode()
     for file in files:
-        check_ours(file)
+        check_replaceable(file)
     for file, content in files.items():
         write_output(file, lambda target, content=content: target.write(content), "--output")
 
 
-def check_ours(path: Path) -> None:
-    """Raise BadInput where `path` is there and no report: nothing of the user's is overwritten."""
+def check_replaceable(path: Path) -> None:
+    """Raise UserError if `path` exists and is not part of an earlier report, so that no user file is overwritten."""
     if path.is_file():
         with path.open("rb") as file:
             if MARK.encode() in file.read(1000):
                 return
     if path.exists():
-        raise UserError(f"{path} is there already and no report; move it away, or use another --output.")
+        raise UserError(f"{path} exists and was not written by tools/report.py; move it, or use another --output.")

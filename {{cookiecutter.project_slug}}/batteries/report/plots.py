@@ -1,20 +1,19 @@
-"""Plots."""
+"""Plots of a report as PNG files, in colours that colour-blind people can distinguish."""
 
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from batteries.evaluation.error_analysis import Bin
-from batteries.report.history import Span
+from batteries.evaluation.error_analysis import ConfidenceBin
+from batteries.report.history import StageSpan
 
-MARK = "batteries report.py"  # in each file of a report: what has it may be replaced
+MARK = "batteries report.py"  # in each file of a report: a file that contains it may be replaced
 
-# Okabe and Ito's colours, which colour-blind people can tell apart (jfly.uni-koeln.de/color).
+# The palette of Okabe and Ito for colour-blind people (jfly.uni-koeln.de/color).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = {"train": ("#D55E00", "--"), "valid": ("#0072B2", "-"), "valid_ema": ("#009E73", "-.")}
 GREY = "#8a8a8a"
@@ -31,24 +30,42 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
     "lines.linewidth": 1.7,
-    "text.parse_math": False,  # a class may be called $x$
+    "text.parse_math": False,  # the name of a class may be $x$
 }
-WIDTH, HEIGHT, DPI = 5.4, 3.5, 160  # inches, and pixels each: sharp at the width of half a page
-MOST_CLASSES = 24  # in a confusion matrix whose names can be read
-MOST_NARROW = 12  # in one that can be read at half the width of a page
+WIDTH = 5.4  # inches
+HEIGHT = 3.5  # inches
+DPI = 160  # pixels per inch: sharp at half the width of a report
+MAX_CLASSES = 24  # of a confusion matrix with readable names
+MAX_NARROW_CLASSES = 12  # of a confusion matrix that is readable at half the width of a report
+MAX_MARKED_EPOCHS = 40  # of a curve with a dot per epoch
 
 
 class Plot(NamedTuple):
-    """A PNG file, and what it shows in words."""
+    """A plot.
 
-    name: str  # of the file, without .png
+    Attributes:
+        name: The name of its file, without .png.
+        png: The contents of the file.
+        alt: What it shows, for readers who cannot see it.
+        is_wide: Whether it is not readable at half the width of a report.
+    """
+
+    name: str
     png: bytes
-    says: str
-    is_wide: bool = False  # not to be read at half the width of a page
+    alt: str
+    is_wide: bool = False
 
 
 class Line(NamedTuple):
-    """A curve over the epochs of a run, with a label where there are others; `best` is an epoch to mark, from 1."""
+    """A curve over epochs.
+
+    Attributes:
+        label: Its name in the legend; empty for none.
+        values: One value per epoch.
+        colour: Its colour.
+        style: Its line style.
+        best: The epoch to mark, from 1.
+    """
 
     label: str
     values: Sequence[float]
@@ -57,56 +74,89 @@ class Line(NamedTuple):
     best: int | None = None
 
 
-@contextmanager
-def _drawing(name: str, says: str, made: list[Plot], width: float = WIDTH, height: float = HEIGHT) -> Iterator[Any]:
-    """A figure without a screen, which becomes the one Plot in `made`."""
+def _draw(
+    name: str,
+    alt: str,
+    draw: Callable[[Any], None],
+    width: float = WIDTH,
+    height: float = HEIGHT,
+    *,
+    wide: bool = False,
+) -> Plot:
+    """Draw a figure without a display.
+
+    Args:
+        name: The name of the file, without .png.
+        alt: What the plot shows.
+        draw: A function that draws on a matplotlib Figure.
+        width: The width in inches.
+        height: The height in inches.
+        wide: Whether the plot is not readable at half the width of a report.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that the font does not have
+        warnings.simplefilter("ignore")  # about characters that the font does not have
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
+        draw(figure)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI, metadata={"Software": MARK})
-        made.append(Plot(name, file.getvalue(), says))
+    return Plot(name, file.getvalue(), alt, wide)
 
 
 def draw_curves(
-    name: str, title: str, label: str, lines: Sequence[Line], spans: Sequence[Span] = (), *, may_be_log: bool = False
+    name: str,
+    title: str,
+    label: str,
+    lines: Sequence[Line],
+    spans: Sequence[StageSpan] = (),
+    *,
+    may_be_log: bool = False,
 ) -> Plot:
-    """Lines over epochs, with the borders of stages; on a log scale where that `may_be_log` and the range is wide."""
-    made: list[Plot] = []
-    drawn = [line for line in lines if np.isfinite(line.values).any()]
-    with _drawing(name, f"{title} over epochs", made) as figure:
+    """Draw curves over epochs, with the boundaries of stages.
+
+    Args:
+        name: The name of the file, without .png.
+        title: The title of the plot.
+        label: The label of the y axis.
+        lines: The curves.
+        spans: The stages.
+        may_be_log: Whether to use a log scale if the values span a wide range.
+    """
+    visible = [line for line in lines if np.isfinite(line.values).any()]
+    finite = [value for line in visible for value in line.values if math.isfinite(value)]
+    is_log = may_be_log and _spans_wide_range(finite)
+
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for line in drawn:
+        for line in visible:
             _draw_line(axes, line)
-        log = may_be_log and _is_wide([value for line in drawn for value in line.values if math.isfinite(value)])
-        if log:
-            _use_log(axes)
-        axes.set(title=title, xlabel="epoch, over all stages", ylabel=f"{label}, log scale" if log else label)
+        if is_log:
+            _use_log_scale(axes)
+        axes.set(title=title, xlabel="epoch, over all stages", ylabel=f"{label}, log scale" if is_log else label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _draw_spans(axes, spans)
-        _explain(figure, axes, drawn)
-    return made[0]
+        _draw_stage_boundaries(axes, spans)
+        _draw_legend(figure, axes, visible)
+
+    return _draw(name, f"{title} over epochs", draw)
 
 
 def _draw_line(axes: Any, line: Line) -> None:
     epochs = range(1, len(line.values) + 1)
-    marker = "." if len(line.values) <= 40 else ""
-    axes.plot(epochs, line.values, line.style, color=line.colour, label=_legend(line.label), marker=marker)
+    marker = "." if len(line.values) <= MAX_MARKED_EPOCHS else ""
+    axes.plot(epochs, line.values, line.style, color=line.colour, label=_legend_label(line.label), marker=marker)
     if line.best:
         value = line.values[line.best - 1]
         axes.plot(line.best, value, "o", color=line.colour, markersize=9, markerfacecolor="none", markeredgewidth=1.8)
 
 
-def _is_wide(values: Sequence[float]) -> bool:
-    """Whether a log scale shows more: all values are over 0, and the largest is many times the smallest."""
+def _spans_wide_range(values: Sequence[float]) -> bool:
+    """Return whether all values are positive and the largest is over 20 times the smallest."""
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
-def _use_log(axes: Any) -> None:
+def _use_log_scale(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -115,21 +165,30 @@ def _use_log(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_spans(axes: Any, spans: Sequence[Span]) -> None:
-    """The name of each stage over its epochs, and a line between two of them."""
-    for span in spans if len(spans) > 1 else ():
+def _draw_stage_boundaries(axes: Any, spans: Sequence[StageSpan]) -> None:
+    """Draw the name of each stage above its epochs, and a line between two stages."""
+    if len(spans) < 2:
+        return
+    for span in spans:
         if span.first > 1:
             axes.axvline(span.first - 0.5, color=GREY, linewidth=0.8, linestyle=":")
-        where = {"xycoords": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8, "color": GREY}
-        axes.annotate(_cut(span.name, 12), ((span.first + span.last) / 2, 1.0), **where)
+        axes.annotate(
+            _shorten(span.name, 12),
+            ((span.first + span.last) / 2, 1.0),
+            xycoords=axes.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=GREY,
+        )
 
 
-def _explain(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
-    """The legend below, and a word where there is nothing to see."""
+def _draw_legend(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
+    """Draw the legend below the plot, or a note if `lines` is empty."""
     if not lines:
         axes.annotate("no finite value", (0.5, 0.5), xycoords="axes fraction", ha="center", color=GREY)
         return
-    handles, labels = axes.get_legend_handles_labels()  # of the lines that have a label
+    handles, labels = axes.get_legend_handles_labels()  # of lines with a label only
     if any(line.best for line in lines):
         from matplotlib.lines import Line2D
 
@@ -139,79 +198,105 @@ def _explain(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8.5)
 
 
-def draw_confusions(counts: np.ndarray, samples: np.ndarray, classes: Sequence[str], title: str) -> Plot:
-    """Counts (C, C) of targets (rows) and predictions, coloured by their share of the `samples` (C,) of the target.
+def draw_confusion_matrix(counts: np.ndarray, samples: np.ndarray, classes: Sequence[str], title: str) -> Plot:
+    """Draw a confusion matrix, coloured by the fraction of the samples of the target class.
 
-    The colour goes with the square root of the share, so that a few per cent are seen.
+    The colour follows the square root of the fraction, so that a few per cent are visible.
+
+    Args:
+        counts: The counts (C, C) of targets (rows) and predictions (columns).
+        samples: The samples (C,) of each target, including those predicted as a class that is not drawn.
+        classes: The names of the C classes.
+        title: The title of the plot.
     """
     from matplotlib.colors import PowerNorm
 
-    made: list[Plot] = []
-    across = 0.34 * len(classes)
-    shares = counts / np.maximum(samples, 1)[:, None]
-    with _drawing("confusion", title, made, max(WIDTH, across + 2.6), max(4.6, across + 1.9)) as figure:
+    fractions = counts / np.maximum(samples, 1)[:, None]
+    names = [_shorten(name, 14) for name in classes]
+    rotation = 90 if max(map(len, names)) > 2 else 0
+
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
-        image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-        names = [_cut(name, 14) for name in classes]
-        slanted = max(map(len, names)) > 2
-        axes.set_xticks(range(len(names)), names, rotation=90 if slanted else 0, fontsize=8)
+        image = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+        axes.set_xticks(range(len(names)), names, rotation=rotation, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.tick_params(length=0)
         axes.set(title=title, xlabel="prediction", ylabel="target")
-        figure.colorbar(image, ax=axes, shrink=0.7, label="share of the target's samples")
-        _write_counts(axes, counts, shares)
-    return made[0]._replace(is_wide=len(classes) > MOST_NARROW)
+        figure.colorbar(image, ax=axes, shrink=0.7, label="fraction of the target class")
+        _write_counts(axes, counts, fractions)
+
+    size = 0.34 * len(classes)  # inches
+    width = max(WIDTH, size + 2.6)
+    height = max(4.6, size + 1.9)
+    return _draw("confusion", title, draw, width, height, wide=len(classes) > MAX_NARROW_CLASSES)
 
 
-def _write_counts(axes: Any, counts: np.ndarray, shares: np.ndarray) -> None:
+def _write_counts(axes: Any, counts: np.ndarray, fractions: np.ndarray) -> None:
     for row, column in np.argwhere(counts):
-        colour = "white" if shares[row, column] > 0.3 else "black"
+        colour = "white" if fractions[row, column] > 0.3 else "black"
         text = f"{counts[row, column]:,}"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7.5 if len(text) < 4 else 6)
 
 
-def draw_reliability(bins: Sequence[Bin], error: float) -> Plot:
-    """How often predictions of each confidence are right, over how many of them there are."""
-    made: list[Plot] = []
-    middles, widths = [(one.low + one.high) / 2 for one in bins], [one.high - one.low for one in bins]
-    with _drawing("calibration", f"reliability diagram, expected calibration error {error:.4f}", made) as figure:
+def draw_reliability(bins: Sequence[ConfidenceBin], error: float) -> Plot:
+    """Draw a reliability diagram: the accuracy for each confidence, above the number of samples.
+
+    Args:
+        bins: The samples by confidence.
+        error: The expected calibration error.
+    """
+    centres = [(group.low + group.high) / 2 for group in bins]
+    widths = [group.high - group.low for group in bins]
+    confidences = [group.confidence for group in bins]
+    accuracies = [group.accuracy for group in bins]
+    samples = [group.samples for group in bins]
+
+    def draw(figure: Any) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        above.bar(middles, [one.accuracy for one in bins], widths, color="#56B4E9", edgecolor="white", label="accuracy")
+        above.bar(centres, accuracies, widths, color="#56B4E9", edgecolor="white", label="accuracy")
         above.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
-        where = [one.confidence for one in bins], [one.accuracy for one in bins]
-        above.plot(*where, "o", color="#D55E00", markersize=4, label="at the mean confidence")
-        above.set(title=f"Calibration: expected error {error:.4f}", ylabel="share right", ylim=(0, 1.02), xlim=(0, 1))
+        above.plot(confidences, accuracies, "o", color="#D55E00", markersize=4, label="at the mean confidence")
+        above.set(title=f"Calibration: expected error {error:.4f}", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
         figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
-        below.bar(middles, [one.samples for one in bins], widths, color=GREY, edgecolor="white")
-        below.set(xlabel="confidence: the largest probability", ylabel="samples, log", yscale="log", ylim=(0.5, None))
+        below.bar(centres, samples, widths, color=GREY, edgecolor="white")
+        below.set(xlabel="confidence (largest probability)", ylabel="samples, log", yscale="log", ylim=(0.5, None))
         below.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    return made[0]
+
+    return _draw("calibration", f"reliability diagram, expected calibration error {error:.4f}", draw)
 
 
-def draw_times(timings: Sequence[dict[str, Any]], spans: Sequence[Span]) -> list[Plot]:
-    """Seconds of each epoch's training, with the wait for data, and samples a second."""
-    made: list[Plot] = []
+def draw_times(timings: Sequence[dict[str, Any]], spans: Sequence[StageSpan]) -> list[Plot]:
+    """Draw the seconds of training per epoch, with the time spent waiting for data, and the throughput.
+
+    Args:
+        timings: The lines of timings.jsonl.
+        spans: The stages.
+    """
     epochs = range(1, len(timings) + 1)
-    seconds, waits, rates = (
-        [line[name] for line in timings] for name in ("seconds", "data_wait_seconds", "samples_per_second")
-    )
-    with _drawing("time", "seconds of training in each epoch", made) as figure:
+    seconds = [line["seconds"] for line in timings]
+    waits = [line["data_wait_seconds"] for line in timings]
+    rates = [line["samples_per_second"] for line in timings]
+
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
-        work = np.subtract(seconds, waits)
-        axes.bar(epochs, work, color="#0072B2", label="computing")
-        axes.bar(epochs, waits, bottom=work, color="#E69F00", label="waiting for data")
-        axes.set(title="Time of training", xlabel="epoch, over all stages", ylabel="seconds")
+        computing = np.subtract(seconds, waits)
+        axes.bar(epochs, computing, color="#0072B2", label="computing")
+        axes.bar(epochs, waits, bottom=computing, color="#E69F00", label="waiting for data")
+        axes.set(title="Training time", xlabel="epoch, over all stages", ylabel="seconds")
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
-    rate = Line("", rates, "#0072B2")
-    return [*made, draw_curves("throughput", "Throughput", "samples a second", [rate], spans)]
+
+    return [
+        _draw("time", "seconds of training in each epoch", draw),
+        draw_curves("throughput", "Throughput", "samples per second", [Line("", rates, "#0072B2")], spans),
+    ]
 
 
-def _legend(text: str) -> str:
-    """A label as the legend shows it: it hides what begins with an underscore."""
-    return _cut(f" {text}" if text.startswith("_") else text, 28)
+def _legend_label(text: str) -> str:
+    """Return a label that the legend shows: matplotlib hides labels that begin with an underscore."""
+    return _shorten(f" {text}" if text.startswith("_") else text, 28)
 
 
-def _cut(text: str, most: int) -> str:
+def _shorten(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,4 +1,4 @@
-"""The sections of a report: what is said of a run, of what it predicts, and of several runs side by side."""
+"""The sections of a report: of one run, of its predictions, and of several runs side by side."""
 
 import math
 import os
@@ -13,319 +13,417 @@ import numpy as np
 
 from batteries.core.config_io import flatten
 from batteries.core.metric_names import LOWER_IS_BETTER
+from batteries.core.text import count_of
 from batteries.evaluation.error_analysis import (
     bin_by_confidence,
-    calibration_error,
-    count_confusions,
-    least_certain,
-    most_confused,
-    most_mistaken,
+    compute_confusion_matrix,
+    expected_calibration_error,
+    least_confident,
+    most_confused_pairs,
+    most_misclassified,
     score_classes,
-    worst_mistakes,
+    worst_errors,
 )
 from batteries.evaluation.predictions import Predictions
-from batteries.report.history import History, unique
-from batteries.report.html import Aside, Html, Section, fold, make_image, make_table, make_tiles, size_of, tag
+from batteries.report.history import RunHistory, unique
+from batteries.report.html import (
+    Aside,
+    Html,
+    Section,
+    Tile,
+    collapsible,
+    make_image,
+    make_table,
+    make_tiles,
+    png_size,
+    tag,
+)
 from batteries.report.plots import (
     COLOURS,
-    MOST_CLASSES,
+    MAX_CLASSES,
     STYLES,
     Line,
     Plot,
-    draw_confusions,
+    draw_confusion_matrix,
     draw_curves,
     draw_reliability,
     draw_times,
 )
 
-MOST_SAMPLES = 12  # pictures in a row of samples
-SMALL = 64  # pixels on a side: such a picture is shown with its pixels, a larger one smoothed
+MAX_SAMPLES = 12  # in a list of samples
+SMALL = 64  # pixels on a side: images up to this size are enlarged without smoothing
 NONE = "–"
-OTHER = ("#CC79A7", ":")  # how a split of your own is drawn
-OF_A_RUN = ("logdir",)  # the knobs that are another for each run
-REPEATS = {"fold", "seed"}  # the knobs that runs of one recipe may differ in, so that their scores have a mean
+LINE_STYLES = ("-", "--", "-.", ":")
+CUSTOM_SPLIT_STYLE = ("#CC79A7", ":")  # of a split that is not in STYLES
+PER_RUN_OPTIONS = ("logdir",)  # options that differ between all runs
+REPEAT_OPTIONS = {"fold", "seed"}  # runs that differ only in these are repetitions, so their scores have a mean
 
 
-def show_tiles(run: History, predictions: Predictions | None) -> Html:
-    """The numbers to see first."""
-    best = run.best()
-    tiles = [
-        (
-            f"best {run.metric}",
-            say_number(run.value(best, run.ranked_part, run.metric)),
-            f"{run.ranked_part}, {run.place(best) or 'no epoch'}",
-        )
-    ]
-    if "loss" in run.metrics and run.metric != "loss":
-        tiles.append(("loss", say_number(run.value(best, run.ranked_part, "loss")), "in that epoch"))
+def render_tiles(run: RunHistory, predictions: Predictions | None) -> Html:
+    """Build the row of key numbers.
+
+    Args:
+        run: The run.
+        predictions: The predictions of the valid split, if there are any.
+    """
+    best = run.best_epoch()
+    score = format_number(run.value(best, run.ranked_split, run.main_metric))
+    tiles = [Tile(f"best {run.main_metric}", score, f"{run.ranked_split}, {run.describe_epoch(best) or 'no epoch'}")]
+    if "loss" in run.metrics and run.main_metric != "loss":
+        tiles.append(Tile("loss", format_number(run.value(best, run.ranked_split, "loss")), "in that epoch"))
     if predictions is not None:
-        error = calibration_error(bin_by_confidence(predictions))
-        tiles.append(("calibration error", say_number(error), "of valid; 0 is perfect"))
-    tiles.append(("time", say_seconds(run.format_duration()), f"{say_seconds(run.seconds())} of it training"))
+        error = expected_calibration_error(bin_by_confidence(predictions))
+        tiles.append(Tile("calibration error", format_number(error), "on valid; 0 is perfect"))
+    training = format_seconds(run.training_seconds())
+    tiles.append(Tile("time", format_seconds(run.total_seconds()), f"of which training {training}"))
     if run.timings:
-        tiles.append(("speed", f"{run.samples_per_second():,.0f}", "samples a second in training"))
+        tiles.append(Tile("throughput", f"{run.samples_per_second():,.0f}", "training samples per second"))
     return make_tiles(tiles)
 
 
-def show_curves(run: History) -> Section:
-    """Each metric over the epochs on each split, and the learning rate."""
+def render_curves_section(run: RunHistory) -> Section:
+    """Build the section with each metric over epochs on each split, and the learning rate."""
     if not run.epochs:
-        return Section("Curves", [tag("p", "No epoch has ended, so there are no curves.")])
+        return Section("Curves", [tag("p", "Curves appear after the first complete epoch.")])
     plots = [_draw_metric(run, metric) for metric in run.metrics]
-    rates = Line("", run.rates(), COLOURS[0])
-    plots.append(draw_curves("learning_rate", "learning rate", "at the end of each epoch", [rates], run.spans()))
+    rates = Line("", run.learning_rates(), COLOURS[0])
+    plots.append(draw_curves("learning_rate", "learning rate", "at the end of each epoch", [rates], run.stage_spans()))
     return Section("Curves", plots)
 
 
-def _draw_metric(run: History, metric: str) -> Plot:
-    """Its curve on each split, the best epoch marked on the one that ranks them."""
-    best = run.best()
-    lines = [
-        Line(part, run.curve(part, metric), *STYLES.get(part, OTHER), best if part == run.ranked_part else None)
-        for part in run.parts
-        if run.has(part, metric)
-    ]
-    return draw_curves(_file_name("curve", metric), metric, metric, lines, run.spans(), may_be_log=_is_loss(metric))
+def _draw_metric(run: RunHistory, metric: str) -> Plot:
+    """Draw one metric on each split, with the best epoch marked on the split that ranks epochs."""
+    best = run.best_epoch()
+    lines = []
+    for split in run.splits:
+        if run.has(split, metric):
+            colour, style = STYLES.get(split, CUSTOM_SPLIT_STYLE)
+            marked = best if split == run.ranked_split else None
+            lines.append(Line(split, run.curve(split, metric), colour, style, marked))
+    name = _file_name("curve", metric)
+    return draw_curves(name, metric, metric, lines, run.stage_spans(), may_be_log=metric in LOWER_IS_BETTER)
 
 
-def show_scores(run: History, scores: Mapping[str, Mapping[str, float]]) -> Section:
-    """The best epoch of each stage, and scores of predictions by the name of these."""
-    parts = [tag("h3", "The best epoch of each stage"), _stage_table(run)] if run.epochs else []
+def render_scores_section(run: RunHistory, scores: Mapping[str, Mapping[str, float]]) -> Section:
+    """Build the section with the best epoch of each stage, and the scores of predictions.
+
+    Args:
+        run: The run.
+        scores: The scores by metric, by the name of the predictions.
+    """
+    content: list[Html] = []
+    if run.epochs:
+        content += [tag("h3", "Best epoch of each stage"), _render_stage_table(run)]
     if scores:
         metrics = unique(metric for values in scores.values() for metric in values)
-        rows = [(name, *(say_number(values.get(metric)) for metric in metrics)) for name, values in scores.items()]
-        parts += [tag("h3", "Predictions of whole splits"), make_table(["", *metrics], rows)]
-    return Section("Scores", parts or [tag("p", "No epoch has ended, so there are no scores.")])
+        rows = [[name, *(format_number(values.get(metric)) for metric in metrics)] for name, values in scores.items()]
+        content += [tag("h3", "Predictions of complete splits"), make_table(["", *metrics], rows)]
+    if not content:
+        content = [tag("p", "Scores appear after the first complete epoch.")]
+    return Section("Scores", content)
 
 
-def _stage_table(run: History) -> Html:
-    bests = [(span.name, best) for span in run.spans() if (best := run.best(span)) is not None]
-    if not bests:
-        return tag("p", f"No {run.ranked_part} {run.metric} is finite.")
-    rows = [
-        (name, part, run.epochs[best - 1]["epoch"], *(say_number(run.value(best, part, one)) for one in run.metrics))
-        for name, best in bests
-        for part in run.parts
-    ]
-    return make_table(["stage", "split", "epoch", *run.metrics], rows, texts=2)
+def _render_stage_table(run: RunHistory) -> Html:
+    rows = []
+    for span in run.stage_spans():
+        best = run.best_epoch(span)
+        if best is None:
+            continue
+        for split in run.splits:
+            values = [format_number(run.value(best, split, metric)) for metric in run.metrics]
+            rows.append([span.name, split, run.epochs[best - 1]["epoch"], *values])
+    if not rows:
+        return tag("p", f"No {run.ranked_split} {run.main_metric} is finite.")
+    return make_table(["stage", "split", "epoch", *run.metrics], rows, text_columns=2)
 
 
-def show_classes(predictions: Predictions) -> Section:
-    """Which classes are taken for which, and how well each is found."""
-    counts, classes = count_confusions(predictions), predictions.classes
-    chosen = most_mistaken(counts, MOST_CLASSES)
-    few = f"The {len(chosen)} of {len(classes):,} classes with the most mistakes"
-    plot = draw_confusions(
+def render_classes_section(predictions: Predictions) -> Section:
+    """Build the section with the confusion matrix, the most confused classes, and the scores of each class."""
+    counts = compute_confusion_matrix(predictions)
+    classes = predictions.classes
+    chosen = most_misclassified(counts, MAX_CLASSES)
+    title = "Confusion matrix"
+    if len(chosen) < len(classes):
+        title = f"Confusion matrix of the {len(chosen)} of {len(classes):,} classes with the most errors"
+    plot = draw_confusion_matrix(
         counts[np.ix_(chosen, chosen)],
         counts.sum(1)[chosen],
         [classes[index] for index in chosen],
-        "Confusions" if len(chosen) == len(classes) else few,
+        title,
     )
+    heading = tag("h3", "Scores of each class, lowest F1 first")
+    return Section(
+        "Classes", [plot, _render_confused_pairs(counts, classes), heading, _render_class_table(counts, classes)]
+    )
+
+
+def _render_class_table(counts: np.ndarray, classes: Sequence[str]) -> Html:
     rows = [
-        (row.name, row.taken_for, f"{row.samples:,}", f"{row.recall:.3f}", f"{row.precision:.3f}", f"{row.f1:.3f}")
-        for row in score_classes(counts, classes)
+        [
+            score.name,
+            score.confused_with,
+            f"{score.samples:,}",
+            f"{score.recall:.3f}",
+            f"{score.precision:.3f}",
+            f"{score.f1:.3f}",
+        ]
+        for score in score_classes(counts, classes)
     ]
-    table = make_table(["class", "most often taken for", "samples", "recall", "precision", "F1"], rows, texts=2)
-    beside = _confused_table(counts, classes)
-    return Section("Classes", [plot, beside, tag("h3", "Each class, the lowest F1 first"), table])
+    header = ["class", "most often confused with", "samples", "recall", "precision", "F1"]
+    return make_table(header, rows, text_columns=2)
 
 
-def _confused_table(counts: np.ndarray, classes: Sequence[str]) -> Aside:
-    pairs = most_confused(counts, classes)
+def _render_confused_pairs(counts: np.ndarray, classes: Sequence[str]) -> Aside:
+    pairs = most_confused_pairs(counts, classes)
     if not pairs:
-        return Aside(tag("p", f"None of {counts.sum():,} samples is taken for another class."))
-    rows = [(one.target, one.prediction, f"{one.samples:,}", f"{one.share:.1%}") for one in pairs]
-    table = make_table(["target", "taken for", "samples", "of the target's"], rows, texts=2)
-    return Aside(tag("div", tag("h3", "Most often confused"), table))
+        return Aside(tag("p", f"No errors in {count_of(int(counts.sum()), 'sample')}."))
+    rows = [[pair.target, pair.prediction, f"{pair.samples:,}", f"{pair.fraction:.1%}"] for pair in pairs]
+    table = make_table(["target", "prediction", "samples", "of the target"], rows, text_columns=2)
+    return Aside(tag("div", tag("h3", "Most frequent confusions"), table))
 
 
-def show_calibration(predictions: Predictions) -> Section:
-    """How far confidence can be believed."""
+def render_calibration_section(predictions: Predictions) -> Section:
+    """Build the section that compares confidence with accuracy."""
     bins = bin_by_confidence(predictions)
-    error = calibration_error(bins)
-    words = (
-        f"Of the predictions that are given a probability of 0.9, 90% should be right. Over {len(predictions.ids):,} "
-        f"samples the two are {error:.4f} apart: the expected calibration error, over bins of equal width."
+    error = expected_calibration_error(bins)
+    text = (
+        "If a model is calibrated, 90% of the predictions with probability 0.9 are correct. The expected calibration "
+        f"error is {error:.4f}: the mean gap between confidence and accuracy, over bins of equal width and "
+        f"{count_of(len(predictions.ids), 'sample')}."
     )
     rows = [
-        (f"{one.low:.2f} to {one.high:.2f}", f"{one.samples:,}", f"{one.confidence:.4f}", f"{one.accuracy:.4f}")
-        for one in bins
+        [
+            f"{group.low:.2f} to {group.high:.2f}",
+            f"{group.samples:,}",
+            f"{group.confidence:.4f}",
+            f"{group.accuracy:.4f}",
+        ]
+        for group in bins
     ]
-    table = make_table(["confidence", "samples", "mean confidence", "share right"], rows)
-    return Section("Calibration", [draw_reliability(bins, error), Aside(tag("div", tag("p", words), table))])
+    table = make_table(["confidence", "samples", "mean confidence", "accuracy"], rows)
+    return Section("Calibration", [draw_reliability(bins, error), Aside(tag("div", tag("p", text), table))])
 
 
-def show_samples(predictions: Predictions, look: Callable[[str], bytes | None]) -> Section:
-    """The worst mistakes and the least certain samples; `look` gives the picture of an id as a PNG file, or None."""
-    wrong = worst_mistakes(predictions, MOST_SAMPLES)
-    parts = [tag("h3", "The worst mistakes: the least probability for the target")]
-    parts.append(_strip(predictions, wrong, look) if len(wrong) else tag("p", "There is no mistake."))
-    parts.append(tag("h3", "The least certain: the least probability for the prediction, right or wrong"))
-    return Section("Samples", [*parts, _strip(predictions, least_certain(predictions, MOST_SAMPLES), look)])
+def render_samples_section(predictions: Predictions, thumbnail_of: Callable[[str], bytes | None]) -> Section:
+    """Build the section with the worst errors and the least confident predictions.
+
+    Args:
+        predictions: The predictions, with targets.
+        thumbnail_of: Returns the image of an id as a PNG file; None if the sample is not an image.
+    """
+    errors = worst_errors(predictions, MAX_SAMPLES)
+    content = [tag("h3", "Worst errors: lowest probability of the target")]
+    if len(errors):
+        content.append(_render_sample_list(predictions, errors, thumbnail_of))
+    else:
+        content.append(tag("p", "No sample is misclassified."))
+    content.append(tag("h3", "Least confident: lowest probability of the prediction, correct or not"))
+    content.append(_render_sample_list(predictions, least_confident(predictions, MAX_SAMPLES), thumbnail_of))
+    return Section("Samples", content)
 
 
-def _strip(predictions: Predictions, rows: np.ndarray, look: Callable[[str], bytes | None]) -> Html:
-    return tag("ul", *(_sample(predictions, row, look) for row in rows.tolist()), class_="samples")
+def _render_sample_list(
+    predictions: Predictions, rows: np.ndarray, thumbnail_of: Callable[[str], bytes | None]
+) -> Html:
+    items = [_render_sample(predictions, row, thumbnail_of) for row in rows.tolist()]
+    return tag("ul", *items, class_="samples")
 
 
-def _sample(predictions: Predictions, row: int, look: Callable[[str], bytes | None]) -> Html:
-    """A picture, what it is, and what it was taken for, each with its probability."""
+def _render_sample(predictions: Predictions, row: int, thumbnail_of: Callable[[str], bytes | None]) -> Html:
+    """Build one sample: its image, its target and its prediction with their probabilities, and its id."""
     assert predictions.targets is not None
-    values, target, name = predictions.probabilities[row], int(predictions.targets[row]), predictions.ids[row]
-    taken = int(values.argmax())
-    png = look(name)
-    picture = Html("")
-    if png is not None:
-        picture = make_image(png, f"sample {name}", "large" if max(size_of(png)) > SMALL else None)
-    what, sure = f"{predictions.classes[target]}, right", f"with {values[target]:.3f}"
-    if taken != target:
-        what = f"{predictions.classes[target]} taken for {predictions.classes[taken]}"
-        sure = f"{values[target]:.3f} against {values[taken]:.3f}"
-    return tag("li", picture, tag("b", what), tag("span", sure), tag("small", name))
+    name = predictions.ids[row]
+    classes = predictions.classes
+    probabilities = predictions.probabilities[row]
+    target = int(predictions.targets[row])
+    predicted = int(probabilities.argmax())
+    if predicted == target:
+        label = f"{classes[target]}, correct"
+        details = f"with {probabilities[target]:.3f}"
+    else:
+        label = f"{classes[target]} predicted as {classes[predicted]}"
+        details = f"{probabilities[target]:.3f} against {probabilities[predicted]:.3f}"
+    image = _render_thumbnail(name, thumbnail_of(name))
+    return tag("li", image, tag("b", label), tag("span", details), tag("small", name))
 
 
-def show_time(run: History) -> Section:
-    """How long each stage took, and how much of that was waiting for data."""
+def _render_thumbnail(name: str, png: bytes | None) -> Html:
+    if png is None:
+        return Html("")
+    return make_image(png, f"sample {name}", "large" if max(png_size(png)) > SMALL else None)
+
+
+def render_time_section(run: RunHistory) -> Section:
+    """Build the section with the training time of each stage, and the fraction spent waiting for data."""
     if not run.timings:
-        return Section("Time", [tag("p", "No epoch has ended, so there are no times.")])
+        return Section("Time", [tag("p", "Times appear after the first complete epoch.")])
     rows = []
     for stage in unique(line["stage"] for line in run.timings):
         lines = [line for line in run.timings if line["stage"] == stage]
-        seconds, waits = (sum(line[name] for line in lines) for name in ("seconds", "data_wait_seconds"))
+        seconds = sum(line["seconds"] for line in lines)
+        waits = sum(line["data_wait_seconds"] for line in lines)
         rate = statistics.median(line["samples_per_second"] for line in lines)
         memory = max(line["peak_memory_bytes"] for line in lines) / 1e9
-        share = waits / seconds if seconds else 0
-        rows.append((stage, len(lines), say_seconds(seconds), f"{share:.1%}", f"{rate:,.0f}", f"{memory:.2f}"))
-    header = ["stage", "epochs", "training", "waiting for data", "median samples a second", "peak memory, GB"]
-    return Section("Time", [*draw_times(run.timings, run.spans()), make_table(header, rows)])
+        fraction = waits / seconds if seconds else 0
+        rows.append([stage, len(lines), format_seconds(seconds), f"{fraction:.1%}", f"{rate:,.0f}", f"{memory:.2f}"])
+    header = ["stage", "epochs", "training", "waiting for data", "median samples/s", "peak memory, GB"]
+    return Section("Time", [*draw_times(run.timings, run.stage_spans()), make_table(header, rows)])
 
 
-def show_record(run: History) -> Section:
-    """What ran, on what, and how it ended; what was not committed."""
-    rows = [(name, say_value(value)) for name, value in flatten(run.record)]
-    if (changes := run.folder / "git.diff").is_file():
+def render_metadata_section(run: RunHistory) -> Section:
+    """Build the section with the contents of run.json, and the size of git.diff."""
+    rows = [[name, format_value(value)] for name, value in flatten(run.metadata)]
+    changes = run.directory / "git.diff"
+    if changes.is_file():
         lines = changes.read_bytes().count(b"\n")
-        rows.append(("git.diff", f"{lines:,} lines on what was not committed"))
+        rows.append(["git.diff", f"{count_of(lines, 'line')} of uncommitted changes"])
     if not rows:
-        return Section("Record", [tag("p", "run.json is not there.")])
-    return Section("Record", [make_table(["run.json", ""], rows, texts=2)])
+        return Section("Run metadata", [tag("p", "run.json does not exist.")])
+    return Section("Run metadata", [make_table(["run.json", ""], rows, text_columns=2)])
 
 
-def show_knobs(columns: Mapping[str, Mapping[str, Any]]) -> Section:
-    """Configs side by side, by the heads of their columns: the knobs that differ first, and marked."""
+def render_options_section(columns: Mapping[str, Mapping[str, Any]]) -> Section:
+    """Build the section with options side by side: those that differ first and highlighted, the others collapsed.
+
+    Args:
+        columns: Configs, by the header of their column.
+    """
     configs = {name: dict(flatten(config)) for name, config in columns.items()}
-    differing = differences(list(configs.values()))
-    same = [name for name in unique(name for one in configs.values() for name in one) if name not in differing]
-    first = _knob_table(differing, configs, marked=True) if differing else tag("p", "No knob differs.")
-    rest = _knob_table([name for name in same if name not in OF_A_RUN], configs, marked=False)
-    return Section("Knobs", [first, fold("The knobs that are the same", rest)])
+    differing = find_differences(list(configs.values()))
+    names = unique(name for config in configs.values() for name in config)
+    same = [name for name in names if name not in differing and name not in PER_RUN_OPTIONS]
+    first = tag("p", "No option differs.")
+    if differing:
+        first = _render_options_table(differing, configs, highlighted=True)
+    rest = _render_options_table(same, configs, highlighted=False)
+    return Section("Options", [first, collapsible("Options with equal values", rest)])
 
 
-def _knob_table(names: Sequence[str], configs: Mapping[str, Mapping[str, Any]], *, marked: bool) -> Html:
+def _render_options_table(names: Sequence[str], configs: Mapping[str, Mapping[str, Any]], *, highlighted: bool) -> Html:
     rows = [
-        (name, *(say_value(one[name]) if name in one else "not there" for one in configs.values())) for name in names
+        [name, *(format_value(config[name]) if name in config else "not set" for config in configs.values())]
+        for name in names
     ]
-    return make_table(["knob", *configs], rows, texts=len(configs) + 1, marked=range(len(rows)) if marked else ())
+    header = ["option", *configs]
+    return make_table(header, rows, text_columns=len(header), highlighted=highlighted)
 
 
-def differences(knobs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names that do not have one value in all configs, but for those that every run has for itself."""
-    first, absent = knobs[0], object()
-    names = unique(name for one in knobs for name in one)
+def find_differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the options that differ between flat configs, except PER_RUN_OPTIONS; a missing option differs."""
+    first = configs[0]
+    missing = object()
+    names = unique(name for config in configs for name in config)
     return [
         name
         for name in names
-        if name not in OF_A_RUN and any(one.get(name, absent) != first.get(name, absent) for one in knobs)
+        if name not in PER_RUN_OPTIONS
+        and any(config.get(name, missing) != first.get(name, missing) for config in configs)
     ]
 
 
-def show_runs(runs: Sequence[History], folder: Path) -> Section:
-    """A row for each run: how it ended, its best score, time and speed; and their mean where they repeat one recipe.
+def render_runs_section(runs: Sequence[RunHistory], directory: Path) -> Section:
+    """Build the section with one row per run, and the mean score if the runs are repetitions.
 
-    A run that has a page of its own is linked to it; this one will be in `folder`.
+    Args:
+        runs: The runs.
+        directory: The directory of this report. Runs that have a report are linked to it.
     """
-    bests = [run.best() for run in runs]
-    scores = [run.value(best, run.ranked_part, run.metric) for run, best in zip(runs, bests, strict=True)]
-    rows = [
-        (
-            _link(run, folder),
-            run.outcome(),
-            run.place(best) or NONE,
-            run.metric,
-            say_number(score),
-            len(run.epochs),
-            say_seconds(run.seconds()),
-            f"{run.samples_per_second():,.0f}" if run.timings else NONE,
-            str(run.record.get("git_commit") or NONE)[:7],
+    rows = []
+    scores = []
+    for run in runs:
+        best = run.best_epoch()
+        score = run.value(best, run.ranked_split, run.main_metric)
+        scores.append(score)
+        rows.append(
+            [
+                _link_to_report(run, directory),
+                run.outcome(),
+                run.describe_epoch(best) or NONE,
+                run.main_metric,
+                format_number(score),
+                len(run.epochs),
+                format_seconds(run.training_seconds()),
+                f"{run.samples_per_second():,.0f}" if run.timings else NONE,
+                str(run.metadata.get("git_commit") or NONE)[:7],
+            ]
         )
-        for run, best, score in zip(runs, bests, scores, strict=True)
-    ]
-    header = ["run", "outcome", "best in", "metric", "score", "epochs", "training", "samples/s", "commit"]
-    parts = [make_table(header, rows, texts=4)]
-    if _repeat_one_recipe(runs) and all(map(math.isfinite, scores)):
-        spread = f"mean {statistics.mean(scores):.4f}, standard deviation {statistics.stdev(scores):.4f} (n - 1)"
-        parts.append(tag("p", f"These runs differ in fold or seed alone: {runs[0].metric} has {spread}."))
-    return Section("Runs", parts)
+    header = ["run", "outcome", "best epoch", "metric", "score", "epochs", "training", "samples/s", "commit"]
+    content = [make_table(header, rows, text_columns=4)]
+    if _are_repetitions(runs) and all(map(math.isfinite, scores)):
+        text = (
+            f"These runs differ only in fold or seed: {runs[0].main_metric} has mean {statistics.mean(scores):.4f}, "
+            f"standard deviation {statistics.stdev(scores):.4f} (n - 1)."
+        )
+        content.append(tag("p", text))
+    return Section("Runs", content)
 
 
-def _link(run: History, folder: Path) -> Html:
-    page = run.folder / "report.html"
-    if not page.is_file():
+def _link_to_report(run: RunHistory, directory: Path) -> Html:
+    report = run.directory / "report.html"
+    if not report.is_file():
         return tag("span", run.name)
-    return tag("a", run.name, href=quote(os.path.relpath(page.resolve(), folder.resolve())))
+    return tag("a", run.name, href=quote(os.path.relpath(report.resolve(), directory.resolve())))
 
 
-def _repeat_one_recipe(runs: Sequence[History]) -> bool:
-    return set(differences([dict(flatten(run.config)) for run in runs])) <= REPEATS
+def _are_repetitions(runs: Sequence[RunHistory]) -> bool:
+    return set(find_differences([dict(flatten(run.config)) for run in runs])) <= REPEAT_OPTIONS
 
 
-def compare_curves(runs: Sequence[History]) -> Section:
-    """The curves of each metric, all runs in one plot: one plot for what ranks epochs, one for training."""
+def render_curves_comparison(runs: Sequence[RunHistory]) -> Section:
+    """Build the section with the curves of all runs: per metric a plot of the ranked split and a plot of train."""
     plots = []
     for metric in unique(metric for run in runs for metric in run.metrics):
-        for kind in ("valid", "train"):
-            lines = [
-                Line(run.name, run.curve(part, metric), *_colour(number), run.best() if kind == "valid" else None)
-                for number, run in enumerate(runs)
-                if run.has(part := run.ranked_part if kind == "valid" else kind, metric)
-            ]
-            words = _file_name(kind, metric), f"{metric}, {kind}", metric
-            plots += [draw_curves(*words, lines, may_be_log=_is_loss(metric))] if lines else []
-    rates = [Line(run.name, run.rates(), *_colour(number)) for number, run in enumerate(runs)]
+        for split in ("valid", "train"):
+            lines = _lines_of_runs(runs, metric, split)
+            if lines:
+                name = _file_name(split, metric)
+                title = f"{metric}, {split}"
+                plots.append(draw_curves(name, title, metric, lines, may_be_log=metric in LOWER_IS_BETTER))
+    rates = [Line(run.name, run.learning_rates(), *_line_style(number)) for number, run in enumerate(runs)]
     plots.append(draw_curves("learning_rate", "learning rate", "at the end of each epoch", rates))
     return Section("Curves", plots)
 
 
-def _colour(number: int) -> tuple[str, str]:
-    """A colour and a style of line that no other of the first 28 runs has; curves that coincide are both seen."""
-    return COLOURS[number % len(COLOURS)], ("-", "--", "-.", ":")[number % 4]
+def _lines_of_runs(runs: Sequence[RunHistory], metric: str, split: str) -> list[Line]:
+    """Return one curve per run that has the metric; "valid" is the split that ranks its epochs."""
+    lines = []
+    for number, run in enumerate(runs):
+        own_split = run.ranked_split if split == "valid" else split
+        best = run.best_epoch() if split == "valid" else None
+        if run.has(own_split, metric):
+            colour, style = _line_style(number)
+            lines.append(Line(run.name, run.curve(own_split, metric), colour, style, best))
+    return lines
 
 
-def say_number(value: float | None) -> str:
-    """Four digits after the point; a dash for none."""
+def _line_style(number: int) -> tuple[str, str]:
+    """Return a colour and a line style that are unique among the first 28 runs, so that equal curves are visible."""
+    return COLOURS[number % len(COLOURS)], LINE_STYLES[number % len(LINE_STYLES)]
+
+
+def format_number(value: float | None) -> str:
+    """Format a number with four decimals; a dash if it is missing or not finite."""
     return NONE if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
-def say_seconds(seconds: float) -> str:
-    """A time in the unit that fits."""
+def format_seconds(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours with one decimal; a dash if it is not finite."""
     if not math.isfinite(seconds):
         return NONE
     if seconds < 100:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
-def say_value(value: Any) -> str:
-    """A knob, or a value of run.json."""
+def format_value(value: Any) -> str:
+    """Format an option or a value of run.json."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(say_value, value)) or NONE
+        return ", ".join(format_value(item) for item in value) or NONE
     return NONE if value is None else str(value)
 
 
-def _is_loss(metric: str) -> bool:
-    return metric in LOWER_IS_BETTER
-
-
 def _file_name(kind: str, metric: str) -> str:
-    """A metric may be called as no file can be."""
+    """Return the name of a plot; the characters of a metric that a file name cannot have are replaced."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", f"{kind}_{metric}")

@@ -6,12 +6,13 @@ from batteries.core.ranks import is_rank_zero
 from batteries.core.signals import Preempted, SignalHandler
 from batteries.distributed.collectives import AsyncMaxReduce, gather_over_ranks
 
-# What ranks agree on: nothing, a checkpoint, or a checkpoint and then the end because of signal number n (SAVE + n).
-NOTHING, SAVE = 0, 1
+# The values that ranks agree on after a step. SAVE + n: write a checkpoint, then end the run because of signal n.
+NOTHING = 0
+SAVE = 1
 
 
 class CheckpointPolicy:
-    """Decides after each step whether to write a checkpoint. All ranks decide alike.
+    """Decides after each step whether to write a checkpoint. All ranks make the same decision.
 
     Attributes:
         signals: The handler of signals that ask the run to stop.

@@ -11,6 +11,7 @@ from batteries.core.errors import UserError
 from batteries.core.files import DirectoryLock, read_json, write_text
 from batteries.core.jsonl import JsonlWriter
 from batteries.core.project import ROOT
+from batteries.core.text import find_repeated
 from batteries.run.config import StageConfig
 from batteries.run.metadata import RunMetadata
 from batteries.run.position import TrainingPosition, truncate_jsonl
@@ -68,10 +69,12 @@ def holds_run(logdir: Path) -> bool:
 
 
 def check_stages(stages: Sequence[StageConfig]) -> None:
-    """Raise UserError if there is no stage, or a name, start or warmup is not allowed."""
+    """Raise UserError if the list of stages is empty, or a name, start or warmup is not allowed."""
     names = [stage.name for stage in stages]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"--stages must be one or more with different names, not {', '.join(names) or 'none'}.")
+    if not names:
+        raise UserError("--stages is empty; a run needs one stage or more.")
+    if repeated := find_repeated(names):
+        raise UserError(f"--stages has two stages named {repeated[0]}; give each stage a different name.")
     if stages[0].start == "last":
         raise UserError("--stages.0.start last has no stage before it to start from; leave it out.")
     for number, stage in enumerate(stages):

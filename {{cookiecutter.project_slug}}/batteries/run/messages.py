@@ -80,8 +80,8 @@ def describe_weights(config: RunConfig, point: ResumePoint, pretrained: Pretrain
     if pretrained is None:
         return random if config.init_from is None else str(config.init_from)
     parts = [str(config.pretrained)]
-    if pretrained.left:
-        parts.append(f"{random}: {list_first(pretrained.left)}")
+    if pretrained.missing:
+        parts.append(f"{random}: {list_first(pretrained.missing)}")
     if pretrained.unused:
         parts.append(f"not in the model: {list_first(pretrained.unused)}")
     return "; ".join(parts)
@@ -166,7 +166,7 @@ def advise_out_of_memory(config: RunConfig, device: torch.device) -> str:
     allowed = [steps for steps in possible if batch_size % (steps * ranks) == 0]
     problem = f"{device} ran out of memory with micro-batches of {count_of(batch_size // present // ranks, 'sample')}"
     if not allowed:
-        return f"{problem}; use a smaller model or images, or --precision bf16."
+        return f"{problem}; use a smaller model or smaller images, or --precision bf16."
     return (
         f"{problem}; use --accumulation-steps {allowed[0]} with --batch-size {batch_size}: micro-batches of "
         f"{batch_size // allowed[0] // ranks}, and still {batch_size} samples per step. "

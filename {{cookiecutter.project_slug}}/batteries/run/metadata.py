@@ -1,4 +1,4 @@
-"""Run metadata."""
+"""Run metadata: the command, the code, the versions and the machine of a run (run.json, git.diff, packages.txt)."""
 
 import hashlib
 import json
@@ -25,46 +25,62 @@ from batteries.core.ranks import world_size
 
 logger = logging.getLogger("batteries")
 
+KEPT_ON_RESUME = ("id", "start", "best")  # entries of run.json that a resumed run takes over
+
 
 class RunMetadata:
-    """What is known of a run: run.json, git.diff and packages.txt in `logdir`. Rank 0 alone has one."""
+    """The files that describe a run: run.json, git.diff and packages.txt. Only rank 0 writes them.
+
+    Attributes:
+        logdir: The run directory.
+        values: The contents of run.json.
+        earlier_exit: How the run ended before it was resumed; None for a new run.
+    """
 
     def __init__(self, logdir: Path) -> None:
         self.logdir = logdir
         self.values: dict[str, Any] = {}
-        self.earlier_exit: str | None = None  # of a run that goes on
+        self.earlier_exit: str | None = None
 
-    def begin(self, about: Mapping[str, Any], difference: bytes | None, resumed: bool) -> None:
-        """Write what the run is started from; where it goes on, its id and its first start stay.
+    def begin(self, about: Mapping[str, Any], diff: bytes | None, resumed: bool) -> None:
+        """Write the files at the start of a run. A resumed run keeps its id, first start and best score.
 
-        `difference` is what `uncommitted` gave.
+        Args:
+            about: More entries for run.json.
+            diff: The output of `uncommitted_diff`.
+            resumed: Whether the run is resumed.
         """
         path = self.logdir / "run.json"
         earlier = read_json(path) if resumed and path.is_file() else {}
         self.values = {"id": secrets.token_hex(4), **describe_process(), "git_dirty": None, **about}
         if self.values["git_commit"] is not None:
-            self.values["git_dirty"] = bool(difference)
+            self.values["git_dirty"] = bool(diff)
         if earlier:
-            self.earlier_exit = earlier.get("exit")
-            kept = {name: earlier[name] for name in ("id", "start", "best") if name in earlier}
-            self.values |= {**kept, "resumed": [*earlier.get("resumed", []), self.values["start"]]}
+            self._take_over(earlier)
         self.write()
-        if difference:
-            write_atomically(self.logdir / "git.diff", lambda file: file.write(difference))
+        if diff:
+            write_atomically(self.logdir / "git.diff", lambda file: file.write(diff))
         if not earlier:
-            write_text(self.logdir / "packages.txt", packages())
+            write_text(self.logdir / "packages.txt", list_packages())
 
     def write(self, **values: Any) -> None:
-        """Add `values`, and put all into run.json."""
+        """Add entries to run.json."""
         self.values |= values
         try:
             write_text(self.logdir / "run.json", json.dumps(self.values, indent=2) + "\n")
-        except OSError as error:  # why a run ended is not hidden by this
+        except OSError as error:  # only a warning: it must not hide the error that ended the run
             logger.warning(f"{self.logdir / 'run.json'} cannot be written: {error.strerror}.")
+
+    def _take_over(self, earlier: Mapping[str, Any]) -> None:
+        """Take over entries of the run.json of a run that is resumed, and add the time of the resume."""
+        self.earlier_exit = earlier.get("exit")
+        resumed_at = self.values["start"]
+        self.values |= {name: earlier[name] for name in KEPT_ON_RESUME if name in earlier}
+        self.values["resumed"] = [*earlier.get("resumed", []), resumed_at]
 
 
 def describe_process() -> dict[str, Any]:
-    """Command, code, versions and machine, as run.json keeps them."""
+    """Return the command, code, versions and machine of this process, as written to run.json."""
     return {
         "command": shlex.join(sys.argv),
         "git_commit": _git_line("rev-parse", "HEAD"),
@@ -83,77 +99,119 @@ def describe_process() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str | None]:
+    """Return the versions that the numbers of a run may depend on."""
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
 def gpu_driver() -> str | None:
-    """The version of NVIDIA's driver; None without one."""
+    """Return the version of the NVIDIA driver; None if there is none."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, check=True, text=True).stdout.split("\n")[0]
+        output = subprocess.run(query, capture_output=True, check=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+    return output.split("\n")[0]
 
 
-def packages() -> str:
-    """All installed packages, as `pip freeze` says them, for `pip install -r`."""
-    found = {f"{one.name}=={one.version}" for one in metadata.distributions() if one.name}
-    return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
+def list_packages() -> str:
+    """List all installed packages in the format of `pip freeze`, for `pip install -r`."""
+    lines = {f"{package.name}=={package.version}" for package in metadata.distributions() if package.name}
+    return "".join(f"{line}\n" for line in sorted(lines, key=str.lower))
 
 
 def hash_config(config: Mapping[str, Any], without: Sequence[str]) -> str:
-    """Names a recipe: 12 characters that two runs share whose knobs, but for those in `without`, are equal."""
+    """Return 12 characters that are equal for runs with equal options.
+
+    Args:
+        config: The options, as JSON values.
+        without: The names of options that do not count.
+    """
     recipe = {name: _as_float(value) for name, value in config.items() if name not in without}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _as_float(value: Any) -> Any:
-    """A knob with its whole numbers as floats: 0 in train.py is 0.0 when a config file has been read."""
+    """Convert integers to floats: a value of 0 in train.py is 0.0 after it was read from a config file."""
     if isinstance(value, Mapping):
-        return {name: _as_float(part) for name, part in value.items()}
+        return {name: _as_float(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_float(part) for part in value]
+        return [_as_float(item) for item in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def hash_code() -> dict[str, str]:
-    """The sha256 of train.py and of each file of experiment/: what a run computes, besides its knobs."""
+    """Return the sha256 of train.py and of each file in experiment/: the code that affects the results, by path."""
     files = [ROOT / "train.py", *sorted((ROOT / "experiment").glob("*.py"))]
-    there = [path for path in files if path.is_file()]
-    return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
+    return {
+        file.relative_to(ROOT).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file()
+    }
 
 
-def describe_code_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The files that are not what the run was saved with, in one sentence; none where all are."""
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    return [f"{', '.join(changed)} changed since the run was saved: it goes on with the new code."] if changed else []
+def describe_code_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Describe which files changed since a run was saved.
 
+    Args:
+        before: The output of `hash_code` when the run was saved.
+        after: The output of `hash_code` now.
 
-def versions() -> dict[str, str | None]:
-    """What the numbers of a run may depend on."""
-    import torchvision
-
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return {**versions, "torchvision": torchvision.__version__, "cuda": torch.version.cuda}
+    Returns:
+        One message, or none if nothing changed.
+    """
+    changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    if not changed:
+        return []
+    return [f"{', '.join(changed)} changed since the run was saved; the resumed run uses the new code."]
 
 
 def describe_environment_changes(before: Mapping[str, Any]) -> list[str]:
-    """What a resumed run has otherwise than before, so that it goes on equal to rounding alone."""
-    then = {"processes": before["world_size"], "threads": before["threads"], **before["versions"]}
-    now = {"processes": world_size(), "threads": torch.get_num_threads(), **versions()}
-    changes = [f"{name} {then.get(name)} before and {now[name]} now" for name in now if then.get(name) != now[name]]
-    return [f"The run had {', '.join(changes)}: it goes on equal to rounding, not bit for bit."] if changes else []
+    """Describe which properties of the environment that affect the rounding changed since a run was saved.
+
+    Args:
+        before: The `resume` entry of the checkpoint.
+
+    Returns:
+        One message, or none if nothing changed.
+    """
+    old = {"processes": before["world_size"], "threads": before["threads"], **before["versions"]}
+    new = {"processes": world_size(), "threads": torch.get_num_threads(), **versions()}
+    changes = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    if not changes:
+        return []
+    note = "The results are equal up to rounding, not bit-identical."
+    return [f"Changed since the run was saved: {', '.join(changes)}. {note}"]
 
 
 def uncommitted_diff() -> bytes | None:
-    """The difference between the last commit and the files here, new ones included; None without git or a commit."""
-    with tempfile.TemporaryDirectory() as folder:
-        index = os.path.join(folder, "index")  # an index of our own, so that the user's is left as it is
-        if _git("read-tree", "HEAD", index=index) is None or _git("add", "-N", ".", index=index) is None:
+    """Return the diff between the last commit and the files now, with new files; None without git or a commit."""
+    with tempfile.TemporaryDirectory() as directory:
+        index = os.path.join(directory, "index")  # a separate index: the user's is not changed
+        if _git("read-tree", "HEAD", index=index) is None:
+            return None
+        if _git("add", "-N", ".", index=index) is None:
             return None
         return _git("diff", "HEAD", "--", ".", index=index)
 
 
 def _git(*arguments: str, index: str | None = None) -> bytes | None:
-    """What git says of this repository; None without git, a repository or a commit."""
-    environment = os.environ | ({} if index is None else {"GIT_INDEX_FILE": index})
+    """Return the output of git in this repository; None without git, a repository or a commit.
+
+    Args:
+        arguments: The arguments of git.
+        index: The path of the index file; None for that of the repository.
+    """
+    environment = dict(os.environ)
+    if index is not None:
+        environment["GIT_INDEX_FILE"] = index
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True, env=environment).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -161,9 +219,11 @@ def _git(*arguments: str, index: str | None = None) -> bytes | None:
 
 
 def _git_line(*arguments: str) -> str | None:
-    return (_git(*arguments) or b"").decode().strip() or None
+    """Return the output of git as text; None if there is none."""
+    output = _git(*arguments)
+    return None if output is None else output.decode().strip() or None
 
 
 def now() -> str:
-    """The time, in UTC."""
+    """Return the time in UTC, in ISO format with seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")

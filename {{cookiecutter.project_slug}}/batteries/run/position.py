@@ -10,7 +10,13 @@ from batteries.core.jsonl import read_jsonl
 
 
 class TrainingPosition(NamedTuple):
-    """Where training continues: the stage from 0, the epoch from 1, and the number of its steps that are done."""
+    """Where training continues.
+
+    Attributes:
+        stage: The stage, from 0.
+        epoch: The epoch, from 1.
+        step: The number of steps of the epoch that are done.
+    """
 
     stage: int = 0
     epoch: int = 1
@@ -18,7 +24,13 @@ class TrainingPosition(NamedTuple):
 
 
 def truncate_jsonl(path: Path, stages: Sequence[str], position: TrainingPosition) -> None:
-    """Remove the lines at or after `position` from a .jsonl file, and a last line that is incomplete."""
+    """Remove the lines at or after `position` from a .jsonl file, and a last line that is incomplete.
+
+    Args:
+        path: The file; it need not exist.
+        stages: The names of all stages.
+        position: Where training continues.
+    """
     if not path.exists():
         return
     kept = []
@@ -42,14 +54,13 @@ def has_metrics_before(
         unwritten: [file, line] for the lines that found no space on the disk.
     """
     stage, epoch, step = position
-    name: str = saved[0]
-    last: int | None = saved[1]
-    if step > 0 and epoch > 1:
-        last = epoch - 1
-    elif step > 0:
-        name, last = (stages[stage - 1] if stage else ""), None
-    if not name:
-        return True
+    if step > 0 and epoch == 1 and stage == 0:
+        return True  # no epoch was completed
     records = [record for _, record in read_jsonl(path)]
     records += [json.loads(line) for file, line in unwritten if file == path.name]
-    return any(record["stage"] == name and last in (None, record["epoch"]) for record in records)
+    logged = {(record["stage"], record["epoch"]) for record in records}
+    if step == 0:  # the checkpoint is at the end of an epoch
+        return saved in logged
+    if epoch > 1:
+        return (saved[0], epoch - 1) in logged
+    return any(name == stages[stage - 1] for name, _ in logged)  # a stage may end before its last epoch

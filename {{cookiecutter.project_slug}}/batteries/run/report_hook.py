@@ -15,7 +15,12 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 
 def make_reports(logdir: Path, device: str) -> None:
-    """Run each script listed under [tool.batteries] reports in pyproject.toml; log what it prints, or why it failed."""
+    """Run each script listed under [tool.batteries] reports in pyproject.toml; log what it prints, or why it failed.
+
+    Args:
+        logdir: The run directory.
+        device: The device for the scripts, such as cpu or cuda:0.
+    """
     for script in project_settings()["reports"]:
         try:
             output = _run([sys.executable, str(ROOT / script), str(logdir), "--device", device])
@@ -31,9 +36,12 @@ def make_reports(logdir: Path, device: str) -> None:
 def _run(command: list[str]) -> str:
     """Run a command as a single process and return its output. Raises RuntimeError with its last line if it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    search_path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    search_path = [str(ROOT)]
+    if environment.get("PYTHONPATH"):
+        search_path.append(environment["PYTHONPATH"])
     environment["PYTHONPATH"] = os.pathsep.join(search_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit code {done.returncode}")
     return done.stdout

@@ -136,7 +136,7 @@ def find_newest_checkpoint(logdir: Path, stages: Sequence[str]) -> ResumePoint:
     Raises:
         UserError: If there are checkpoints and none is valid, so that a run is never restarted silently.
     """
-    entries = [(name, entry) for name in stages for entry in read_manifest(logdir / name)["rows"]]
+    entries = [(name, entry) for name in stages for entry in read_manifest(logdir / name).entries]
     messages: list[str] = []
     for stage, entry in reversed(entries):
         path = logdir / stage / entry.file
@@ -208,4 +208,4 @@ def _refuse(flag: str, before: Any, now: Any) -> NoReturn:
         fix = f"give {flag} {' '.join(map(str, before))}"
     else:
         fix = f"give {flag} {before}"
-    raise UserError(f"--resume would change the run: {flag} was {before} and is {now}; {fix}, or another --logdir.")
+    raise UserError(f"--resume would change the run: {flag} was {before} and is {now}; {fix}, or use another --logdir.")

@@ -19,7 +19,7 @@ from batteries.core.config_io import replace_from_json, to_json
 from batteries.core.errors import RunError, UserError, is_out_of_memory
 from batteries.core.ranks import is_rank_zero
 from batteries.core.signals import Preempted
-from batteries.data.image_grid import read_picture
+from batteries.data.image_grid import read_png
 from batteries.distributed.collectives import run_on_rank_zero
 from batteries.run.checkpoint_policy import CheckpointPolicy
 from batteries.run.config import RunConfig
@@ -49,6 +49,7 @@ class Run(Generic[ConfigT]):
         config: The options; for a resumed run with the initial weights that it began with.
         device: The device of this process.
         logdir: The run directory.
+        logger: Log lines, .jsonl files and trackers.
         writer: Writes the checkpoints in the background.
     """
 
@@ -90,6 +91,7 @@ class Run(Generic[ConfigT]):
         self.config: ConfigT = config
         self.device = device
         self.logdir = directory.path
+        self.logger = RunLogger(directory, config)
         self.writer = AsyncWriter()
         self._model = model
         self._split = split
@@ -104,15 +106,15 @@ class Run(Generic[ConfigT]):
             code=code,
             device=device,
             directory=directory,
-            logger=RunLogger(directory, config),
+            logger=self.logger,
             policy=CheckpointPolicy(config.checkpoint_every_minutes, config.checkpoint_every_steps),
             guard=NonFiniteGuard(directory.path / "skipped.json", fp16=config.precision == "fp16"),
         )
 
     def __enter__(self) -> "Run[ConfigT]":
         run_on_rank_zero(self._write_start)
-        self._parts.logger.console.open()
-        self._parts.logger.start_trackers(self._parts.values, self._resumed_at())
+        self.logger.console.open()
+        self.logger.start_trackers(self._parts.values, self._resumed_at())
         for message in self._point.messages:
             logger.warning(message)
         self._parts.policy.signals.__enter__()
@@ -125,11 +127,11 @@ class Run(Generic[ConfigT]):
         outcome = describe_exit(error, self._parts.stopped_early)
         if is_rank_zero():
             self._finish_writing()
-            self._parts.logger.finish_trackers(failed=error is not None and not isinstance(error, Preempted))
+            self.logger.finish_trackers(failed=error is not None and not isinstance(error, Preempted))
             self._write_metadata(exit=outcome)
             self._directory.lock.release()
         self._note_exit(outcome, error)
-        self._parts.logger.console.close()
+        self.logger.console.close()
         signals.__exit__()  # last, so that another signal does not interrupt what is written here
         if error is not None and is_out_of_memory(error):
             raise UserError(advise_out_of_memory(self.config, self.device)) from error
@@ -150,11 +152,11 @@ class Run(Generic[ConfigT]):
         record = self._directory.metadata.values
         if is_rank_zero():
             lines = header_lines(self.config, self.device, self._model, self._point, self._pretrained, samples, record)
-            self._parts.logger.log_lines(lines)
+            self.logger.log_lines(lines)
 
     def log_image(self, name: str, make: Callable[[], Any]) -> None:
         """Log an image to the trackers: a uint8 tensor (3, H, W) or None, which `make` returns if one needs it."""
-        self._parts.logger.log_image(name, make, self._parts.total_step)
+        self.logger.log_image(name, make, self._parts.total_step)
 
     def has_begun(self, stage: int) -> bool:
         """Return whether the interrupted run had begun stage `stage` (from 0): its weights are in the checkpoint."""
@@ -187,31 +189,31 @@ class Run(Generic[ConfigT]):
             The best score over all stages; NaN if none was finite.
         """
         run_on_rank_zero(lambda: self._directory.jsonl.write(tolerate_full_disk=False))
-        score, stage = best_of(stage_checkpoints)
+        score, best_stage = best_of(stage_checkpoints)
         if is_rank_zero():
-            self._write_result(score, stage)
+            self._write_result(score, best_stage)
         return score
 
-    def _write_result(self, score: float, stage: CheckpointManager) -> None:
+    def _write_result(self, score: float, best_stage: CheckpointManager) -> None:
         parts = self._parts
-        path = stage.best_path()
+        path = best_stage.best_path()
         if self._directory.metadata.earlier_exit == "stopped early" and not parts.timing:
             parts.stopped_early = True  # it had already ended, and nothing was trained
         finite_score = score if math.isfinite(score) else None
         best = {
-            "metric": stage.metric,
+            "metric": best_stage.metric,
             "score": finite_score,
-            "stage": stage.logdir.name,
-            "epoch": stage.best_epoch,
+            "stage": best_stage.logdir.name,
+            "epoch": best_stage.best_epoch,
         }
         self._write_metadata(best=best, exit=describe_exit(None, parts.stopped_early))
-        parts.logger.log_lines(end_lines(best, path, self.logdir, parts.logger.trackers.dashboards()))
+        self.logger.log_lines(end_lines(best, path, self.logdir, self.logger.trackers.dashboards()))
         if self.config.report:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the report predicts on the same GPU
             make_reports(self.logdir, str(self.device))
-            self.log_image("confusion", lambda: read_picture(self.logdir / "plots/confusion.png"))
-        parts.logger.finish_trackers(finite_score, path)
+            self.log_image("confusion", lambda: read_png(self.logdir / "plots/confusion.png"))
+        self.logger.finish_trackers(finite_score, path)
 
     def _write_metadata(self, **values: Any) -> None:
         skipped = self._parts.guard.monitor.skipped
@@ -246,7 +248,7 @@ class Run(Generic[ConfigT]):
 
     def _note_exit(self, outcome: str, error: BaseException | None) -> None:
         """Write how the run ended to train.log, with the traceback of a bug; the terminal shows it later."""
-        console = self._parts.logger.console
+        console = self.logger.console
         if error is None or isinstance(error, Preempted):
             if is_rank_zero():
                 console.note(outcome)

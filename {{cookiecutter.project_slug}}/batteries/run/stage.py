@@ -191,7 +191,7 @@ class StageRun:
         """Log curves every LOG_EVERY steps; write a checkpoint if one is due, and end the run after a signal."""
         if step % LOG_EVERY == 0:
             self._check_gradients(step, batches)
-            if step < len(batches):  # the end of an epoch has a point of its own
+            if step < len(batches):  # at the end of an epoch log_epoch logs the point
                 self._log_curves(step, batches, watch, metrics)
         save, signal_number = self._parts.policy.should_save(step, len(batches))
         if not save:

@@ -1,11 +1,11 @@
-"""How fast an epoch goes, and how much of that is waiting for data; a trace of a few steps."""
+"""The speed of an epoch, the time spent waiting for data, and a profiler trace of a few steps."""
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -16,29 +16,39 @@ from batteries.training.metrics import MeanMetrics
 
 logger = logging.getLogger("batteries")
 
+# The schedule of --profile: steps before the profiler starts, steps that only warm it up, and steps in the trace.
+WAIT = 2
+WARMUP = 3
+ACTIVE = 5
+
 
 class Stopwatch:
-    """Gives the batches of an epoch on, and keeps the time; `metrics` counts the samples of this rank."""
+    """Iterates over the batches of an epoch and measures the time.
+
+    Attributes:
+        batches: The micro-batches of the epoch.
+        metrics: The metrics of the epoch, which count the samples of this rank.
+    """
 
     def __init__(self, batches: EpochBatches, metrics: MeanMetrics) -> None:
         self.batches = batches
         self.metrics = metrics
-        self._count = metrics.count
+        self._count_at_start = metrics.count
         self._begin = time.perf_counter()
-        self._waited = 0.0
+        self._waited = 0.0  # seconds
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.batches)
         while True:
-            asked = time.perf_counter()
+            requested_at = time.perf_counter()
             batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - requested_at
             if batch is None:
                 return
             yield batch
 
     def timing(self, steps: int) -> dict[str, float]:
-        """What timings.jsonl keeps of an epoch of which `steps` were done here. Seconds."""
+        """Return the timing of the epoch for timings.jsonl; `steps` is the number of steps in this process."""
         seconds = time.perf_counter() - self._begin
         return {
             "seconds": round(seconds, 3),
@@ -48,45 +58,59 @@ class Stopwatch:
         }
 
     def samples_per_second(self) -> float:
-        """Over all ranks, since the start of the epoch."""
-        return (self.metrics.count - self._count) * world_size() / (time.perf_counter() - self._begin)
+        """Return the samples per second over all ranks since the start of the epoch."""
+        samples = (self.metrics.count - self._count_at_start) * world_size()
+        return samples / (time.perf_counter() - self._begin)
 
     def status(self) -> str:
-        """For the progress bar: means so far, samples a second, the share of time spent waiting for data, peak memory.
+        """Format means so far, samples per second, the fraction of time spent waiting for data, and peak memory.
 
-        Short, so that it fits beside the bar into 80 columns.
+        It is short, because it has to fit into 80 columns together with the progress bar.
         """
         means = " ".join(f"{name} {value:.3f}" for name, value in self.metrics.compute_local().items())
-        share = self._waited / (time.perf_counter() - self._begin)
+        wait = self._waited / (time.perf_counter() - self._begin)
         memory = peak_memory(self.batches.loader.device) / 1e9
-        return f"{means} {self.samples_per_second():.0f}/s wait {share:.0%} {memory:.1f} GB"
+        return f"{means} {self.samples_per_second():.0f}/s wait {wait:.0%} {memory:.1f} GB"
 
 
-WAIT, WARMUP, ACTIVE = 2, 3, 5  # steps before the trace, steps that only warm the profiler up, and steps in the trace
+class StepProfiler(Protocol):
+    """A profiler whose `step` is called after each optimizer step, such as torch.profiler.profile."""
+
+    def step(self) -> None:
+        """Note the end of a step."""
+
+
+class NoProfiler:
+    """A StepProfiler that does nothing."""
+
+    def step(self) -> None:
+        """Do nothing."""
 
 
 @contextmanager
-def profile_steps(folder: Path | None, steps: int) -> Iterator[Any]:
-    """Write a trace of ACTIVE of `steps` into `folder`, for https://ui.perfetto.dev; `step()` is called after each."""
-    least = WAIT + WARMUP + ACTIVE
-    if folder is not None and steps < least:
-        logger.warning(f"--profile wrote no trace: it wants an epoch of {least} steps or more.")
-    if folder is None or steps < least:
-        yield _NoProfiler()
+def profile_steps(directory: Path | None, steps: int) -> Iterator[StepProfiler]:
+    """Write a trace of ACTIVE steps, to be opened in https://ui.perfetto.dev.
+
+    Args:
+        directory: The directory for the trace; None for no trace.
+        steps: The number of steps of the epoch. With too few of them there is a warning, and no trace.
+    """
+    needed = WAIT + WARMUP + ACTIVE
+    if directory is not None and steps < needed:
+        logger.warning(
+            f"--profile wrote no trace: it needs an epoch of {needed} steps or more, and this one has {steps}."
+        )
+    if directory is None or steps < needed:
+        yield NoProfiler()
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    path = folder / f"trace_rank{rank()}.json"
+    path = directory / f"trace_rank{rank()}.json"
     with torch.profiler.profile(
         activities=activities,
         schedule=torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
         yield profiler
-
-
-class _NoProfiler:
-    def step(self) -> None:
-        """Nothing."""

@@ -1,4 +1,4 @@
-"""Several predictions in, one out: means of tables that are matched already, and weights for them."""
+"""Blending of matched predictions, and weights that minimise the loss of a blend."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -9,6 +9,7 @@ from batteries.core.errors import UserError
 from batteries.evaluation.scoring import SMALLEST
 
 Method = Literal["mean", "power", "geometric", "rank"]
+BlendFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of tables (M, N, C) and weights (M,)
 FOLDS = 5  # of the cross-validation of weights
 
 
@@ -18,47 +19,57 @@ def blend(
     weights: Sequence[float] | np.ndarray,
     power: float = 2.0,
     *,
-    normalise: bool = True,
+    normalize_rows: bool = True,
 ) -> np.ndarray:
-    """Blend probabilities (M, N, C) of M models into (N, C); `weights` (M,) count by their shares.
+    """Blend the probabilities of M models.
 
-    mean: of probabilities. power: (sum of w p^power)^(1/power), which leans to the model that is sure. geometric: of
-    logarithms (Hinton 2002, products of experts). rank: of `ranks`, blind to how each model is calibrated.
-    With `normalise` the rows of power and geometric sum to one again.
+    Args:
+        tables: Probabilities (M, N, C).
+        method: "mean": mean of the probabilities. "power": (sum of w p^power)^(1/power), which favours the model that
+            is more confident. "geometric": mean of the logarithms (Hinton 2002, products of experts). "rank": mean of
+            `ranks`, which does not depend on the calibration of the models.
+        weights: Weights (M,), 0 or more and finite; they are normalized to a sum of one.
+        power: The power of "power", over 0.
+        normalize_rows: Whether the rows of "power" and "geometric" are normalized to a sum of one.
+
+    Returns:
+        Probabilities (N, C).
     """
-    shares = normalize_weights(weights)
+    normalized = normalize_weights(weights)
     if method == "mean":
-        blended = _weighted_mean(shares, tables)
+        blended = _weighted_mean(normalized, tables)
     elif method == "rank":
-        blended = _weighted_mean(shares, np.stack([ranks(table) for table in tables]))
+        blended = _weighted_mean(normalized, np.stack([ranks(table) for table in tables]))
     elif method == "power":
-        blended = _power_mean(shares, tables, power)
+        blended = _power_mean(normalized, tables, power)
     else:
-        blended = np.exp(_weighted_mean(shares, np.log(np.maximum(tables, SMALLEST))))
-    if normalise and method in ("power", "geometric"):
+        blended = np.exp(_weighted_mean(normalized, np.log(np.maximum(tables, SMALLEST))))
+    if normalize_rows and method in ("power", "geometric"):
         blended = blended / blended.sum(1, keepdims=True)
-    return np.clip(blended, 0, 1)  # rounding may leave it by a hair
+    return np.clip(blended, 0, 1)  # rounding can leave the range
 
 
 def normalize_weights(weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Weights (M,), 0 or more and finite, as shares that sum to one, however large they are."""
+    """Return weights (M,), 0 or more and finite, with a sum of one; large weights do not overflow."""
     scaled = np.asarray(weights, dtype=np.float64) / np.max(weights)
     return scaled / scaled.sum()
 
 
-def _power_mean(shares: np.ndarray, tables: np.ndarray, power: float) -> np.ndarray:
-    """(sum of w p^power)^(1/power), for any power over 0: p^power alone may be rounded to 0, or to 1."""
-    shares, tables = shares[shares > 0], tables[shares > 0]
-    top = tables.max(0)  # (N, C)
-    ratios = np.divide(tables, top, out=np.ones_like(tables), where=top > 0)
+def _power_mean(weights: np.ndarray, tables: np.ndarray, power: float) -> np.ndarray:
+    """Compute (sum of w p^power)^(1/power) for any power over 0, although p^power may be rounded to 0 or to 1."""
+    tables = tables[weights > 0]
+    weights = weights[weights > 0]
+    maximum = tables.max(0)  # (N, C)
+    ratios = np.divide(tables, maximum, out=np.ones_like(tables), where=maximum > 0)
     with np.errstate(divide="ignore"):  # the logarithm of 0 is -inf, as it should be
-        total = _weighted_mean(shares, ratios**power)
-        near_one = np.log1p(_weighted_mean(shares, np.expm1(power * np.log(ratios))).clip(min=-1))
-        return top * np.exp(np.where(total < 0.5, np.log(total), near_one) / power)
+        total = _weighted_mean(weights, ratios**power)
+        log_near_one = np.log1p(_weighted_mean(weights, np.expm1(power * np.log(ratios))).clip(min=-1))
+        log_total = np.where(total < 0.5, np.log(total), log_near_one)
+        return maximum * np.exp(log_total / power)
 
 
 def ranks(table: np.ndarray) -> np.ndarray:
-    """Each column (N, C) as ranks from 0, the least, to 1, the greatest; ties share their mean. One row is 0.5."""
+    """Rank each column of a table (N, C) from 0 (lowest) to 1 (highest); ties get their mean. A single row gets 0.5."""
     import pandas as pd
 
     if len(table) == 1:
@@ -67,65 +78,89 @@ def ranks(table: np.ndarray) -> np.ndarray:
 
 
 def correlations(tables: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of each two models (M, M), over all probabilities: blends gain where it is low.
+    """Compute Pearson's correlation of each pair of models, over all probabilities. Blends gain when it is low.
 
-    NaN with a model whose probabilities are all the same.
+    Args:
+        tables: Probabilities (M, N, C).
+
+    Returns:
+        Correlations (M, M); NaN for a model whose probabilities are all equal.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.corrcoef(tables.reshape(len(tables), -1))
 
 
-class Fit(NamedTuple):
-    """Weights (M,) that sum to one, and the mean loss that they, and equal weights, have on samples kept from them."""
+class FittedWeights(NamedTuple):
+    """Weights of a blend, and the cross-entropy that can be expected of them.
+
+    Attributes:
+        weights: Weights (M,) with a sum of one.
+        loss: The mean loss of fitted weights on samples that they were not fitted on.
+        equal_loss: The mean loss of equal weights.
+    """
 
     weights: np.ndarray
     loss: float
     equal_loss: float
 
 
-def fit_weights(tables: np.ndarray, targets: np.ndarray, mix: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Fit:
-    """Weights of least loss (cross-entropy) for tables (M, N, C) and targets (N,); `mix(tables, weights)` blends.
+def fit_weights(tables: np.ndarray, targets: np.ndarray, blend_tables: BlendFunction) -> FittedWeights:
+    """Fit the weights with the lowest cross-entropy.
 
-    Their worth is found by cross-validation: weights fitted on four fifths are scored on the last fifth. What a fit
-    scores on its own samples flatters it.
+    Their loss is estimated by cross-validation: weights fitted on four fifths of the samples are scored on the last
+    fifth. The loss on the samples of the fit would be too low.
+
+    Args:
+        tables: Probabilities (M, N, C).
+        targets: Class indices (N).
+        blend_tables: Blends tables with weights.
+
+    Raises:
+        UserError: If there are fewer than FOLDS samples.
     """
     from sklearn.model_selection import KFold
 
-    equal = np.full(len(tables), 1 / len(tables))
     if len(targets) < FOLDS:
         raise UserError(f"--fit-on needs {FOLDS} samples or more, not {len(targets)}.")
     losses = np.empty(len(targets))
-    for fitted, kept in KFold(FOLDS, shuffle=True, random_state=0).split(targets):
-        weights = _least_loss(tables[:, fitted], targets[fitted], mix)
-        losses[kept] = _losses(mix(tables[:, kept], weights), targets[kept])
-    equal_loss = _losses(mix(tables, equal), targets).mean()
-    return Fit(_least_loss(tables, targets, mix), float(losses.mean()), float(equal_loss))
+    for fitted, held_out in KFold(FOLDS, shuffle=True, random_state=0).split(targets):
+        weights = _minimize_loss(tables[:, fitted], targets[fitted], blend_tables)
+        losses[held_out] = _losses(blend_tables(tables[:, held_out], weights), targets[held_out])
+    equal = np.full(len(tables), 1 / len(tables))
+    equal_loss = _losses(blend_tables(tables, equal), targets).mean()
+    weights = _minimize_loss(tables, targets, blend_tables)
+    return FittedWeights(weights, float(losses.mean()), float(equal_loss))
 
 
-def _least_loss(
-    tables: np.ndarray, targets: np.ndarray, mix: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Weights on the simplex by sequential least squares (Kraft 1988), from equal ones.
+def _minimize_loss(tables: np.ndarray, targets: np.ndarray, blend_tables: BlendFunction) -> np.ndarray:
+    """Minimise the loss over weights with a sum of one by sequential least squares (Kraft 1988), from equal weights.
 
-    The loss is counted in that of equal weights: the optimiser stops at a change of 1e-6, whatever the scale.
+    The loss is divided by that of equal weights, because the optimiser stops at a change of 1e-6 at any scale.
     """
     from scipy.optimize import minimize
 
     count = len(tables)
     equal = np.full(count, 1 / count)
-    scale = _losses(mix(tables, equal), targets).mean() or 1.0
-    found = minimize(
-        lambda weights: _losses(mix(tables, _on_simplex(weights)), targets).mean() / scale,
+    scale = _losses(blend_tables(tables, equal), targets).mean() or 1.0
+
+    def relative_loss(weights: np.ndarray) -> float:
+        return _losses(blend_tables(tables, _to_simplex(weights)), targets).mean() / scale
+
+    def excess_sum(weights: np.ndarray) -> float:
+        return weights.sum() - 1
+
+    result = minimize(
+        relative_loss,
         equal,
         method="SLSQP",
         bounds=[(0, 1)] * count,
-        constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1},
+        constraints={"type": "eq", "fun": excess_sum},
     )
-    return _on_simplex(found.x)
+    return _to_simplex(result.x)
 
 
-def _on_simplex(weights: np.ndarray) -> np.ndarray:
-    """The optimiser's weights without the hair by which it leaves its bounds."""
+def _to_simplex(weights: np.ndarray) -> np.ndarray:
+    """Correct the rounding error by which the optimiser leaves its bounds."""
     clipped = np.clip(weights, 0, None)
     return clipped / clipped.sum()
 
@@ -134,5 +169,5 @@ def _losses(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(probabilities[np.arange(len(targets)), targets], SMALLEST))
 
 
-def _weighted_mean(shares: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    return np.tensordot(shares, tables, axes=1)
+def _weighted_mean(weights: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    return np.tensordot(weights, tables, axes=1)

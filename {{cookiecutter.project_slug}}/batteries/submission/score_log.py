@@ -1,8 +1,8 @@
-"""The ledger of scores: a CSV file in git, one line per run and submission, oldest first.
+"""The score log: a CSV file in git, one line per submission of a run, oldest first.
 
-Git merges it by union (.gitattributes): lines of both branches stay, and the next line that is added puts them in
-order again. Lines of one submission become one where they do not contradict each other, such as where one branch filled
-in the public score and the other the private; else all stay, and `contradictions` names them.
+Git merges it by union (.gitattributes): the lines of both branches stay, and the next write sorts them again. Lines of
+one submission are merged if they do not conflict, for example if one branch added the public score and the other one
+the private score. Otherwise all of them stay, and `find_conflicts` reports them.
 """
 
 import csv
@@ -18,28 +18,28 @@ from typing import Any, NamedTuple
 from batteries.core.errors import UserError
 from batteries.core.files import write_output
 
-SCORES = ("valid", "test", "public", "private")
+SCORE_COLUMNS = ("valid", "test", "public", "private")
 
 
 @dataclass(frozen=True)
 class ScoreEntry:
-    """One line. A score is None where it is not known; `config` is a hash of what was asked for."""
+    """One line of the score log. A score is None if it is not known."""
 
     date: str  # UTC, to the second
     name: str  # of the submission
     logdir: str
     commit: str
-    config: str
+    config: str  # hash of the options
     metric: str
     valid: float | None = None
     test: float | None = None
-    public: float | None = None  # on the leaderboard, while the competition runs
-    private: float | None = None  # on the leaderboard, after its end
+    public: float | None = None  # on the leaderboard during the competition
+    private: float | None = None  # on the leaderboard after its end
     note: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
-        """What must not be entered twice."""
+        """The submission: its logdir and name."""
         return self.logdir, self.name
 
 
@@ -47,117 +47,151 @@ COLUMNS = [field.name for field in fields(ScoreEntry)]
 
 
 def add_entry(path: Path, entry: ScoreEntry) -> None:
-    """Enter one more line, in one step: two who add at once wait for each other.
+    """Add a line atomically; processes that add at the same time wait for each other.
 
-    Raises BadInput where this submission of this run is there already.
+    Raises:
+        UserError: If the submission is already in the score log, or the file cannot be read or written.
     """
-    with _alone(path):
+    with _locked(path):
         entries = read_score_log(path)
-        if earlier := next((old for old in entries if old.key == entry.key), None):
+        earlier = _find(entries, entry.key)
+        if earlier is not None:
             raise UserError(
-                f"{path} has {entry.name} of {entry.logdir} already, of {earlier.date}; give another submission a "
-                f"--name of its own, or --update to fill in that line."
+                f"{path} already has {entry.name} of {entry.logdir}, from {earlier.date}; give another submission a "
+                "different --name, or use --update to change that line."
             )
         _write(path, [*entries, entry])
 
 
 def update_entry(path: Path, key: tuple[str, str], **values: float | str | None) -> tuple[ScoreEntry, ScoreEntry]:
-    """Fill in the line of `key`, or all of them: what is None or empty in `values` stays. Gives what it was and is.
+    """Change the line of a submission; if it has several lines, change all of them.
 
-    Raises BadInput where it is not there.
+    Args:
+        path: The score log.
+        key: The key of the submission.
+        values: The new values by column; those that are None or empty are ignored.
+
+    Returns:
+        The entry before and after.
+
+    Raises:
+        UserError: If the submission is not in the score log, or the file cannot be read or written.
     """
-    given: dict[str, Any] = {name: value for name, value in values.items() if value not in (None, "")}
-    with _alone(path):
+    changes: dict[str, Any] = {name: value for name, value in values.items() if value not in (None, "")}
+    with _locked(path):
         entries = read_score_log(path)
-        old = next((entry for entry in entries if entry.key == key), None)
-        if old is None:
-            raise UserError(f"--update: {path} has no {key[1]} of {key[0]}; leave --update out to enter it.")
-        entries = merge_entries(replace(entry, **given) if entry.key == key else entry for entry in entries)
+        before = _find(entries, key)
+        if before is None:
+            raise UserError(f"--update: {path} does not have {key[1]} of {key[0]}; add it without --update.")
+        entries = merge_entries(replace(entry, **changes) if entry.key == key else entry for entry in entries)
         _write(path, entries)
-    return old, next(entry for entry in entries if entry.key == key)
+    after = _find(entries, key)
+    assert after is not None
+    return before, after
+
+
+def _find(entries: Iterable[ScoreEntry], key: tuple[str, str]) -> ScoreEntry | None:
+    return next((entry for entry in entries if entry.key == key), None)
 
 
 def read_score_log(path: Path) -> list[ScoreEntry]:
-    """The entries, oldest first; none where there is no file. Raises BadInput, with the line, for what is no entry."""
+    """Read the entries, oldest first; none if the file does not exist.
+
+    Raises:
+        UserError: If a line is not an entry.
+    """
     if path.is_dir():
-        raise UserError(f"--ledger {path} is a folder; give the name of a file, such as scores.csv.")
+        raise UserError(f"--score-log {path} is a directory; give the path of a file, such as scores.csv.")
     if not path.is_file():
         return []
-    return merge_entries(_read_entry(path, number, row) for number, row in _rows(path))
+    return merge_entries(_parse_entry(path, number, row) for number, row in _read_rows(path))
 
 
 def merge_entries(entries: Iterable[ScoreEntry]) -> list[ScoreEntry]:
-    """The entries, oldest first; those of one submission that do not contradict each other as one."""
-    joined: dict[tuple[str, str], list[ScoreEntry]] = {}
+    """Sort entries by date, and merge entries of one submission that do not conflict."""
+    merged: dict[tuple[str, str], list[ScoreEntry]] = {}
     for entry in entries:
-        lines = joined.setdefault(entry.key, [])
-        for place, line in enumerate(lines):
-            if (both := _join_two(line, entry)) is not None:
-                lines[place] = both
-                break
-        else:
-            lines.append(entry)
-    return sorted((line for lines in joined.values() for line in lines), key=lambda line: (line.date, *line.key))
+        _merge_into(merged.setdefault(entry.key, []), entry)
+    flat = [entry for same_key in merged.values() for entry in same_key]
+    return sorted(flat, key=lambda entry: (entry.date, *entry.key))
 
 
-def _join_two(one: ScoreEntry, other: ScoreEntry) -> ScoreEntry | None:
-    """What either says, with the earlier date; None where they contradict each other."""
-    values: dict[str, Any] = {"date": min(one.date, other.date)}
+def _merge_into(same_key: list[ScoreEntry], entry: ScoreEntry) -> None:
+    """Merge an entry into the first of `same_key` that it does not conflict with; append it if there is none."""
+    for index, existing in enumerate(same_key):
+        both = _merge_two(existing, entry)
+        if both is not None:
+            same_key[index] = both
+            return
+    same_key.append(entry)
+
+
+def _merge_two(a: ScoreEntry, b: ScoreEntry) -> ScoreEntry | None:
+    """Merge two entries of one submission, with the earlier date; None if they conflict."""
+    values: dict[str, Any] = {"date": min(a.date, b.date)}
     for name in COLUMNS[1:]:
-        there = {value for value in (getattr(one, name), getattr(other, name)) if value not in (None, "")}
-        if len(there) > 1:
+        known = {value for value in (getattr(a, name), getattr(b, name)) if value not in (None, "")}
+        if len(known) > 1:
             return None
-        values[name] = there.pop() if there else getattr(one, name)
+        values[name] = known.pop() if known else getattr(a, name)
     return ScoreEntry(**values)
 
 
-def contradictions(entries: Sequence[ScoreEntry]) -> list[str]:
-    """A sentence for each submission that has lines which do not agree."""
-    lines: dict[tuple[str, str], list[ScoreEntry]] = {}
+def find_conflicts(entries: Sequence[ScoreEntry]) -> list[str]:
+    """Describe the conflict of each submission that has several lines."""
+    by_key: dict[tuple[str, str], list[ScoreEntry]] = {}
     for entry in entries:
-        lines.setdefault(entry.key, []).append(entry)
-    found = []
-    for (logdir, name), same in lines.items():
-        values = {column: {str(value) for line in same if (value := getattr(line, column))} for column in COLUMNS[1:]}
-        said = [f"{column} {' or '.join(sorted(texts))}" for column, texts in values.items() if len(texts) > 1]
-        if len(same) > 1:
-            found.append(
-                f"{name} of {logdir} has {len(same)} lines that do not agree: {', '.join(said)}; say what is right by "
-                f"scores.py add {logdir} --update, or leave one of them."
-            )
-    return found
+        by_key.setdefault(entry.key, []).append(entry)
+    return [
+        f"{name} of {logdir} has {len(same_key)} conflicting lines: {', '.join(_conflicting_values(same_key))}; set "
+        f"the correct value with tools/scores.py add {logdir} --update, or delete the wrong line."
+        for (logdir, name), same_key in by_key.items()
+        if len(same_key) > 1
+    ]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The lines but for the header, which a merge may have doubled, with their numbers."""
+def _conflicting_values(entries: Sequence[ScoreEntry]) -> list[str]:
+    """List the columns with several values, such as `public 0.5 or 0.6`."""
+    conflicts = []
+    for column in COLUMNS[1:]:
+        values = {getattr(entry, column) for entry in entries} - {None, ""}
+        if len(values) > 1:
+            conflicts.append(f"{column} {' or '.join(sorted(map(str, values)))}")
+    return conflicts
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """List (line number, cells) of each line except the header, which a merge may have repeated."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a ledger of scores ({error}).") from None
+        raise UserError(f"{path} cannot be read as a score log ({error}).") from None
     reader = csv.reader(io.StringIO(text, newline=""))
     if next(reader, None) != COLUMNS:
-        raise UserError(f"{path} does not begin with {','.join(COLUMNS)}; put that line back.")
+        raise UserError(f"{path} does not begin with {','.join(COLUMNS)}; restore that line.")
     for row in reader:
         if row and row != COLUMNS:
             yield reader.line_num, row
 
 
-def _read_entry(path: Path, number: int, row: Sequence[str]) -> ScoreEntry:
+def _parse_entry(path: Path, number: int, row: Sequence[str]) -> ScoreEntry:
     if len(row) != len(COLUMNS):
-        raise UserError(f"{path}, line {number}, has {len(row)} values for {len(COLUMNS)} columns.")
+        raise UserError(f"{path}, line {number}: {len(row)} values for {len(COLUMNS)} columns.")
     values: dict[str, str | float | None] = dict(zip(COLUMNS, row, strict=True))
-    for name in SCORES:
-        values[name] = _read_score(path, number, name, str(values[name]))
+    for name in SCORE_COLUMNS:
+        values[name] = _parse_score(path, number, name, str(values[name]))
     return ScoreEntry(**values)  # type: ignore[arg-type]
 
 
-def _read_score(path: Path, number: int, name: str, text: str) -> float | None:
+def _parse_score(path: Path, number: int, name: str, text: str) -> float | None:
+    if not text:
+        return None
     try:
-        value = float(text) if text else None
+        value = float(text)
     except ValueError:
         value = math.nan
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"{path}, line {number}: {name} is {text!r}, which is no score; empty the cell.")
+    if not math.isfinite(value):
+        raise UserError(f"{path}, line {number}: {name} is {text!r}, but must be a finite number or empty.")
     return value
 
 
@@ -165,20 +199,20 @@ def _write(path: Path, entries: Sequence[ScoreEntry]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(
-        [["" if value is None else value for value in asdict(entry).values()] for entry in merge_entries(entries)]
-    )
-    write_output(path, lambda file: file.write(text.getvalue().encode()), "--ledger")
+    for entry in merge_entries(entries):
+        writer.writerow(["" if value is None else value for value in asdict(entry).values()])
+    write_output(path, lambda file: file.write(text.getvalue().encode()), "--score-log")
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here for a file in the folder of `path`; it leaves none. Not on Windows.
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock on the directory of `path`; it creates no file. Windows has no such lock.
 
-    Raises BadInput where there is no such folder.
+    Raises:
+        UserError: If the directory does not exist.
     """
     if not path.parent.is_dir():
-        raise UserError(f"--ledger {path} cannot be: {path.parent} is no folder; use another.")
+        raise UserError(f"--score-log {path} cannot be written: {path.parent} is not a directory; use another one.")
     if os.name == "nt":
         yield
         return
@@ -192,17 +226,20 @@ def _alone(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class Point(NamedTuple):
-    """A submission with two scores that can be compared."""
+class ScorePair(NamedTuple):
+    """A submission with two scores of the same metric: on valid, and the one it is compared with."""
 
     name: str
-    first: float
-    second: float
+    valid: float
+    reference: float
 
 
-def disagreements(points: Sequence[Point]) -> list[tuple[str, str]]:
-    """Pairs of names of which the first has more of `first` and less of `second`; the widest apart come first."""
-    pairs = [(one, other) for one in points for other in points if one.first > other.first]
-    wrong = [(one, other) for one, other in pairs if one.second < other.second]
-    wrong.sort(key=lambda pair: pair[0].first - pair[1].first + pair[1].second - pair[0].second, reverse=True)
-    return [(one.name, other.name) for one, other in wrong]
+def find_rank_disagreements(pairs: Sequence[ScorePair]) -> list[tuple[str, str]]:
+    """List pairs of submissions that the two scores rank differently, the largest differences first.
+
+    Returns:
+        Pairs of names: the first has the higher score on valid and the lower reference score.
+    """
+    found = [(a, b) for a in pairs for b in pairs if a.valid > b.valid and a.reference < b.reference]
+    found.sort(key=lambda pair: pair[0].valid - pair[1].valid + pair[1].reference - pair[0].reference, reverse=True)
+    return [(a.name, b.name) for a, b in found]

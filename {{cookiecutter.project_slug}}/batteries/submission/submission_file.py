@@ -1,8 +1,8 @@
-"""From predictions to the file that a competition wants: the columns, ids and order of its sample."""
+"""Submission files: predictions in the columns, ids and order of a competition's sample submission."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -11,54 +11,77 @@ from batteries.core.tables import read_table
 from batteries.core.text import find_repeated, summarize_names
 from batteries.evaluation.predictions import Predictions
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Values = Literal["label", "index", "probability", "binary", "labels"]
-OF_A_ROW = ("label", "index", "labels")  # these say something of the whole row; the others of one class
+PER_ROW = ("label", "index", "labels")  # these describe the whole row; the others describe one class
+SEPARATORS = {";": ";", "\t": "tabs", "|": "|"}  # that are not commas, with their names
 
 
-def read_sample(path: Path) -> Any:
-    """A sample submission as a DataFrame of texts, the id in its first column.
+def read_sample(path: Path) -> "pd.DataFrame":
+    """Read a sample submission as text; the first column is the id.
 
-    Raises BadInput where it is no table, has no column beside the id, or a doubled id.
+    Raises:
+        UserError: If it is not a table, has only one column, or repeats an id.
     """
     try:
         table = read_table(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--sample {path} cannot be read as a table ({str(error).strip()}).") from None
-    if len(table.columns) == 1 and (other := next((mark for mark in ";\t|" if mark in table.columns[0]), None)):
-        raise UserError(
-            f"--sample {path} has one column, {table.columns[0]}, which looks like several with "
-            f"{'tabs' if other == chr(9) else other} between them; save it with commas."
-        )
+    if len(table.columns) == 1:
+        _check_separator(path, table.columns[0])
     if len(table.columns) < 2 or not len(table):
-        raise UserError(f"--sample {path} needs a column of ids, one to fill in, and rows.")
-    if doubled := find_repeated(table.iloc[:, 0]):
-        raise UserError(f"--sample {path} has more than one row of {summarize_names('id', doubled)}.")
+        raise UserError(f"--sample {path} needs a column of ids, a column to fill in, and rows.")
+    if repeated := find_repeated(table.iloc[:, 0]):
+        raise UserError(f"--sample {path} has more than one row of {summarize_names('id', repeated)}.")
     return table
 
 
-def make_submission(
-    predictions: Predictions, sample: Any, values: Values, threshold: float = 0.5, column_class: str | None = None
-) -> Any:
-    """A DataFrame with the columns, ids and order of `sample`.
+def _check_separator(path: Path, header: str) -> None:
+    """Raise UserError if the only column seems to be several, with another separator than a comma."""
+    for separator, name in SEPARATORS.items():
+        if separator in header:
+            raise UserError(
+                f"--sample {path} has one column, {header}, which looks like several columns separated by {name}; save "
+                "it with commas."
+            )
 
-    One column beside the id takes the name (`label`), the number (`index`) or the names over the threshold, the most
-    probable one where there is none (`labels`) of a row's classes; or the `probability` of `column_class`, or 0 and 1
-    by the threshold (`binary`). Several columns are classes, for `probability` and `binary`.
-    Raises BadInput that names each difference from the sample.
+
+def make_submission(
+    predictions: Predictions,
+    sample: "pd.DataFrame",
+    values: Values,
+    threshold: float = 0.5,
+    column_class: str | None = None,
+) -> "pd.DataFrame":
+    """Fill a sample submission with predictions; its columns, ids and order stay.
+
+    Args:
+        predictions: The predictions.
+        sample: The output of `read_sample`.
+        values: What the columns after the id get. One column per row: "label", the most probable class; "index", its
+            index from 0; "labels", all classes whose probability reaches the threshold, or else the most probable one,
+            separated by spaces. One column per class: "probability"; "binary", whether it reaches the threshold (0, 1).
+        threshold: The threshold of "labels" and "binary".
+        column_class: The class of the only column, if the column is not named after it.
+
+    Raises:
+        UserError: If the predictions do not fit the sample; the message lists every difference.
     """
     columns = [str(name) for name in sample.columns[1:]]
-    chosen = _choose_classes(predictions, columns, values, column_class)
-    rows = {name: index for index, name in enumerate(predictions.ids)}
-    wanted = list(sample.iloc[:, 0])
-    differences = _differences(predictions, wanted, rows, chosen)
+    column_classes = _choose_classes(predictions, columns, values, column_class)
+    row_of = {name: index for index, name in enumerate(predictions.ids)}
+    ids = list(sample.iloc[:, 0])
+    differences = _find_differences(predictions, ids, column_classes)
     if differences:
         raise UserError(f"{predictions.name} does not fit the sample: {'; '.join(differences)}.")
-    probabilities = predictions.probabilities[[rows[name] for name in wanted]]
+    probabilities = predictions.probabilities[[row_of[name] for name in ids]]
     submission = sample.copy()
-    if values in OF_A_ROW:
+    if values in PER_ROW:
         submission[columns[0]] = _describe_rows(probabilities, predictions.classes, values, threshold)
         return submission
-    for column, name in zip(columns, chosen, strict=True):
+    for column, name in zip(columns, column_classes, strict=True):
         numbers = probabilities[:, predictions.classes.index(name)]
         submission[column] = numbers if values == "probability" else (numbers >= threshold).astype(np.int64)
     return submission
@@ -67,67 +90,83 @@ def make_submission(
 def _choose_classes(
     predictions: Predictions, columns: Sequence[str], values: Values, column_class: str | None
 ) -> list[str]:
-    """The class that each column of the sample stands for; none where a column describes the whole row."""
-    if values in OF_A_ROW:
-        if len(columns) > 1:
-            raise UserError(
-                f"--values {values} fills one column, but the sample has {len(columns)}: {', '.join(columns)}; "
-                f"use --values probability or binary."
-            )
-        if column_class is not None:
-            raise UserError(f"--column-class is for --values probability and binary, not {values}.")
-        if values == "labels":
-            _check_names(predictions.classes)
+    """Return the class of each column of the sample; none if a column describes the whole row."""
+    if values in PER_ROW:
+        _check_options_per_row(predictions, columns, values, column_class)
         return []
     if column_class is None:
         if len(columns) == 1 and columns[0] not in predictions.classes:
             raise UserError(
-                f"the sample's column {columns[0]} is no class; say by --column-class whose probability it takes, or "
-                f"use --values label."
+                f"the sample's column {columns[0]} is not a class; choose its class with --column-class, or use "
+                "--values label."
             )
         return list(columns)
-    if len(columns) > 1 or column_class not in predictions.classes:
+    if len(columns) > 1:
         raise UserError(
-            f"--column-class {column_class} must be one of {', '.join(predictions.classes)}, and the sample's only "
-            f"column beside the id."
+            f"--column-class {column_class} is for a sample with one column after the id, but this one has "
+            f"{len(columns)}: {', '.join(columns)}; leave --column-class out."
         )
+    if column_class not in predictions.classes:
+        raise UserError(f"--column-class {column_class} must be one of {', '.join(predictions.classes)}.")
     return [column_class]
 
 
-def _check_names(classes: Sequence[str]) -> None:
-    """Raise BadInput for names that could not be told apart in one cell."""
-    if spaced := [name for name in classes if name.split() != [name]]:
+def _check_options_per_row(
+    predictions: Predictions, columns: Sequence[str], values: Values, column_class: str | None
+) -> None:
+    """Raise UserError if values that describe the whole row do not fit the sample or the other options."""
+    if len(columns) > 1:
         raise UserError(
-            f"--values labels sets names apart by spaces, which are in {summarize_names('class', spaced)} "
-            f"{'themselves; call them' if len(spaced) > 1 else 'itself; call it'} otherwise in the predictions, such "
-            f"as {'_'.join(spaced[0].split())}."
+            f"--values {values} fills one column, but the sample has {len(columns)}: {', '.join(columns)}; use "
+            "--values probability or binary."
+        )
+    if column_class is not None:
+        raise UserError(f"--column-class is for --values probability and binary, not {values}.")
+    if values == "labels":
+        _check_names(predictions.classes)
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    """Raise UserError for class names that would be ambiguous in one cell."""
+    spaced = [name for name in classes if name.split() != [name]]
+    if spaced:
+        raise UserError(
+            "--values labels joins class names with spaces, so a name cannot contain one: rename "
+            f"{summarize_names('class', spaced)} in the predictions file, such as {'_'.join(spaced[0].split())}."
         )
 
 
-def _differences(
-    predictions: Predictions, wanted: Sequence[str], rows: dict[str, int], chosen: Sequence[str]
-) -> list[str]:
-    """What the sample has and the predictions do not, and the other way round."""
-    found = []
-    in_sample = set(wanted)
-    if missing := [name for name in wanted if name not in rows]:
-        found.append(f"{summarize_names('id', missing)} of the sample missing")
-    if extra := [name for name in predictions.ids if name not in in_sample]:
-        found.append(f"{summarize_names('id', extra)} not in the sample")
-    if unknown := [name for name in chosen if name not in predictions.classes]:
-        found.append(f"{summarize_names('column', unknown)} of the sample no class")
-    if len(chosen) > 1 and (unused := [name for name in predictions.classes if name not in chosen]):
-        found.append(f"{summarize_names('class', unused)} without a column in the sample")
-    return found
+def _find_differences(predictions: Predictions, ids: Sequence[str], column_classes: Sequence[str]) -> list[str]:
+    """List the ids and columns that only the sample or only the predictions have."""
+    predicted = set(predictions.ids)
+    in_sample = set(ids)
+    missing = [name for name in ids if name not in predicted]
+    extra = [name for name in predictions.ids if name not in in_sample]
+    unknown = [name for name in column_classes if name not in predictions.classes]
+    unused = [name for name in predictions.classes if name not in column_classes]
+    differences = []
+    if missing:
+        differences.append(f"{summarize_names('id', missing)} missing in the predictions")
+    if extra:
+        differences.append(f"{summarize_names('id', extra)} not in the sample")
+    if unknown:
+        differences.append(f"{summarize_names('column', unknown)} of the sample not in the predictions")
+    if unused and len(column_classes) > 1:
+        differences.append(f"{summarize_names('class', unused)} without a column in the sample")
+    return differences
 
 
 def _describe_rows(
     probabilities: np.ndarray, classes: Sequence[str], values: Values, threshold: float
 ) -> list[str] | list[int]:
+    """Return the cell of each row: the index, the label or the labels."""
     best: list[int] = probabilities.argmax(1).tolist()
     if values == "index":
         return best
     if values == "label":
         return [classes[index] for index in best]
-    over: list[list[int]] = [np.flatnonzero(row >= threshold).tolist() for row in probabilities]
-    return [" ".join(classes[index] for index in found or [top]) for found, top in zip(over, best, strict=True)]
+    cells = []
+    for row, top in zip(probabilities, best, strict=True):
+        chosen = np.flatnonzero(row >= threshold).tolist() or [top]
+        cells.append(" ".join(classes[index] for index in chosen))
+    return cells

@@ -1,4 +1,4 @@
-"""The interface that every tracker implements."""
+"""The interface of a tracking library, and the description of a run that it gets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,39 +12,62 @@ TrackerName = Literal["tensorboard", "tensorboardx", "wandb", "mlflow", "none"]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of the run; `resumed_at` counts its optimizer steps so far where it goes on, else None."""
+    """The run that a tracker records.
 
-    id: str  # 8 characters, the same when the run goes on
+    Attributes:
+        id: 8 characters, the same when the run is resumed.
+        logdir: The run directory.
+        config: The options, as JSON values.
+        record: The contents of run.json.
+        metric: The metric that ranks checkpoints.
+        resumed_at: The optimizer steps of the run so far if it is resumed, else None.
+    """
+
+    id: str
     logdir: Path
     config: Mapping[str, Any]
-    record: Mapping[str, Any]  # run.json
-    metric: str  # the one that ranks checkpoints
+    record: Mapping[str, Any]
+    metric: str
     resumed_at: int | None = None
 
     def flat_config(self) -> dict[str, Any]:
-        """The config without nesting: `stages.0.lr` is a name."""
+        """Return the options without nesting, under names such as `stages.0.lr`."""
         return dict(flatten(self.config))
 
 
 class TrackerBackend(Protocol):
-    """What a run asks of a tracker."""
+    """The interface of one tracking library. Its methods may raise anything; see manager.py.
 
-    dashboard: str  # how the user sees it: a command or an address
+    Attributes:
+        dashboard: The command or URL where the user sees the curves.
+    """
+
+    dashboard: str
 
     def start(self, run: TrackedRun) -> int:
-        """Begin, or go on with a run that was cut; gives the last step that is there already, -1 for none."""
+        """Start a run, or continue it.
+
+        Returns:
+            The last step that the tracker already has; -1 if it has none.
+        """
         ...
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each curve; `step` counts the optimizer steps of the run."""
+        """Log one point for each value; `step` counts the optimizer steps of the run."""
 
     def image(self, name: str, array: Any, step: int) -> None:
-        """Add a picture, a uint8 tensor (3, H, W)."""
+        """Log an image, a uint8 tensor (3, H, W)."""
 
     def finish(self, score: float | None, best: Path | None, failed: bool) -> None:
-        """Write what is left; with the best score and its checkpoint where the run came to its end."""
+        """Write what is pending.
+
+        Args:
+            score: The best score, if the run has finished.
+            best: The checkpoint with the best score, if the run has finished.
+            failed: Whether an error ended the run.
+        """
 
 
 def describe_run(run: TrackedRun) -> dict[str, str]:
-    """What the trackers show of run.json."""
+    """Return the entries of run.json that trackers show."""
     return {name: str(run.record.get(name)) for name in ("command", "git_commit", "git_branch", "host", "device")}

@@ -1,42 +1,33 @@
-"""All trackers of a run."""
+"""The trackers of a run."""
 
-import importlib
 import logging
 import textwrap
 import threading
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from batteries.core.errors import UserError
-from batteries.core.project import ROOT
+from batteries.core.project import project_settings
 from batteries.tracking.base import TrackedRun, TrackerBackend, TrackerName
 
 logger = logging.getLogger("batteries")
-# Module of this package, class and arguments.
-BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "tensorboard": ("tensorboard", "TensorBoard", ("torch.utils.tensorboard", "tensorboard")),
-    "tensorboardx": ("tensorboard", "TensorBoard", ("tensorboardX", "tensorboardx")),
-    "wandb": ("wandb", "Wandb", ()),
-    "mlflow": ("mlflow", "MLflow", ()),
-}
-PACKAGES = {"tensorboardx": "tensorboardX"}  # where a package is not called like its tracker
-SECONDS_TO_FINISH = 120  # for what a tracker has still to send to a server
+
+PACKAGES = {"tensorboardx": "tensorboardX"}  # packages whose names differ from those of their trackers
+SECONDS_TO_FINISH = 120  # time limit for a tracker that still sends points to a server
 
 
 def default_trackers() -> tuple[TrackerName, ...]:
-    """The tracker that this project was rendered with: the first in pyproject.toml's [tool.batteries] trackers."""
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        trackers = tomllib.load(file)["tool"]["batteries"]["trackers"]
+    """Return the default of --tracker: the first tracker in [tool.batteries] of pyproject.toml, or none."""
+    trackers = project_settings()["trackers"]
     return tuple(trackers[:1]) or ("none",)
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Raise BadInput where a tracker is named twice or beside none, or where its package is not installed."""
+    """Raise UserError if a tracker is repeated or combined with none, or its package is not installed."""
     if not names or len(set(names)) < len(names) or ("none" in names and len(names) > 1):
-        raise UserError(f"--tracker {' '.join(names)} must be none, or one or more trackers, each once.")
+        raise UserError(f"--tracker {' '.join(names)} must be none, or one or more different trackers.")
     for name in names:
         package = PACKAGES.get(name, name)
         if name != "none" and find_spec(package) is None:
@@ -44,51 +35,71 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
 
 
 class Trackers:
-    """All trackers of a run, each behind a guard that keeps its errors from the run."""
+    """The trackers of a run. An error of a tracker never reaches the run."""
 
     def __init__(self, names: Sequence[TrackerName] = ()) -> None:
         self._guards = [_GuardedTracker(name) for name in names if name != "none"]
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Return whether there is any tracker."""
         return bool(self._guards)
 
     def start(self, run: TrackedRun) -> None:
-        """Begin, or go on: points that a tracker has already are not given to it again."""
+        """Start or continue the run in each tracker."""
         for guard in self._guards:
             guard.start(run)
 
     def log(self, values: Mapping[str, float | None], step: int) -> None:
-        """One point for each value that is there."""
+        """Log one point for each value that is not None, to each tracker that does not have the step yet."""
         points = {name: value for name, value in values.items() if value is not None}
         for guard in self._guards:
             if step > guard.last_step:
-                guard.call("log", points, step)
+                guard.run(lambda backend: backend.log(points, step))
 
     def image(self, name: str, make: Callable[[], Any], step: int) -> None:
-        """The picture that `make` gives, a uint8 tensor (3, H, W) or None; it is made where a tracker lacks it."""
-        lacking = [guard for guard in self._guards if step > guard.last_step]
-        if lacking and (array := make()) is not None:
-            for guard in lacking:
-                guard.call("image", name, array, step)
+        """Log an image to each tracker that does not have the step yet.
+
+        Args:
+            name: The name of the image.
+            make: Returns the image, a uint8 tensor (3, H, W), or None; called only if a tracker needs it.
+            step: The optimizer steps of the run.
+        """
+        missing = [guard for guard in self._guards if step > guard.last_step]
+        array = make() if missing else None
+        if array is None:
+            return
+        for guard in missing:
+            guard.run(lambda backend: backend.image(name, array, step))
 
     def finish(self, score: float | None = None, best: Path | None = None, failed: bool = False) -> None:
-        """Write what is left; a tracker that cannot in two minutes is left alone."""
+        """Finish each tracker, with the arguments of TrackerBackend.finish; wait SECONDS_TO_FINISH at most for each."""
+
+        def finish_backend(backend: TrackerBackend) -> None:
+            backend.finish(score, best, failed)
+
         for guard in self._guards:
-            thread = threading.Thread(target=guard.call, args=("finish", score, best, failed), daemon=True)
+            thread = threading.Thread(target=guard.run, args=(finish_backend,), daemon=True)
             thread.start()
             thread.join(SECONDS_TO_FINISH)
             if thread.is_alive():
-                logger.warning(f"{guard.name} has not finished after {SECONDS_TO_FINISH} s and is left alone.")
+                logger.warning(
+                    f"{guard.name} did not finish within {SECONDS_TO_FINISH} s; its last points may be missing."
+                )
         self._guards = []
 
     def dashboards(self) -> list[str]:
-        """How the user sees those that work, each way once."""
+        """Return the distinct dashboards of the trackers that work."""
         return list(dict.fromkeys(guard.backend.dashboard for guard in self._guards if guard.backend is not None))
 
 
 class _GuardedTracker:
-    """Passes calls on until one fails; warns then, once, and drops the rest."""
+    """Runs the calls of one tracker until one fails; then logs one warning and drops the others.
+
+    Attributes:
+        name: The name of the tracker.
+        backend: The tracking library; None before the start and after a failure.
+        last_step: The last step that the tracker had when it was started; -1 for none.
+    """
 
     def __init__(self, name: TrackerName) -> None:
         self.name: TrackerName = name
@@ -96,30 +107,42 @@ class _GuardedTracker:
         self.last_step = -1
 
     def start(self, run: TrackedRun) -> None:
-        """Import the library and begin."""
+        """Import the library and start or continue the run."""
         try:
             self.backend = _make_backend(self.name)
             self.last_step = self.backend.start(run)
         except Exception as error:  # noqa: BLE001 (no tracker may end a run)
-            self._give_up(error)
+            self._disable(error)
 
-    def call(self, method: str, *arguments: Any) -> None:
-        """Pass one call on."""
+    def run(self, call: Callable[[TrackerBackend], None]) -> None:
+        """Call `call` with the tracking library, unless it has failed before."""
         if self.backend is None:
             return
         try:
-            getattr(self.backend, method)(*arguments)
+            call(self.backend)
         except Exception as error:  # noqa: BLE001 (no tracker may end a run)
-            self._give_up(error)
+            self._disable(error)
 
-    def _give_up(self, error: Exception) -> None:
-        [first, *_] = str(error).strip().splitlines() or [type(error).__name__]
+    def _disable(self, error: Exception) -> None:
+        lines = str(error).strip().splitlines()
+        first = lines[0] if lines else type(error).__name__
         reason = textwrap.shorten(first, 160, placeholder=" …")
-        logger.warning(f"{self.name} failed ({reason}) and is left out from here on; metrics.jsonl has the rest.")
+        logger.warning(f"{self.name} failed ({reason}) and is disabled from here on; metrics.jsonl has all metrics.")
         self.backend = None
 
 
 def _make_backend(name: TrackerName) -> TrackerBackend:
-    """Import the module of one tracking library, which imports the library."""
-    module, make, arguments = BACKENDS[name]
-    return getattr(importlib.import_module(f"batteries.tracking.{module}"), make)(*arguments)
+    """Import the module of one tracking library, and the library."""
+    if name == "wandb":
+        from batteries.tracking.wandb import Wandb
+
+        return Wandb()
+    if name == "mlflow":
+        from batteries.tracking.mlflow import MLflow
+
+        return MLflow()
+    from batteries.tracking.tensorboard import TensorBoard
+
+    if name == "tensorboardx":
+        return TensorBoard("tensorboardX", name)
+    return TensorBoard("torch.utils.tensorboard", name)

@@ -1,7 +1,6 @@
 """Exponential moving average of the weights."""
 
 import copy
-import itertools
 from collections.abc import Mapping
 
 import torch
@@ -13,44 +12,62 @@ from batteries.distributed.unwrap import unwrap_model
 
 
 class EMA:
-    """A copy of a model whose weights and batch norm statistics follow it slowly: decay * own + (1 - decay) * its.
+    """A copy of a model with averaged weights: average = decay * average + (1 - decay) * weights after each step.
 
-    What does not learn, and other buffers, such as a mask of -inf, are the model's own. It remembers about
-    1 / (1 - decay) steps. The arithmetic is torch.optim.swa_utils'; its AveragedModel is not used, since it waits for a
-    GPU in each step.
+    Trainable parameters and batch norm statistics are averaged; frozen parameters and other buffers, such as a mask
+    of -inf, are copied. The average covers about 1 / (1 - decay) steps. The arithmetic is that of
+    torch.optim.swa_utils; its AveragedModel is not used because it waits for the GPU in each step.
+
+    Attributes:
+        model: The model with the averaged weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        """Start with the present weights.
+
+        Args:
+            model: The model; it can be wrapped.
+            decay: The decay per step, between 0 and 1.
+        """
         self.model = copy.deepcopy(unwrap_model(model)).requires_grad_(False)
-        self._average = get_ema_multi_avg_fn(decay)
+        self._update_average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """After each optimizer step."""
-        moving = _moving(unwrap_model(model))
-        pairs = list(zip(_tensors(self.model), _tensors(unwrap_model(model)), strict=True))
-        averaged = [pair for pair in pairs if id(pair[1]) in moving]
-        copied = [pair for pair in pairs if id(pair[1]) not in moving]
-        self._average([own for own, _ in averaged], [its for _, its in averaged], 0)
-        if copied:
-            torch._foreach_copy_([own for own, _ in copied], [its for _, its in copied])  # type: ignore[attr-defined]
+        """Add the weights of `model`; call it after each optimizer step."""
+        network = unwrap_model(model)
+        averaged_ids = _averaged_tensor_ids(network)
+        averages: list[torch.Tensor] = []
+        averaged_values: list[torch.Tensor] = []
+        copies: list[torch.Tensor] = []
+        copied_values: list[torch.Tensor] = []
+        for own, value in zip(_tensors(self.model), _tensors(network), strict=True):
+            if id(value) in averaged_ids:
+                averages.append(own)
+                averaged_values.append(value)
+            else:
+                copies.append(own)
+                copied_values.append(value)
+        self._update_average(averages, averaged_values, 0)
+        if copies:
+            torch._foreach_copy_(copies, copied_values)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averaged weights, by the names that the model has."""
+        """Return the averaged weights, with the names of the model."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from there."""
+        """Load the output of `state_dict`."""
         self.model.load_state_dict(state)
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*itertools.chain(model.parameters(), model.buffers())]
+    return [*model.parameters(), *model.buffers()]
 
 
-def _moving(model: nn.Module) -> set[int]:
-    """By `id` the tensors that a step changes little by little: weights that learn, running means and variances."""
+def _averaged_tensor_ids(model: nn.Module) -> set[int]:
+    """Return the `id` of each tensor to average: trainable parameters, and running means and variances."""
     norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     statistics = [buffer for module in norms for buffer in module.buffers(recurse=False)]
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return {id(tensor) for tensor in (*weights, *statistics) if tensor.is_floating_point()}
+    return {id(tensor) for tensor in [*weights, *statistics] if tensor.is_floating_point()}

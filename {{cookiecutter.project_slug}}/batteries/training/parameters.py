@@ -12,24 +12,36 @@ from batteries.distributed.unwrap import unwrap_model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that learn, for an optimizer: weight decay on matrices and kernels, none on biases and norms.
+    """Group the trainable parameters for an optimizer: weight decay for matrices and kernels only.
 
-    So Goyal et al. 2017 for norms, He et al. 2019 for both. What has less than two dimensions counts as one of them;
-    what is called bias, or belongs to a norm by its type's name, is one of any dimension.
+    Biases and norms have none, as in Goyal et al. 2017 (norms) and He et al. 2019 (both). A parameter counts as one of
+    them if it has fewer than two dimensions, if its name ends with `bias`, or if the class name of its module ends
+    with Norm, Norm1d, Norm2d or Norm3d.
+
+    Args:
+        model: The model.
+        weight_decay: The weight decay of matrices and kernels.
+
+    Returns:
+        One or two parameter groups; a group without parameters is left out.
     """
     norms = [module for module in model.modules() if re.search(r"Norm(\dd)?$", type(module).__name__)]
-    of_norms = {id(parameter) for module in norms for parameter in module.parameters(recurse=False)}
-    decayed, others = [], []
+    norm_parameters = {id(parameter) for module in norms for parameter in module.parameters(recurse=False)}
+    decayed: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_spared = parameter.ndim <= 1 or name.endswith("bias") or id(parameter) in of_norms
-            (others if is_spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim <= 1 or name.endswith("bias") or id(parameter) in norm_parameters:
+            not_decayed.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 class FrozenStage(Protocol):
-    """A stage of train.py, as far as freezing is concerned."""
+    """The options of a stage that concern freezing."""
 
     @property
     def freeze(self) -> Sequence[str]:
@@ -38,7 +50,15 @@ class FrozenStage(Protocol):
 
 
 def check_module_names(model: nn.Module, stages: Sequence[FrozenStage]) -> None:
-    """Raise UserError if a stage freezes a module that does not exist, or all parameters."""
+    """Check the modules that the stages freeze. The parameters are frozen as in the last stage afterwards.
+
+    Args:
+        model: The model; it can be wrapped.
+        stages: All stages.
+
+    Raises:
+        UserError: If a stage freezes a module that does not exist, or all parameters.
+    """
     names = [name for name, _ in unwrap_model(model).named_modules() if name]  # the model itself has no name
     for number, stage in enumerate(stages):
         flag = f"--stages.{number}.freeze"
@@ -56,7 +76,7 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
     Parameters for which build_model set `requires_grad = False` stay frozen.
     """
     for parameter in model.parameters():
-        if not hasattr(parameter, "is_fixed"):  # the first time: as build_model made it
+        if not hasattr(parameter, "is_fixed"):  # the first call: as build_model set it
             parameter.is_fixed = not parameter.requires_grad  # type: ignore[attr-defined]
         parameter.requires_grad_(not parameter.is_fixed)  # type: ignore[attr-defined]
     for name in names:
@@ -64,7 +84,14 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def train_mode(model: nn.Module, frozen: Sequence[str]) -> None:
-    """`model.train()`, but for frozen modules: their batch norm keeps its statistics, their dropout is off."""
+    """Set the model to training mode, and frozen modules to evaluation mode.
+
+    The batch norm of frozen modules keeps its statistics, and their dropout is off.
+
+    Args:
+        model: The model; it can be wrapped.
+        frozen: The names of the frozen modules.
+    """
     model.train()
     for name in frozen:
         unwrap_model(model).get_submodule(name).eval()

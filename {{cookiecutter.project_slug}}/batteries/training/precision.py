@@ -1,4 +1,4 @@
-"""Numeric precision."""
+"""Numeric precision: autocast and loss scaling."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -13,33 +13,46 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
-    """The forward pass goes in here: matrix products and convolutions in `precision`, what needs it in float32."""
+    """Return the context of the forward pass: torch.autocast, or nothing for fp32."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def check_precision(device: torch.device, precision: Precision) -> None:
-    """Raise BadInput where `device` cannot compute in `precision`, with what it can."""
-    if precision == "fp32":
+    """Raise UserError if `device` does not support `precision`."""
+    if precision == "fp32" or _supports(device, precision):
         return
-    lacking = device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(False)
+    alternatives = "fp32 or fp16" if precision == "bf16" else "fp32"
+    raise UserError(f"--precision {precision} is not supported on {device}; use {alternatives}.")
+
+
+def _supports(device: torch.device, precision: Precision) -> bool:
+    """Return whether a matrix product works in `precision`, and bf16 without emulation."""
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(False):
+        return False
     try:
         with autocast(device, precision):
             torch.mm(torch.ones(2, 2, device=device), torch.ones(2, 2, device=device))
     except RuntimeError:
-        lacking = True
-    if lacking:
-        raise UserError(f"--precision {precision} is not for {device}; use fp32{' or fp16' * (precision == 'bf16')}.")
+        return False
+    return True
 
 
 def make_scaler(device: torch.device, precision: Precision) -> GradScaler:
-    """What scales the loss, so that small gradients survive fp16, and skips steps without a wait for a GPU."""
+    """Build the loss scaler. It skips steps whose gradient is not finite, without waiting for a GPU.
+
+    Returns:
+        For fp16 a scaler that keeps small gradients representable. Otherwise a scaler with a constant scale of 1 on a
+        GPU, and a disabled one on other devices.
+    """
     if precision == "fp16":
         return GradScaler(device.type)
-    return _Unscaled(device.type, init_scale=1.0) if device.type == "cuda" else GradScaler(device.type, enabled=False)
+    if device.type == "cuda":
+        return _ConstantScaler(device.type, init_scale=1.0)
+    return GradScaler(device.type, enabled=False)
 
 
-class _Unscaled(GradScaler):
-    """Only skips. On a GPU the optimizer's own kernel does that: no python has to know, so none waits for it."""
+class _ConstantScaler(GradScaler):
+    """Skips steps but does not scale. The kernel of a fused optimizer skips, so Python does not wait for the GPU."""
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         super().update(1.0)

@@ -1,4 +1,4 @@
-"""Pretrained weights."""
+"""Pretrained weights from torchvision or from a file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,54 +9,86 @@ from torch import nn
 
 from batteries.checkpoint.io import scored_weights
 from batteries.core.errors import UserError
+from batteries.core.text import list_first
 from batteries.distributed.collectives import run_on_rank_zero
+
+DATA_PARALLEL_PREFIX = "module."
 
 
 class PretrainedReport(NamedTuple):
-    """How pretrained weights fitted, by the names of tensors."""
+    """Which tensors did not fit.
 
-    left: list[str]  # of the model, which stay as they were made
-    unused: list[str]  # of the source, which have no place in the model
+    Attributes:
+        missing: The tensors of the model that keep their initial values.
+        unused: The tensors of the source that the model does not have.
+    """
+
+    missing: list[str]
+    unused: list[str]
 
 
 def load_pretrained(model: nn.Module, source: str) -> PretrainedReport:
-    """Put pretrained weights into `model` where names and shapes fit.
+    """Load the pretrained tensors whose names and shapes fit the model. Every rank must call it.
 
-    `source` is a torchvision name (`ResNet18_Weights.IMAGENET1K_V1`, downloaded once by rank 0 into torch's cache) or a
-    file of weights or of a checkpoint. Every rank calls this. Raises BadInput, on all of them, for a source that is
-    neither, and where less than half of the tensors fit: that is another architecture.
+    Args:
+        model: The model, not wrapped.
+        source: A name in torchvision (`ResNet18_Weights.IMAGENET1K_V1`, which rank 0 downloads once to torch's cache),
+            or a file with weights or a checkpoint.
+
+    Raises:
+        UserError: On all ranks, if the source is neither, or if less than half of the tensors fit, which means another
+            architecture.
     """
-    state = run_on_rank_zero(lambda: _read_weights(source))
-    own = model.state_dict()
-    if all(name.startswith("module.") for name in state) and not any(name.startswith("module.") for name in own):
-        state = {name.removeprefix("module."): value for name, value in state.items()}  # saved inside DataParallel
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    left = [name for name in own if name not in fitting]
-    if len(fitting) < len(own) / 2:
+    expected = model.state_dict()
+    weights = run_on_rank_zero(lambda: _read_weights(source))
+    weights = _remove_data_parallel_prefix(weights, expected)
+    fitting = {
+        name: value for name, value in weights.items() if name in expected and value.shape == expected[name].shape
+    }
+    missing = [name for name in expected if name not in fitting]
+    unused = [name for name in weights if name not in expected]
+    if len(fitting) < len(expected) / 2:
         raise UserError(
-            f"--pretrained {source} is of another architecture: {len(fitting)} of {len(own)} tensors fit; "
-            f"these do not: {', '.join(left[:5])}{', and more' if len(left) > 5 else ''}."
+            f"--pretrained {source} has a different architecture: only {len(fitting)} of {len(expected)} tensors fit. "
+            f"These do not fit: {list_first(missing, 5)}."
         )
-    model.load_state_dict({**own, **fitting})
-    return PretrainedReport(left, [name for name in state if name not in own])
+    model.load_state_dict({**expected, **fitting})
+    return PretrainedReport(missing, unused)
+
+
+def _remove_data_parallel_prefix(
+    weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Remove the prefix `module.` if all weights have it, because they were saved inside DataParallel."""
+    prefix = DATA_PARALLEL_PREFIX
+    has_prefix = all(name.startswith(prefix) for name in weights)
+    if not has_prefix or any(name.startswith(prefix) for name in expected):
+        return weights
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def _read_weights(source: str) -> Mapping[str, torch.Tensor]:
+    return _read_file(source) if Path(source).is_file() else _download(source)
+
+
+def _read_file(source: str) -> Mapping[str, torch.Tensor]:
+    try:
+        contents = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"--pretrained {source} cannot be read as weights ({type(error).__name__}).") from error
+    weights = contents if isinstance(contents, dict) else {}
+    if "model_state_dict" in weights:
+        weights = scored_weights(weights)
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(
+            f"--pretrained {source} is not a dict of tensors; give the output of torch.save(model.state_dict(), …)."
+        )
+    return weights
+
+
+def _download(source: str) -> Mapping[str, torch.Tensor]:
     from torchvision.models import get_weight
 
-    if Path(source).is_file():
-        try:
-            found = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"--pretrained {source} cannot be read as weights ({type(error).__name__}).") from error
-        state = found if isinstance(found, dict) else None
-        if state and "model_state_dict" in state:
-            state = scored_weights(state)
-        if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise UserError(
-                f"--pretrained {source} holds no weights by name; give what torch.save(model.state_dict()) made."
-            )
-        return state
     try:
         weights = get_weight(source)
     except (ValueError, AttributeError, KeyError):

@@ -1,4 +1,7 @@
-"""The learning rate as a function of the optimizer step: no history, so that a run that is resumed cannot differ."""
+"""Learning-rate schedules.
+
+They are functions of the optimizer step, without history (except plateau), so a resumed run has the same rates.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +12,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from batteries.core.errors import UserError
 from batteries.core.ranks import is_rank_zero
+from batteries.core.text import count_of
 
-MILESTONES = (0.5, 0.75)  # where multi-step drops, as shares of the steps of a stage
+MILESTONES = (0.5, 0.75)  # multi-step: the fractions of the steps of a stage after which the learning rate drops
 Schedule = Literal["one-cycle", "cosine", "multi-step", "constant", "plateau"]
 
 
@@ -30,11 +34,13 @@ class StageSchedule(Protocol):
 
 
 class ScheduleByStep:
-    """A learning rate that follows from the step alone. `shape` is one of Schedule but "plateau".
+    """A learning rate that depends only on the optimizer step.
 
-    one-cycle: from 1/25 up to the whole learning rate over 30 % of the steps, then down to nearly nothing, each by half
-    a cosine (Smith and Topin 2019). The others rise in a line over `warmup` steps; then cosine: down to 0 (Loshchilov
-    and Hutter 2017); multi-step: a tenth after each of `milestones`, as shares of the steps; constant: as it is.
+    - one-cycle: from 1/25 of the maximum to the maximum over 30 % of the steps, then to 1/250,000 of it; both with a
+      cosine shape (Smith and Topin 2019).
+    - cosine: after a linear warmup, from the maximum to 0 (Loshchilov and Hutter 2017).
+    - multi-step: after a linear warmup, multiplied by 0.1 at each milestone.
+    - constant: after a linear warmup, the maximum.
     """
 
     def __init__(
@@ -45,73 +51,103 @@ class ScheduleByStep:
         warmup: int = 0,
         milestones: Sequence[float] = MILESTONES,
     ) -> None:
-        self.optimizer = optimizer
-        self.highest = [group["lr"] for group in optimizer.param_groups]
-        self.factor = lambda step: learning_rate_factor(shape, step, steps, warmup, milestones)
-        self.go_to(0)
+        """Set the learning rate of the first step.
 
-    def go_to(self, step: int) -> None:
-        """Set the learning rate of each group to that of optimizer step `step`, from 0."""
-        self.next_step, factor = step, self.factor(step)
-        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
-            group["lr"] = highest * factor
+        Args:
+            optimizer: The optimizer; the learning rates of its groups are the maxima.
+            shape: Any schedule except "plateau".
+            steps: The optimizer steps of the stage.
+            warmup: The steps of linear warmup; not for one-cycle.
+            milestones: The fractions of the steps after which multi-step lowers the rate.
+        """
+        self._optimizer = optimizer
+        self._max_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._shape: Schedule = shape
+        self._steps = steps
+        self._warmup = warmup
+        self._milestones = milestones
+        self._set_step(0)
 
     def step(self) -> None:
-        """After each optimizer step."""
-        self.go_to(self.next_step + 1)
+        """Set the learning rate of the next step; call it after each optimizer step."""
+        self._set_step(self._next_step + 1)
 
     def end_epoch(self, score: float) -> None:
-        """After each validation; this schedule does not look at it."""
+        """Do nothing; this schedule does not depend on the score."""
 
     def learning_rate(self) -> float:
-        """That of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Return the learning rate of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps."""
-        return {"next_step": self.next_step}
+        """Return the state for a checkpoint."""
+        return {"next_step": self._next_step}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from there."""
-        self.go_to(state["next_step"])
+        """Load the output of `state_dict`."""
+        self._set_step(state["next_step"])
+
+    def _set_step(self, step: int) -> None:
+        """Set the learning rates of optimizer step `step`, from 0."""
+        self._next_step = step
+        factor = learning_rate_factor(self._shape, step, self._steps, self._warmup, self._milestones)
+        for group, max_lr in zip(self._optimizer.param_groups, self._max_lrs, strict=True):
+            group["lr"] = max_lr * factor
 
 
 class ScheduleByScore:
-    """A tenth of the learning rate after `patience` epochs without a better score, by torch's ReduceLROnPlateau."""
+    """Multiplies the learning rate by 0.1 after `patience` epochs without a better score (ReduceLROnPlateau)."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, minimize: bool, patience: int = 3) -> None:
-        mode = "min" if minimize else "max"
-        # torch waits for one epoch more than its patience, and its relative threshold makes a tie of negative scores
-        # a better one.
-        self._plateau = ReduceLROnPlateau(optimizer, mode, 0.1, patience - 1, threshold=0.0, threshold_mode="abs")
+        """Start with the learning rate of the optimizer.
+
+        Args:
+            optimizer: The optimizer.
+            minimize: Whether a lower score is better.
+            patience: The number of epochs.
+        """
+        # torch waits for one epoch more than its patience. Its default threshold is relative, and would count a tie of
+        # negative scores as an improvement.
+        self._plateau = ReduceLROnPlateau(
+            optimizer,
+            "min" if minimize else "max",
+            factor=0.1,
+            patience=patience - 1,
+            threshold=0.0,
+            threshold_mode="abs",
+        )
 
     def step(self) -> None:
-        """After each optimizer step; this schedule does not look at it."""
+        """Do nothing; this schedule does not depend on the step."""
 
     def end_epoch(self, score: float) -> None:
-        """After each validation. A score that is not finite counts as no better one."""
+        """Add the score of an epoch. A score that is not finite is not an improvement."""
         worst = math.inf if self._plateau.mode == "min" else -math.inf
         self._plateau.step(score if math.isfinite(score) else worst)
 
     def learning_rate(self) -> float:
-        """That of the next step."""
+        """Return the learning rate of the next step."""
         return float(self._plateau.get_last_lr()[0])
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return self._plateau.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from there."""
+        """Load the output of `state_dict`."""
         self._plateau.load_state_dict(state)
 
 
 def make_schedule(
     optimizer: torch.optim.Optimizer, stage: StageSchedule, steps_per_epoch: int, *, minimize: bool = False
 ) -> ScheduleByStep | ScheduleByScore:
-    """How the learning rate goes in `stage` (its epochs, lr, schedule and warmup_epochs).
+    """Build the schedule of a stage.
 
-    `minimize` says whether a lower score is better, for plateau.
+    Args:
+        optimizer: The optimizer, with the maximum learning rate.
+        stage: The options of the stage.
+        steps_per_epoch: The optimizer steps of an epoch.
+        minimize: Whether a lower score is better, for plateau.
     """
     if stage.schedule == "plateau":
         return ScheduleByScore(optimizer, minimize)
@@ -121,20 +157,27 @@ def make_schedule(
 
 
 def print_schedule(stages: Sequence[StageSchedule], steps_per_epoch: int) -> float:
-    """Print the learning rate at the start of each epoch and at the end of each stage; NaN, since nothing is scored."""
-    if is_rank_zero():
-        print("stage        epoch     step  learning rate")
-        for stage in stages:
-            for step, lr in enumerate(learning_rates(stage, steps_per_epoch)):
-                if step % steps_per_epoch == 0 or step == stage.epochs * steps_per_epoch - 1:
-                    print(f"{stage.name:12} {step // steps_per_epoch + 1:5} {step + 1:8}  {lr:.3e}")
+    """Print the learning rate at the start of each epoch and at the end of each stage, on rank 0.
+
+    Returns:
+        NaN, because train.py returns it as its score.
+    """
+    if not is_rank_zero():
+        return math.nan
+    print("stage        epoch     step  learning rate")
+    for stage in stages:
+        last_step = stage.epochs * steps_per_epoch - 1
+        for step, lr in enumerate(learning_rates(stage, steps_per_epoch)):
+            if step % steps_per_epoch == 0 or step == last_step:
+                print(f"{stage.name:12} {step // steps_per_epoch + 1:5} {step + 1:8}  {lr:.3e}")
     return math.nan
 
 
 def learning_rates(stage: StageSchedule, steps_per_epoch: int) -> list[float]:
-    """That of each step of a stage. With plateau: as long as scores get better."""
+    """Return the learning rate of each step of a stage; for plateau those of a score that always improves."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=stage.lr)
-    schedule, rates = make_schedule(optimizer, stage, steps_per_epoch), []
+    schedule = make_schedule(optimizer, stage, steps_per_epoch)
+    rates = []
     for _ in range(stage.epochs * steps_per_epoch):
         rates.append(schedule.learning_rate())
         optimizer.step()
@@ -143,34 +186,43 @@ def learning_rates(stage: StageSchedule, steps_per_epoch: int) -> list[float]:
 
 
 def learning_rate_factor(shape: Schedule, step: int, steps: int, warmup: int, milestones: Sequence[float]) -> float:
-    """What the learning rate is multiplied by at `step` (from 0) of `steps`."""
+    """Return the learning rate of a step as a fraction of the maximum.
+
+    Args:
+        shape: Any schedule except "plateau".
+        step: The step, from 0.
+        steps: The steps of the stage.
+        warmup: The steps of linear warmup; one-cycle ignores it.
+        milestones: The fractions of the steps after which multi-step lowers the rate.
+    """
     if shape == "one-cycle":
-        top = 0.3 * steps - 1  # as torch's OneCycleLR counts
-        if step <= top:
-            return _between(1 / 25, 1.0, step / top)
-        return _between(1.0, 1 / 250_000, (step - top) / (steps - 1 - top))
+        peak = 0.3 * steps - 1  # as in OneCycleLR of torch
+        if step <= peak:
+            return _cosine(1 / 25, 1.0, step / peak)
+        return _cosine(1.0, 1 / 250_000, (step - peak) / (steps - 1 - peak))
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if shape == "cosine":
-        return _between(1.0, 0.0, (step - warmup) / (steps - warmup))
+        return _cosine(1.0, 0.0, (step - warmup) / (steps - warmup))
     if shape == "multi-step":
         return 0.1 ** sum(step >= milestone * steps for milestone in milestones)
     return 1.0
 
 
-def _between(start: float, end: float, share: float) -> float:
-    """Half a cosine from `start` to `end`."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+def _cosine(start: float, end: float, fraction: float) -> float:
+    """Interpolate from `start` to `end` with half a period of a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(fraction, 1.0))) / 2
 
 
 def check_warmup(number: int, stage: StageSchedule) -> None:
-    """Raise BadInput for a warm-up that stage `number` is too short for, or that its schedule has no place for."""
+    """Raise UserError if the warmup of stage `number` is too long, or its schedule has none."""
     flag = f"--stages.{number}.warmup-epochs {stage.warmup_epochs:g}"
     if stage.warmup_epochs and stage.schedule in ("one-cycle", "plateau"):
         raise UserError(
-            f"{flag} has no place in --stages.{number}.schedule {stage.schedule}; leave it out, or use cosine."
+            f"{flag} has no effect with --stages.{number}.schedule {stage.schedule}; remove it, or use cosine."
         )
-    if stage.schedule == "multi-step" and stage.warmup_epochs > MILESTONES[0] * stage.epochs:
-        raise UserError(f"{flag} goes on after the first drop, at {MILESTONES[0] * stage.epochs:g} epochs; use less.")
+    first_drop = MILESTONES[0] * stage.epochs
+    if stage.schedule == "multi-step" and stage.warmup_epochs > first_drop:
+        raise UserError(f"{flag} exceeds the {first_drop:g} epochs before the first drop of multi-step; use less.")
     if stage.warmup_epochs >= stage.epochs:
-        raise UserError(f"{flag} is as long as the stage or longer ({stage.epochs} epochs); use less.")
+        raise UserError(f"{flag} is not shorter than the stage, which has {count_of(stage.epochs, 'epoch')}; use less.")

@@ -1,4 +1,4 @@
-"""Placing and wrapping a model."""
+"""Placing a model on its device, wrapping it for several devices, and the contexts of its forward passes."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +20,17 @@ from batteries.distributed.sync_batchnorm import convert_sync_batchnorm
 def prepare_model(
     model: nn.Module, device: torch.device, *, sync_batchnorm: bool = True, channels_last: bool = False
 ) -> nn.Module:
-    """`model` on its device; under DDP with batch norm over all ranks, in the memory format that is asked for."""
+    """Place a model on its device.
+
+    Args:
+        model: The model.
+        device: The device of this process.
+        sync_batchnorm: Under DDP, compute batch norm statistics over all ranks.
+        channels_last: Use the channels-last memory format.
+
+    Returns:
+        The model; under DDP its batch norm modules can be replaced.
+    """
     if dist.is_initialized() and sync_batchnorm:
         model = convert_sync_batchnorm(model, device)
     model = model.to(device)
@@ -30,13 +40,18 @@ def prepare_model(
 def wrap_model(
     model: nn.Module, device: torch.device, *, data_parallel: bool = False, compiled: bool = False
 ) -> nn.Module:
-    """`model` wrapped where several devices share the work, and compiled; anew in each stage, for what is frozen in it.
+    """Wrap a model for several devices, and compile it. Call it in each stage, after freezing.
 
-    DataParallel on a machine without GPUs is one device; DistributedDataParallel comes with torchrun's processes.
+    Args:
+        model: The output of `prepare_model`.
+        device: The device of this process.
+        data_parallel: Use DataParallel in a single process; it has no effect without GPUs. In a process group,
+            DistributedDataParallel is used.
+        compiled: Use torch.compile.
     """
     if dist.is_initialized():
         device_ids = [device.index] if device.type == "cuda" else None
-        # Buffers are sent once an epoch (see `evaluation`), not before each forward pass.
+        # Buffers are broadcast once per epoch (see `eval_mode`), not before each forward pass.
         model = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
     elif data_parallel:
         model = DataParallel(model)
@@ -44,52 +59,66 @@ def wrap_model(
 
 
 def check_wrapping(device: torch.device, *, data_parallel: bool, compiled: bool) -> None:
-    """Raise BadInput for ways to share a model that do not go together."""
+    """Raise UserError for options of `wrap_model` that exclude each other."""
     if data_parallel and world_size() > 1:
-        raise UserError("--data-parallel is for one process; under scripts/train_ddp.sh leave it out.")
+        raise UserError("--data-parallel needs a single process; remove it when using scripts/train_ddp.sh.")
     if data_parallel and torch.cuda.is_available() and device != torch.device("cuda", 0):
-        raise UserError(f"--data-parallel takes all visible GPUs; leave --device {device} out.")
+        raise UserError(f"--data-parallel uses all visible GPUs and excludes --device {device}; remove one of them.")
     if data_parallel and compiled:
-        raise UserError("--compile does not go with --data-parallel; use scripts/train_ddp.sh.")
+        raise UserError("--compile and --data-parallel exclude each other; use scripts/train_ddp.sh with --compile.")
 
 
 def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool) -> None:
-    """Raise BadInput where a micro-batch is one sample, of which batch norm has no variance.
+    """Raise UserError if batch norm would get a micro-batch of one sample, which has no variance.
 
-    Counted per rank, or over all ranks where batch norm is synchronised.
+    Args:
+        model: The model.
+        loader: The train loader of a stage.
+        synchronised: Count the samples over all ranks, otherwise per rank.
     """
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in model.modules())
     samples = loader.smallest_micro_batch * (world_size() if synchronised else 1)
     if has_batchnorm and samples < 2:
         raise UserError(
-            "--batch-size leaves micro-batches of one sample, and batch norm needs two or more; "
-            "use a larger --batch-size, fewer --accumulation-steps, or --drop-last."
+            "--batch-size results in micro-batches of one sample, and batch norm needs two or more; use a larger "
+            "--batch-size, fewer --accumulation-steps, or --drop-last."
         )
 
 
 def accumulate(model: nn.Module, batch: Batch) -> AbstractContextManager:
-    """Forward and backward of one micro-batch go in here.
+    """Return the context for the forward and backward pass of one micro-batch.
 
-    The model draws from the stream of this micro-batch, and ranks exchange gradients only where it ends a step:
-    DistributedDataParallel decides that in its forward pass.
+    It seeds the random numbers that the model draws. Ranks exchange gradients only in the last micro-batch of a step;
+    DistributedDataParallel decides that in its forward pass, so the forward pass belongs inside too.
+
+    Args:
+        model: The output of `wrap_model`.
+        batch: The micro-batch.
     """
     reseed(batch.seed)
     reseed_devices(batch.seed)
-    shared = _uncompiled(model)
-    is_shared = isinstance(shared, DistributedDataParallel)
-    return shared.no_sync() if is_shared and not batch.ends_step else nullcontext()
+    wrapped = _uncompiled(model)
+    if isinstance(wrapped, DistributedDataParallel) and not batch.ends_step:
+        return wrapped.no_sync()
+    return nullcontext()
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode, without gradients, to be called as often as a rank has batches."""
-    shared = _uncompiled(model)
-    network = (
-        shared.module if isinstance(shared, DistributedDataParallel) else model
-    )  # its forward pass needs all ranks
+    """Set a model to evaluation mode without gradients, and restore its mode at the end. Every rank must call it.
+
+    Args:
+        model: The output of `wrap_model`, or a plain model.
+
+    Yields:
+        The network to call. Ranks can call it a different number of times: it is not the DistributedDataParallel
+        wrapper, whose forward pass needs all ranks.
+    """
+    wrapped = _uncompiled(model)
+    network = wrapped.module if isinstance(wrapped, DistributedDataParallel) else model
     was_training = model.training
     if dist.is_initialized():
-        _send_buffers(network)  # of an average as well
+        _broadcast_buffers(network)  # also those of an EMA model
     model.eval()
     try:
         with torch.inference_mode():
@@ -102,7 +131,7 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
-def _send_buffers(model: nn.Module) -> None:
-    """Rank 0's running statistics for all. With synchronised batch norm they are equal already."""
+def _broadcast_buffers(model: nn.Module) -> None:
+    """Give all ranks the running statistics of rank 0. With synchronised batch norm they are equal already."""
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)

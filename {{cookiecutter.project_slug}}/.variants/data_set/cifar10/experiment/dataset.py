@@ -1,7 +1,7 @@
-"""An index becomes one sample: CIFAR-10, 50,000 colour images of 32x32 to train on and 10,000 to test.
+"""The data set: CIFAR-10, 50,000 colour images of 32x32 pixels for training and 10,000 for test.
 
 Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
-torchvision downloads it once (170 MB), and compares the bytes of the files that it reads with their md5 sums.
+torchvision downloads it once (170 MB), and checks the md5 sums of the files that it reads.
 """
 
 import hashlib
@@ -19,16 +19,18 @@ TEST_SIZE = 10_000  # images of the official test split
 
 
 class TrainFiles(CIFAR10):
-    """The train split alone: torchvision would read the test file as well, for its md5 sum."""
+    """The train files only; torchvision would also read the test file, for its md5 sum."""
 
     test_list: ClassVar[list] = []
 
 
 class Cifar10:
-    """Images as uint8 tensors (3, 32, 32), 0 to 255; targets as whole numbers 0 to 9.
+    """Images as uint8 tensors (3, 32, 32), 0 to 255; targets are integers from 0 to 9.
 
-    The files of the official test split are opened when one of its samples is asked for, which training never does.
-    So `targets` has -1 (not known) for them; what an index gives has the target.
+    The files of the official test split are read with its first sample, which training never loads. So `targets` is -1
+    (not known) for its samples; `self[index]` returns their targets.
+
+    batteries/data/dataset.py documents the attributes and methods that a data set can have.
     """
 
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -45,7 +47,7 @@ class Cifar10:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One image (3, 32, 32) and its target ()."""
+        """Return one image (3, 32, 32) and its target ()."""
         size = len(self.labels)
         if index < size:
             return self.images[index], self.labels[index]
@@ -53,7 +55,7 @@ class Cifar10:
         return images[index - size], labels[index - size]
 
     def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (N, 3, 32, 32) and targets (N,) at once: faster than one by one where no sample is transformed."""
+        """Return images (N, 3, 32, 32) and targets (N,) faster than one by one; used without a transform."""
         if (indices < len(self.labels)).all():
             rows = torch.from_numpy(indices)  # index_select takes half the time of self.images[indices]
             return self.images.index_select(0, rows), self.labels.index_select(0, rows)
@@ -62,26 +64,26 @@ class Cifar10:
 
     @cached_property
     def test(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and targets of the official test split."""
+        """The images and targets of the official test split."""
         return self._read(train=False)
 
     def fingerprint(self) -> str:
-        """Tells these data from any others: a run is resumed on the same alone."""
+        """Return a hash of the data; a run can be resumed only with the same data."""
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
     def _read(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        try:  # the first download brings the test files too
+        try:  # the first download includes the test files
             files = (TrainFiles if train else CIFAR10)(str(self.data_dir), train=train, download=train)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"--data-dir {self.data_dir} has no sound CIFAR-10 or it cannot be downloaded ({error}); put the "
-                f"folder cifar-10-batches-py there."
+                f"--data-dir {self.data_dir} has no valid CIFAR-10 files, or they cannot be downloaded ({error}); put "
+                "the directory cifar-10-batches-py there."
             ) from error
         return torch.from_numpy(np.ascontiguousarray(files.data.transpose(0, 3, 1, 2))), torch.tensor(files.targets)
 
 
 def load_dataset(data_dir: Path) -> Cifar10:
-    """The data set of this experiment."""
+    """Load the data set of this experiment."""
     return Cifar10(data_dir)

@@ -1,24 +1,24 @@
-"""Data for whole runs in tests: 200 small pictures in the format of CIFAR-10, without a download."""
+"""Small data for whole runs in tests: 240 images in the format of CIFAR-10, without a download."""
 
 import hashlib
 import pickle
 from pathlib import Path
 
-from pictures import patterned
+from image_data import patterned_images
 from torchvision.datasets import CIFAR10
 
 from experiment import dataset as cifar10
 
-NEEDS_PATCH = True  # torchvision checks md5 sums: scripts, which start processes of their own, cannot read these files
-TEST_FILES = ("cifar-10-batches-py/test_batch",)  # with nothing but the official test split in them
+NEEDS_PATCH = True  # whether new processes, such as scripts, cannot read the data: torchvision checks md5 sums
+TEST_FILES = ("cifar-10-batches-py/test_batch",)  # the files that contain only the official test split
 LABELS = list(range(10)) * 4  # of each file
 
 
-def make_data(folder: Path) -> Path:
-    """The `data_dir` for a test. In this process and its forks torchvision takes the files for the real ones."""
-    files = folder / CIFAR10.base_folder
+def make_data(directory: Path) -> Path:
+    """Create the data and return their `data_dir`. In this process and its forks torchvision accepts the files."""
+    files = directory / CIFAR10.base_folder
     files.mkdir(parents=True)
-    images = patterned(LABELS * 6, 3, 32).reshape(6, len(LABELS), -1)
+    images = patterned_images(LABELS * 6, 3, 32).reshape(6, len(LABELS), -1)
 
     def write(name: str, content: dict) -> list[str]:
         data = pickle.dumps(content)
@@ -32,10 +32,10 @@ def make_data(folder: Path) -> Path:
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     name, md5 = write("batches.meta", {"label_names": names})
     CIFAR10.meta = {"filename": name, "key": "label_names", "md5": md5}
-    return folder
+    return directory
 
 
 def change_one_sample(dataset: cifar10.Cifar10) -> cifar10.Cifar10:
-    """The same data but for one image."""
+    """Return the same data except for one image."""
     dataset.images[0] = 255 - dataset.images[0]
     return dataset

@@ -1,4 +1,4 @@
-"""Tables of images: groups and folds of their own, what is wrong with a row, and test files that are never opened."""
+"""Tables of images: groups, folds, invalid rows, and test files that training never opens."""
 
 import csv
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import patterned
-from small_runs import assert_refused, train_on
+from image_data import patterned_images
+from small_runs import assert_rejected, train_on
 from torchvision.io import write_jpeg
 
 from batteries.data.splits import TEST, SplitFile
@@ -19,16 +19,16 @@ SIZE = 40
 
 
 def row_of(index: int) -> dict[str, str]:
-    """A row: cats and dogs, an owner for each four of them."""
+    """Return a row: cats and dogs, four per owner."""
     return {"path": f"{index:02d}.jpg", "label": ("cat", "dog")[index % 2], "group": f"owner{index // 4}"}
 
 
 def write_data(root: Path, change: Callable[[list[dict[str, str]]], object] = lambda rows: None) -> Path:
-    """A table and its images in `root`, after `change` of the rows."""
+    """Write a table and its images to `root`, after `change` of the rows."""
     root.mkdir()
     rows = [row_of(index) for index in range(SIZE)]
     for index in range(SIZE):
-        write_jpeg(torch.from_numpy(patterned([index % 2], 3, 16)[0]), str(root / f"{index:02d}.jpg"))
+        write_jpeg(torch.from_numpy(patterned_images([index % 2], 3, 16)[0]), str(root / f"{index:02d}.jpg"))
     change(rows)
     with (root / TABLE).open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -42,13 +42,13 @@ def split_of(root: Path, tmp_path: Path) -> tuple[Table, np.ndarray]:
     return dataset, SplitFile(tmp_path / "x.csv", dataset, make_folds).folds
 
 
-def test_a_group_is_in_one_fold_alone(tmp_path):
+def test_a_group_is_in_one_fold(tmp_path):
     dataset, folds = split_of(write_data(tmp_path / "data"), tmp_path)
     for group in set(dataset.groups or []):
         assert len({int(fold) for fold, other in zip(folds, dataset.groups or [], strict=True) if other == group}) == 1
 
 
-def test_rows_without_a_group_are_each_their_own(tmp_path):
+def test_each_row_without_a_group_is_a_group(tmp_path):
     def clear(rows: list[dict[str, str]]) -> None:
         for row in rows[8:]:
             row["group"] = " "
@@ -59,7 +59,7 @@ def test_rows_without_a_group_are_each_their_own(tmp_path):
     assert len(set(folds[8:].tolist())) == 6
 
 
-def test_a_column_fold_decides(tmp_path):
+def test_the_column_fold_is_used(tmp_path):
     def add(rows: list[dict[str, str]]) -> None:
         for index, row in enumerate(rows):
             row["fold"] = str(index // 4 % 4 - 1)
@@ -68,21 +68,21 @@ def test_a_column_fold_decides(tmp_path):
     assert folds.tolist() == [index // 4 % 4 - 1 for index in range(SIZE)]
 
 
-def test_rows_without_a_label_are_the_test_split_and_their_files_are_never_opened(tmp_path):
+def test_rows_without_a_label_are_the_test_split_and_are_not_opened(tmp_path):
     def hide(rows: list[dict[str, str]]) -> None:
         for row in rows[:8]:
             row["label"] = ""
 
     root = write_data(tmp_path / "data", hide)
     for index in range(8):
-        (root / f"{index:02d}.jpg").write_bytes(b"rubbish")
+        (root / f"{index:02d}.jpg").write_bytes(b"invalid")
     _, folds = split_of(root, tmp_path)
     assert np.flatnonzero(folds == TEST).tolist() == list(range(8))
     end = train_on(root, tmp_path)
     assert end.code == 0, end.err
 
 
-def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+def test_numeric_classes_are_sorted_by_value(tmp_path):
     def number(rows: list[dict[str, str]]) -> None:
         for index, row in enumerate(rows):
             row["label"] = str(index % 4 * 5)
@@ -91,78 +91,78 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         (lambda rows: rows.clear() or rows.append({"path": "", "label": ""}), "line 2 does not have a value for each"),
         (lambda rows: [row.pop("label") for row in rows], "samples.csv has no column label; it has path, group."),
         (
             lambda rows: rows[3].update(path="nowhere.jpg"),
-            "are missing or empty: nowhere.jpg (line 5); mend these rows",
+            "samples.csv lists 1 missing or empty file: nowhere.jpg (line 5); fix these rows.",
         ),
-        (lambda rows: rows[3].update(path="empty.jpg"), "are missing or empty: empty.jpg (line 5)"),
+        (lambda rows: rows[3].update(path="empty.jpg"), "lists 1 missing or empty file: empty.jpg (line 5)"),
         (
             lambda rows: rows[3].update(path="text.jpg"),
-            "are no images, or cut short: text.jpg (line 5); mend these rows.",
+            "lists 1 truncated or invalid file: text.jpg (line 5); fix these rows.",
         ),
         (
-            lambda rows: rows[3].update(path="cut.jpg"),
-            "are no images, or cut short: cut.jpg (line 5); mend these rows.",
+            lambda rows: rows[3].update(path="truncated.jpg"),
+            "lists 1 truncated or invalid file: truncated.jpg (line 5); fix these rows.",
         ),
-        (lambda rows: rows[3].update(path="00.jpg"), "the data set's ids repeat: 00.jpg"),
+        (lambda rows: rows[3].update(path="00.jpg"), "the data set has repeated ids: 00.jpg"),
         (
             lambda rows: rows[3].update(path="./00.jpg"),
-            "names one file twice, by other paths (lines 2 and 5); leave one.",
+            "lists one file under two paths (lines 2 and 5); keep one of them.",
         ),
         (
             lambda rows: [row.update({" Group": row.pop("group")}) for row in rows],
-            "has a column ' Group', which is not read; call it 'group', or remove it.",
+            "has a column ' Group', which is not read; rename it to 'group', or remove it.",
         ),
         (
             lambda rows: [row.update(fold="one") for row in rows],
-            "line 2 has fold 'one'; give a whole number, -1 for test",
+            "line 2 has fold 'one'; use an integer from 0, or -1 for test",
         ),
-        (lambda rows: [row.update(fold="0") for row in rows], "has the folds 0; number two or more from 0 on"),
+        (lambda rows: [row.update(fold="0") for row in rows], "has the folds 0; number two or more folds from 0 on"),
         (
             lambda rows: [row.update(fold=str(index % 2)) for index, row in enumerate(rows)],
-            "samples.csv has group owner0 in folds 0 and 1 (lines 2 and 3); a group stays in one: mend these rows.",
+            "samples.csv has group owner0 in folds 0 and 1 (lines 2 and 3); a group must be in one: fix these rows.",
         ),
         (
             lambda rows: rows[6].update(label=""),
-            "samples.csv has group owner1 with a label (line 6) and without (line 8); rows without one are the test "
-            "split, and a group stays in one: label all of its rows or none, or give some another group.",
+            "samples.csv has group owner1 with a label (line 6) and without (line 8); rows without a label are the "
+            "test split, and a group must be in one split: label all of its rows or none, or change the group of some.",
         ),
-        (lambda rows: [row.update(group="all") for row in rows], "1 groups are too few"),
+        (lambda rows: [row.update(group="all") for row in rows], "1 group cannot be divided into"),
         (
             lambda rows: [row.update(fold=str(index // 4 % 2), label="") for index, row in enumerate(rows)],
-            "trains on samples without a target: 00.jpg",
+            "has samples without a target in folds: 00.jpg",
         ),
     ],
 )
-def test_a_table_that_is_wrong_is_refused_with_the_row(tmp_path, change, sentence):
+def test_an_invalid_table_is_rejected_with_the_row(tmp_path, change, message):
     root = write_data(tmp_path / "data", change)
     (root / "empty.jpg").touch()
     (root / "text.jpg").write_text("hello")
-    (root / "cut.jpg").write_bytes((root / "00.jpg").read_bytes()[:300])
-    for row in range(SIZE):  # the files that the rows above name are missing, not those that train
+    (root / "truncated.jpg").write_bytes((root / "00.jpg").read_bytes()[:300])
+    for row in range(SIZE):  # only files that changed rows list are missing
         assert (root / f"{row:02d}.jpg").exists()
-    assert_refused(train_on(root, tmp_path), sentence, tmp_path)
+    assert_rejected(train_on(root, tmp_path), message, tmp_path)
 
 
-def test_a_column_that_is_there_twice_is_refused(tmp_path):
+def test_a_repeated_column_is_rejected(tmp_path):
     table = write_data(tmp_path / "data") / "samples.csv"
     table.write_text(table.read_text().replace("path,label,group", "path,label,label"))
     end = train_on(tmp_path / "data", tmp_path)
-    assert_refused(end, "samples.csv has column label more than once; leave one.", tmp_path)
+    assert_rejected(end, "samples.csv has more than one column label; keep one.", tmp_path)
 
 
-def test_a_row_that_is_too_short_is_refused_by_its_line(tmp_path):
+def test_a_short_row_is_rejected_with_its_line(tmp_path):
     root = write_data(tmp_path / "data")
     with (root / TABLE).open("a") as file:
         file.write("00.jpg\n")
-    assert_refused(train_on(root, tmp_path), "line 42 does not have a value for each of path, label, group", tmp_path)
+    assert_rejected(train_on(root, tmp_path), "line 42 does not have a value for each of path, label, group", tmp_path)
 
 
-def test_without_a_table_the_file_that_is_wanted_is_named(tmp_path):
-    assert_refused(
+def test_a_missing_table_is_reported_by_its_path(tmp_path):
+    assert_rejected(
         train_on(tmp_path / "nowhere", tmp_path), f"{tmp_path / 'nowhere/samples.csv'} cannot be read", tmp_path
     )

@@ -1,8 +1,8 @@
-"""What happens to a sample before the model sees it.
+"""Transforms and augmentations of samples.
 
-`train_transform` and `valid_transform` take one sample (image, target), on the CPU, under a random stream of its own,
-and bring images of any size to one. `batch_transform` mixes the samples of a batch in training; `normalize` works on a
-whole batch in training and validation alike, after that; both do so on the device.
+`train_transform` and `valid_transform` get one sample (image, target) on the CPU and resize it; each sample has a
+separate random stream. `batch_transform` mixes the samples of a batch in training. `normalize` gets each batch last, in
+training and validation. Both run on the device.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,27 @@ from typing import Any
 import torch
 from torchvision.transforms import v2
 
-SIZE = 224  # pixels on a side of what the model sees; smaller is faster
-# Mean and standard deviation of each channel on the scale 0 to 1. These are ImageNet's, as good a start as any for
-# photographs; `python tools/split.py --keep --statistics` prints those of your train split.
+SIZE = 224  # height and width of the input of the model, in pixels; smaller is faster
+# Mean and standard deviation of the pixels, on the scale 0 to 1, for each channel. These are of ImageNet, a good start
+# for photographs; `python tools/split.py --keep --statistics` prints those of your train split.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 def train_transform(image_size: int | None = None) -> Callable[..., tuple[Any, Any]] | None:
-    """(image, target) -> (image, target): a random part of it in that size, mirrored or not (Szegedy et al. 2015)."""
+    """Return the augmentation (image, target) -> (image, target): random resized crops and horizontal flips.
+
+    As Szegedy et al. 2015.
+
+    Args:
+        image_size: Height and width in pixels; SIZE by default.
+    """
     size = image_size or SIZE
     return v2.Compose([v2.RandomResizedCrop(size, scale=(0.25, 1.0), antialias=True), v2.RandomHorizontalFlip()])
 
 
 def valid_transform(image_size: int | None = None) -> Callable[..., tuple[Any, Any]] | None:
-    """(image, target) -> (image, target), without chance: the middle of it in that size."""
+    """Return the deterministic transform (image, target) -> (image, target): a resized centre crop."""
     size = image_size or SIZE
     return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
@@ -34,25 +40,37 @@ def valid_transform(image_size: int | None = None) -> Callable[..., tuple[Any, A
 def batch_transform(
     num_classes: int, mixup: float = 0.0, cutmix: float = 0.0
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """(images, targets) of a batch -> mixed float images and soft targets (N, num_classes); None without an alpha.
+    """Return the mixing of a batch (images, targets), or None if both alphas are 0.
 
-    Each sample is mixed with the one before it, by mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019); where both
-    have an alpha, by either, in half of the steps each. Works on the device, under the stream of its step.
+    Each sample is mixed with the one before it, by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019); if both have
+    an alpha, one of them is drawn for each step, with equal probability.
+
+    Args:
+        num_classes: The number of classes.
+        mixup: The alpha of mixup.
+        cutmix: The alpha of CutMix.
+
+    Returns:
+        A function to mixed float images and soft targets (N, num_classes).
     """
-    kinds: list[Callable] = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup > 0 else []
-    kinds += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix > 0 else []
-    return v2.Compose([v2.ToDtype(torch.float32), v2.RandomChoice(kinds)]) if kinds else None
+    mixers: list[Callable] = []
+    if mixup > 0:
+        mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+    if cutmix > 0:
+        mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    return v2.Compose([v2.ToDtype(torch.float32), v2.RandomChoice(mixers)]) if mixers else None
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Images (N, C, H, W), 0 to 255, as float32 of mean 0 and deviation 1 over the data set."""
+    """Normalise images (N, C, H, W), 0 to 255, to float32 with mean 0 and standard deviation 1 over the data set."""
     scale, shift = _constants(images.device)
-    # In place on a copy: 21 ms for 64 images of 3x224x224 on one core, where (images / 255 - MEAN) / STD takes 76.
+    # In place on a copy: 21 ms for 64 images of 3x224x224 on one core; (images / 255 - MEAN) / STD takes 76 ms.
     return images.to(torch.float32, copy=True).mul_(scale).add_(shift)
 
 
 @cache
 def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 / (255 STD) and -MEAN / STD on `device`, shape (C, 1, 1): sent once, since a copy to a GPU waits for it."""
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (MEAN, STD))
+    """Return 1 / (255 STD) and -MEAN / STD, shape (C, 1, 1). They are cached because a copy to a GPU waits for it."""
+    mean = torch.tensor(MEAN, dtype=torch.float64).view(-1, 1, 1)
+    std = torch.tensor(STD, dtype=torch.float64).view(-1, 1, 1)
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)

@@ -1,4 +1,4 @@
-"""An index becomes one sample: MNIST, 60,000 grey images of 28x28 to train on and 10,000 to test.
+"""The data set: MNIST, 60,000 grey images of 28x28 pixels for training and 10,000 for test.
 
 Source: Y. LeCun, C. Cortes and C. J. C. Burges, "The MNIST database of handwritten digits", 1998.
 torchvision downloads it once (12 MB).
@@ -18,10 +18,12 @@ TEST_SIZE = 10_000  # images of the official test split
 
 
 class Mnist:
-    """Images as uint8 tensors (1, 28, 28), 0 to 255; targets as whole numbers 0 to 9.
+    """Images as uint8 tensors (1, 28, 28), 0 to 255; targets are integers from 0 to 9.
 
-    The files of the official test split are opened when one of its samples is asked for, which training never does.
-    So `targets` has -1 (not known) for them; what an index gives has the target.
+    The files of the official test split are read with its first sample, which training never loads. So `targets` is -1
+    (not known) for its samples; `self[index]` returns their targets.
+
+    batteries/data/dataset.py documents the attributes and methods that a data set can have.
     """
 
     classes = tuple("0123456789")
@@ -38,7 +40,7 @@ class Mnist:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One image (1, 28, 28) and its target ()."""
+        """Return one image (1, 28, 28) and its target ()."""
         size = len(self.labels)
         if index < size:
             return self.images[index], self.labels[index]
@@ -46,7 +48,7 @@ class Mnist:
         return images[index - size], labels[index - size]
 
     def get_batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (N, 1, 28, 28) and targets (N,) at once: faster than one by one where no sample is transformed."""
+        """Return images (N, 1, 28, 28) and targets (N,) faster than one by one; used without a transform."""
         if (indices < len(self.labels)).all():
             return self.images[indices], self.labels[indices]
         images, labels = zip(*(self[index] for index in indices.tolist()), strict=True)
@@ -54,26 +56,26 @@ class Mnist:
 
     @cached_property
     def test(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and targets of the official test split."""
+        """The images and targets of the official test split."""
         return self._read(train=False)
 
     def fingerprint(self) -> str:
-        """Tells these data from any others: a run is resumed on the same alone."""
+        """Return a hash of the data; a run can be resumed only with the same data."""
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
     def _read(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        try:  # the first download brings the test files too
+        try:  # the first download includes the test files
             files = MNIST(str(self.data_dir), train=train, download=train)
-        except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two of files that are cut short
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two for truncated files
             raise UserError(
-                f"--data-dir {self.data_dir} has no sound MNIST or it cannot be downloaded ({error}); put the folder "
-                f"MNIST/raw there."
+                f"--data-dir {self.data_dir} has no valid MNIST files, or they cannot be downloaded ({error}); put the "
+                "directory MNIST/raw there."
             ) from error
         return files.data[:, None], files.targets
 
 
 def load_dataset(data_dir: Path) -> Mnist:
-    """The data set of this experiment."""
+    """Load the data set of this experiment."""
     return Mnist(data_dir)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows the curves of all runs in the browser: scripts/tensorboard.sh [logs/one_run] [flags of tensorboard]
+# Show the curves of all runs, or of one run, in the browser: scripts/tensorboard.sh [logs/one_run] [tensorboard flags]
 source "$(dirname "$0")/common.sh"
 logdir=logs
 if [[ $# -gt 0 && "$1" != -* ]]; then

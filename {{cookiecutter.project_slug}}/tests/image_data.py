@@ -1,6 +1,6 @@
-"""Small data for tests: quick, and the same for every data set that this project may have.
+"""Small in-memory image data for tests, the same for every data set that a project can have.
 
-It imports little, since each spawned worker imports it.
+It imports little, because each spawned worker imports it.
 """
 
 import random
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 
-class Pictures:
-    """`size` random images (channels, 8, 8), uint8, in four classes."""
+class RandomImages:
+    """A data set of `size` random images (channels, 8, 8), uint8, of four classes."""
 
     classes = ("north", "east", "south", "west")
 
@@ -28,10 +28,18 @@ class Pictures:
         return self.images[index], self.targets[index]
 
 
-def patterned(labels: Sequence[int], channels: int, size: int) -> np.ndarray:
-    """uint8 images (N, channels, size, size): a coarse pattern for each class, the same in a mirror, under some noise.
+def patterned_images(labels: Sequence[int], channels: int, size: int) -> np.ndarray:
+    """Return images with a coarse, mirror-symmetric pattern for each class and some noise.
 
     A linear model learns them in a few steps.
+
+    Args:
+        labels: The class of each image.
+        channels: The number of channels.
+        size: Height and width, a multiple of 4.
+
+    Returns:
+        The images, shape (N, channels, size, size), uint8.
     """
     generator = np.random.default_rng(0)
     half = generator.uniform(40, 215, size=(max(labels) + 1, channels, 4, 2))
@@ -40,8 +48,8 @@ def patterned(labels: Sequence[int], channels: int, size: int) -> np.ndarray:
     return (patterns[np.asarray(labels)] + noise).clip(0, 255).astype(np.uint8)
 
 
-class Shake:
-    """An augmentation that draws from all three generators."""
+class RandomNoise:
+    """An augmentation that draws from the generators of Python, numpy and torch."""
 
     def __call__(self, image: torch.Tensor, target: Any) -> tuple[torch.Tensor, Any]:
         noise = torch.randint(4, image.shape) + random.randrange(4) + np.random.randint(4)

@@ -1,0 +1,95 @@
+"""toolkit=training leaves out reports, pre-flight checks and submissions, and no text mentions them."""
+
+import re
+from pathlib import PurePosixPath
+
+import pytest
+from conftest import SLUG, files_in
+from options import left_out_by_training
+from test_rendered import assert_tests_pass, run_in
+
+# Words of the parts that are left out, besides the names of their files.
+WORDS = r"\b(submissions?|pre-?flight|leaderboards?|report\.html|scores\.csv)\b"
+GENERIC_NAMES = {"__init__.py"}
+
+
+@pytest.fixture(scope="module")
+def project(render):
+    """A repository with toolkit=training."""
+    return render(toolkit="training")
+
+
+def is_left_out(name: str) -> bool:
+    """Return whether a file of the template belongs to reports, pre-flight checks or submissions."""
+    pattern = (
+        r"batteries/(preflight|report|submission)/\w+\.py"
+        r"|tools/(blend|check|report|scores|submit)\.py"
+        r"|tests/test_(blend|check|report|scores|submission\w*|submit)\.py"
+        r"|docs/(checks|reports|submission)\.md"
+    )
+    return re.fullmatch(pattern, name) is not None
+
+
+def mentions(text: str, name: str) -> list[str]:
+    """List the places where a text names a file, as a path, as a module or by its file name."""
+    path = PurePosixPath(name)
+    patterns = [re.escape(str(path.with_suffix(""))), re.escape(".".join(path.with_suffix("").parts))]
+    patterns.append(rf"from {'.'.join(path.parent.parts)} import .*\b{path.stem}\b")
+    if path.name not in GENERIC_NAMES:
+        patterns.append(re.escape(path.name))
+    return re.findall(rf".*(?<![\w.-])(?:{'|'.join(patterns)})(?![\w-]).*", text)
+
+
+def test_the_hook_lists_exactly_the_files_to_leave_out(template):
+    names = {name for name in files_in(template / SLUG) if not name.startswith(".variants/")}
+    assert left_out_by_training() == {name for name in names if is_left_out(name)}
+
+
+def test_a_training_repository_has_no_empty_package(project):
+    for name in ("preflight", "report", "submission"):
+        assert not (project / "batteries" / name).exists()
+
+
+def test_no_text_mentions_what_is_left_out(project):
+    found = []
+    for name, content in files_in(project).items():
+        if name == "LICENSE" or b"\0" in content:
+            continue
+        text = content.decode()
+        for left_out in left_out_by_training():
+            found += [f"{name}: {line}" for line in mentions(text, left_out)]
+        found += [f"{name}: {line}" for line in re.findall(rf".*{WORDS}.*", text, re.IGNORECASE)]
+    assert not found, "\n".join(map(str, found))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see tools/check.py",
+        "python -m tools.check",
+        "from tools import check",
+        "from tools import average, check",
+        "run check.py first",
+        "`tools/check`",
+    ],
+)
+def test_every_kind_of_mention_is_found(text):
+    assert mentions(text, "tools/check.py") == [text]
+    assert not mentions("make check, check_files, tools/checkpoint.py and precheck.py", "tools/check.py")
+
+
+def test_a_run_builds_no_report(project, tmp_path):
+    flags = ["--limit-batches", "1", "--stages.0.epochs", "1", "--stages.1.epochs", "1", "--device", "cpu"]
+    flags += ["--logdir", str(tmp_path / "run"), "--split-file", str(tmp_path / "split.csv"), "--tracker", "none"]
+    done = run_in(project, "python", "train.py", *flags)
+    assert done.returncode == 0, done.stdout
+    assert "WARNING" not in done.stdout
+    assert not re.search(r"^report", done.stdout, re.MULTILINE)
+    assert (tmp_path / "run/stage1/best.pth").is_file()
+    done = run_in(project, "python", "-m", "tools.predict", "--run", str(tmp_path / "run"), "--device", "cpu")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_a_training_repository_passes_its_own_fast_tests(project):
+    assert_tests_pass(project, "not slow")
