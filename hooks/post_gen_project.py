@@ -23,7 +23,10 @@ LEFT_OUT = {
     "batteries/report": "__init__.py history.py html.py plots.py sections.py",
     "batteries/submission": "__init__.py blending.py score_log.py submission_file.py",
     "docs": "checks.md reports.md submission.md",
-    "tests": "test_blend.py test_check.py test_report.py test_scores.py test_submission_walkthrough.py test_submit.py",
+    "tests": """
+        test_blend.py test_check.py test_full_commands.py test_full_toolkit.py test_report.py test_scores.py
+        test_submission_walkthrough.py test_submit.py
+    """,
     "tools": "blend.py check.py report.py scores.py submit.py",
 }
 

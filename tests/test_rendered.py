@@ -112,7 +112,7 @@ def test_the_type_checker_passes_for_the_other_data_sets(render, tmp_path):
         shutil.copytree(render(data_set=data_set, tracker="none"), tmp_path / data_set)
     config = {  # one process for both, so that torch is read once; batteries/ is the same for every data set
         "typeCheckingMode": "standard",
-        "include": [f"{data_set}/{part}" for data_set in data_sets for part in ("*.py", "experiment")],
+        "include": [f"{data_set}/{part}" for data_set in data_sets for part in ("*.py", "experiment", "tools")],
         "executionEnvironments": [{"root": data_set} for data_set in data_sets],
     }
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))

@@ -14,7 +14,7 @@ ANSWERS = {"data_set": "csv", "tracker": "none", "ci": "gitlab", "author": 'Åsa
 OLDER = {
     "batteries/core/errors.py": ("class UserError", "class UserError(Exception):  # of the last release"),
     "scripts/common.sh": ("set -euo", "set -eu  # of the last release"),
-    "README.md": ("## Layout", "## Layout of the last release"),
+    "README.md": ("## Repository layout", "## Repository layout of the last release"),
     "train.py": ("def main(", "def main(config: Config) -> float:  # of the last release"),
     ".variants/data_set/image_folder/experiment/model.py": (
         "def build_model",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpus import hide_gpus
 
 MODULES_OF_RUNS = (
     "sklearn.datasets",
@@ -22,6 +23,7 @@ MODULES_OF_RUNS = (
     "scipy.stats",
 )
 
+hide_gpus()
 torch.set_num_threads(1)
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     # A fork invalidates torch's thread pool. The next call recreates it, but two threads that do so at once invalidate

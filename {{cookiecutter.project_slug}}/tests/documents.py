@@ -12,6 +12,8 @@ from small_data import make_data
 ROOT = Path(__file__).parent.parent
 BLOCK = "# {" + "%"  # begins a Jinja block: the documents have blocks until the template is rendered
 INTRODUCTION = "\n\nThis repository trains"  # follows the title and the description, which are user-owned
+SHORT = "--limit-batches 2 --stages.0.epochs 1 --stages.1.epochs 1 --save-n-best 1 --device cpu"
+WITHOUT_REPORT = f"{SHORT} --no-report"
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -33,6 +35,11 @@ def read_page(name: str) -> str:
 def code_blocks(text: str, language: str) -> list[str]:
     """List the fenced code blocks of a language; bash blocks are run by tests, sh blocks cannot be."""
     return [code for found, code in FENCE.findall(text) if found == language]
+
+
+def commands(page: str) -> str:
+    """Return the bash code blocks of a page."""
+    return "\n".join(code_blocks(read_page(page), "bash"))
 
 
 def without_code_blocks(text: str) -> str:
@@ -60,6 +67,13 @@ def copy_repository(target: Path) -> Path:
     with (target / "experiment/model.py").open("a") as model:
         model.write("\n\nfrom models import tiny_network as build_model\n")
     return target
+
+
+def copy_trained_repository(target: Path) -> Path:
+    """Copy this repository and train logs/baseline in it; its first stage has two checkpoints."""
+    copy = copy_repository(target)
+    run_commands("scripts/train_device.sh", copy, WITHOUT_REPORT.replace("--stages.0.epochs 1", "--stages.0.epochs 2"))
+    return copy
 
 
 def _ignore(directory: str, names: list[str]) -> list[str]:

@@ -71,13 +71,23 @@ class End(NamedTuple):
     err: str
 
 
-def run_train(main: Callable[[Any], object], config_class: type, *flags: str, name: str = "train.py") -> End:
-    """Run `python train.py FLAGS` in a forked process, or another command by its `name`."""
+def run_train(
+    main: Callable[[Any], object], config_class: type, *flags: str, name: str = "train.py", repeats: bool = True
+) -> End:
+    """Run `python train.py FLAGS` in a forked process, or another command.
+
+    Args:
+        main: The function of the command.
+        config_class: The dataclass of its options.
+        flags: The command line.
+        name: The path of the command, for its messages.
+        repeats: The command accepts `--config FILE`.
+    """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out"
         err = Path(directory) / "err"
         process = multiprocessing.get_context("fork").Process(
-            target=_run_command, args=(main, config_class, (name, *flags), out, err)
+            target=_run_command, args=(main, config_class, (name, *flags), repeats, out, err)
         )
         process.start()
         process.join(SECONDS)
@@ -85,12 +95,12 @@ def run_train(main: Callable[[Any], object], config_class: type, *flags: str, na
         return End(process.exitcode, out.read_text(), err.read_text())
 
 
-def _run_command(main: Any, config_class: type, command: tuple[str, ...], out: Path, err: Path) -> None:
+def _run_command(main: Any, config_class: type, command: tuple[str, ...], repeats: bool, out: Path, err: Path) -> None:
     sys.argv = list(command)
     sys.stdout = out.open("w")
     sys.stderr = err.open("w")
     try:
-        run_command(main, config_class, repeats=command[0] in ("train.py", "tools/check.py"))
+        run_command(main, config_class, repeats=repeats)
     finally:
         sys.stdout.close()
         sys.stderr.close()

@@ -144,7 +144,8 @@ def test_truncated_file_is_reported_with_its_id(make_context, tmp_path):
 
 def test_samples_option_limits_the_number_of_opened_samples(make_context):
     context = make_context(samples=40)
-    assert check.check_samples_load(context) == CheckResult("pass", f"all 40 samples (chosen at random from {SIZE}) load")
+    details = f"all 40 samples (chosen at random from {SIZE}) load"
+    assert check.check_samples_load(context) == CheckResult("pass", details)
     context.dataset.left_out = "3 .bmp"
     details = f"all 40 samples (chosen at random from {SIZE}) load; left out: 3 .bmp"
     assert check.check_samples_load(context).details == details

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 from documents import BLOCK, ROOT, code_blocks, exists, page_paths, read_page, section, without_code_blocks
 
 from batteries.core.command_line import parse
+from batteries.core.errors import UserError
+from train import Config, Stage
 
 PAGES = page_paths()
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 # Options of other programs: mlflow, docker, sbatch, pip.
 FOREIGN_OPTIONS = {"backend-store-uri", "shm-size", "nodes", "gpus-per-node", "time", "group", "index-url", "name"}
+FOREIGN_OPTIONS |= {"variables-to-update"}  # of cruft
 CODE_DIRECTORIES = ("batteries", "docs", "experiment", "scripts", "tests", "tools")
 
 
@@ -127,8 +131,6 @@ def test_options_exist(page):
 
 def known_options() -> set[str]:
     """Collect the options of train.py and of all tools, as they are written on the command line."""
-    from train import Stage
-
     modules = [importlib.import_module(name) for name in ("train", *(f"tools.{tool}" for tool in TOOLS))]
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
     names = {field.name for item in classes if dataclasses.is_dataclass(item) for field in dataclasses.fields(item)}
@@ -162,15 +164,42 @@ def parse_command(command: str, arguments: list[str]) -> None:
         assert arguments[place + 1].endswith("config.json")
         arguments = arguments[:place] + arguments[place + 2 :]
     module: Any = importlib.import_module("train" if command == "train" else f"tools.{command}")
-    if command == "scores":
-        parse(module.COMMANDS, arguments, repeats=False, default=module.Show())
-        return
-    [options] = inspect.signature(module.main).parameters.values()
-    parse(options.annotation, arguments, repeats=command in ("train", "check"))
+    [parameter] = inspect.signature(module.main).parameters.values()
+    options = getattr(module, "COMMANDS", parameter.annotation)  # of a tool with subcommands
+    if arguments:
+        parse(options, arguments, repeats=isinstance(options, type) and issubclass(options, Config))
+
+
+# What a command may need besides options: files, or a subcommand.
+REQUIRED: list[list[str]] = [[], ["a.csv"], ["a.csv", "b.csv"], ["add", "logs/a"], ["plot"]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_values_of_options_are_valid_for_a_command(page):
+    for span in code_spans(read_page(page)):
+        arguments = shlex.split(span) if span.startswith("--") and " " in span else []
+        if arguments:
+            assert any(is_accepted(command, arguments) for command in ["train", *TOOLS]), span
+
+
+def is_accepted(command: str, arguments: list[str]) -> bool:
+    for required in REQUIRED:
+        with contextlib.suppress(UserError):
+            parse_command(command, [*required, *arguments])
+            return True
+    return False
 
 
 def test_the_pages_have_commands_to_parse():
     assert sum(len(commands_of(read_page(page))) for page in PAGES) >= 30
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_parse_and_their_imports_work(page):
+    for code in code_blocks(read_page(page), "python"):
+        for statement in ast.parse(textwrap.dedent(code)).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                exec(ast.unparse(statement), {})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -230,11 +259,3 @@ def names_of(file: Path) -> set[str]:
         elif isinstance(node, ast.Attribute):
             found.add(node.attr)
     return found
-
-
-@pytest.mark.skipif(not (ROOT / "docs/checks.md").exists(), reason="this repository has no pre-flight checks")
-def test_the_page_on_checks_lists_every_check():
-    from tools.check import CHECKS
-
-    table = read_page("docs/checks.md").partition("| Check |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| ([a-z ]+) \|", table, re.MULTILINE) == [name for name, _ in CHECKS]

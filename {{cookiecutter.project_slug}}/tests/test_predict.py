@@ -252,7 +252,7 @@ def test_the_scores_of_the_options_of_the_run_are_printed(runs, monkeypatch, tmp
 
 
 def call_predict(*flags: object):
-    return run_train(predict.main, Options, "--device", "cpu", *map(str, flags), name="tools/predict.py")
+    return run_train(predict.main, Options, "--device", "cpu", *map(str, flags), name="tools/predict.py", repeats=False)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,8 @@ def test_the_default_stage_is_the_one_with_the_best_score(tmp_path, scores, mini
 
 
 def call_average(*flags: object):
-    return run_train(average.main, average.Options, "--device", "cpu", *map(str, flags), name="tools/average.py")
+    options = ("--device", "cpu", *map(str, flags))
+    return run_train(average.main, average.Options, *options, name="tools/average.py", repeats=False)
 
 
 def test_an_average_is_scored_saved_and_used_for_prediction(runs, tmp_path):

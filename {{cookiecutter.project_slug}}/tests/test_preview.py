@@ -23,7 +23,7 @@ def data_dir(tmp_path_factory):
 
 def run_preview(data_dir, tmp_path, *flags: str) -> End:
     flags = ("--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), *flags)
-    return run_train(preview.main, preview.Config, *flags, name="tools/preview.py")
+    return run_train(preview.main, preview.Config, *flags, name="tools/preview.py", repeats=False)
 
 
 @pytest.mark.parametrize("mixing", [[], ["--mixup", "0.4", "--cutmix", "1"]])
@@ -50,7 +50,7 @@ def test_the_image_is_drawn_and_the_range_of_values_printed(data_dir, tmp_path, 
             "use --batch-size 12 or more.",
         ),
         (["--mixup", "-1"], "--mixup -1.0 must be 0 or more."),
-        (["--cutmix", "nan"], "--cutmix nan must be 0 or more."),
+        (["--cutmix", "nan"], "--cutmix nan must be finite and 0 or more."),
         (["--sheet", "README.md/p.png"], "README.md/p.png cannot be written (File exists); use another --sheet."),
         (["--sheet", "sheet.jpg"], "--sheet sheet.jpg must end in .png."),
         (["--fold", "7"], "--fold 7 does not exist"),

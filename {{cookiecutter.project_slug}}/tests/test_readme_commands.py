@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import code_blocks, copy_repository, page_paths, read_page, run_commands, section
+from documents import (
+    ROOT,
+    SHORT,
+    WITHOUT_REPORT,
+    code_blocks,
+    commands,
+    copy_repository,
+    copy_trained_repository,
+    page_paths,
+    read_page,
+    run_commands,
+    section,
+)
 from small_data import NEEDS_PATCH
 
 pytestmark = [
@@ -19,29 +31,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts need bash"),
     pytest.mark.skipif(NEEDS_PATCH, reason="the test data can be read in this process only"),
 ]
-
-SHORT = "--limit-batches 2 --stages.0.epochs 1 --stages.1.epochs 1 --save-n-best 1 --device cpu"
-WITHOUT_REPORT = f"{SHORT} --no-report"
-# The test of each page is below; docs/submission.md has its own file.
-TESTED = {
-    "README.md",
-    "AGENTS.md",
-    "docs/checkpoints.md",
-    "docs/checks.md",
-    "docs/data.md",
-    "docs/distributed.md",
-    "docs/evaluation.md",
-    "docs/reports.md",
-    "docs/submission.md",
-    "docs/training.md",
-}
-
-
-def commands(page: str) -> str:
-    """Return the bash code blocks of a page."""
-    if page not in page_paths():
-        pytest.skip(f"this repository has no {page}")
-    return "\n".join(code_blocks(read_page(page), "bash"))
 
 
 @pytest.fixture
@@ -53,10 +42,7 @@ def empty(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def trained_copy(tmp_path_factory) -> Path:
     """A copy of this repository with a finished run in logs/baseline, whose first stage has two checkpoints."""
-    copy = copy_repository(tmp_path_factory.mktemp("trained") / "copy")
-    flags = WITHOUT_REPORT.replace("--stages.0.epochs 1", "--stages.0.epochs 2")
-    run_commands("scripts/train_device.sh", copy, flags)
-    return copy
+    return copy_trained_repository(tmp_path_factory.mktemp("trained") / "copy")
 
 
 @pytest.fixture
@@ -78,7 +64,9 @@ def outcomes(copy: Path) -> dict[str, str]:
 
 
 def test_every_page_with_commands_is_tested():
-    assert {page for page in page_paths() if code_blocks(read_page(page), "bash")} <= TESTED
+    sources = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    tested = set(re.findall(r'(?:commands\(|^PAGE = )"([\w/]+\.md)"', sources, re.MULTILINE))
+    assert {page for page in page_paths() if code_blocks(read_page(page), "bash")} <= tested
 
 
 def test_readme_quick_start_trains_and_the_run_directory_is_as_listed(empty):
@@ -88,10 +76,9 @@ def test_readme_quick_start_trains_and_the_run_directory_is_as_listed(empty):
     tree = section(read_page("README.md"), "Run directory")
     listed = {name.rstrip("/") for line in tree.splitlines() for name in names_in_line(line)}
     made = {path.name for path in (empty / "logs/baseline").iterdir() if not path.name.startswith(".")}
-    assert made <= listed
-    only_sometimes = {"git.diff", "skipped.json", "predictions"}
-    trackers = {"tensorboard", "tensorboardx", "wandb"}
-    assert listed - made <= only_sometimes | trackers | ({"{{"} if "{{" in tree else set())
+    tracker = {"tensorboard"} if "{{" in tree else set()  # listed by an expression until the template is rendered
+    assert made <= listed | tracker
+    assert listed - made <= {"git.diff", "skipped.json", "predictions"}
     stage = {path.name for path in (empty / "logs/baseline/stage0").iterdir()}
     assert stage == {"best.pth", "last.pth", "epoch_1.pth", "checkpoints.json"}
 
@@ -157,17 +144,7 @@ def test_evaluation_commands_run(trained):
     assert outcomes(trained) == dict.fromkeys(("baseline", "folds/fold_0", "folds/fold_1"), "finished")
 
 
-def test_report_commands_run(trained):
-    run_commands(commands("docs/reports.md"), trained, WITHOUT_REPORT)
-    assert (trained / "logs/baseline/report.html").exists()
-    assert "larger" in (trained / "logs/report.html").read_text()
-
-
-def test_check_commands_run(trained):
-    done = run_commands(commands("docs/checks.md"), trained)
-    assert "12 checks" in done.stdout
-
-
+@pytest.mark.skipif("{{" in (ROOT / "pyproject.toml").read_text(), reason="the template is not rendered")
 def test_installation_with_pip_needs_no_uv(empty):
     """Without the download of dependencies: the new environment finds those of this one."""
     [code] = code_blocks(section(read_page("docs/installation.md"), "With pip"), "sh")
@@ -178,7 +155,7 @@ def test_installation_with_pip_needs_no_uv(empty):
     (packages / "parent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     install = lines[1].replace("install ", "install --no-deps ")
     done = subprocess.run(install.split(), cwd=empty, capture_output=True, text=True)
-    if "hatchling" in done.stderr and done.returncode:
+    if "No matching distribution found for hatchling" in done.stderr:
         pytest.skip("no package index")
     assert done.returncode == 0, done.stderr
     python = str(empty / ".venv/bin/python")

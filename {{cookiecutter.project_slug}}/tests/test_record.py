@@ -393,20 +393,21 @@ def test_run_ignores_sighup_under_nohup(config, monkeypatch):
 
 @pytest.fixture
 def run_with_report(config, monkeypatch, tmp_path):
-    """Return a function that runs train.py with other code in tools/report.py, in a real subprocess."""
+    """Return a function that runs train.py with code for its report, which runs in a real subprocess."""
     monkeypatch.setattr("batteries.run.run.make_reports", report_hook.make_reports)
     monkeypatch.setattr(report_hook, "ROOT", tmp_path)
+    monkeypatch.setattr(report_hook, "project_settings", lambda: {"reports": ["tools/summary.py"]})
 
     def run(code: str, *flags: str):
         (tmp_path / "tools").mkdir(exist_ok=True)
-        (tmp_path / "tools/report.py").write_text(f"import json, os, sys\n{code}\n")
+        (tmp_path / "tools/summary.py").write_text(f"import json, os, sys\n{code}\n")
         return run_command(config, *flags)
 
     return run
 
 
 def test_report_is_built_after_the_run_by_a_single_process(run_with_report, config, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")  # set by torchrun; report.py must not see it
+    monkeypatch.setenv("LOCAL_RANK", "0")  # set by torchrun; the script must not see it
     end = run_with_report(
         "record = json.load(open(sys.argv[1] + '/run.json'))\n"
         "print('report  ', *sys.argv[1:], record['exit'], record['best']['epoch'] > 0, 'LOCAL_RANK' in os.environ)"
@@ -420,7 +421,9 @@ def test_report_is_built_after_the_run_by_a_single_process(run_with_report, conf
 def test_failed_report_is_a_warning_and_the_run_finishes(run_with_report, config):
     end = run_with_report("sys.exit('error: no space left')")
     assert end.code == 0
-    warning = "Training finished, but the report could not be built (error: no space left); try python tools/report.py "
+    warning = (
+        "Training finished, but the report could not be built (error: no space left); try python tools/summary.py "
+    )
     assert f"{warning}{config.logdir}.\n" in end.out
     assert read_record(config)["exit"] == "finished"
 

@@ -81,7 +81,9 @@ def runs(tmp_path_factory, fast_runs) -> list[Path]:
 
 
 def call_report(*flags: object) -> End:
-    return run_train(report.main, report.Options, "--device", "cpu", *map(str, flags), name="tools/report.py")
+    return run_train(
+        report.main, report.Options, "--device", "cpu", *map(str, flags), name="tools/report.py", repeats=False
+    )
 
 
 @pytest.fixture(scope="module")

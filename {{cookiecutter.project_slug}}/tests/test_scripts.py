@@ -72,14 +72,12 @@ def copy_project(directory: Path) -> Path:
     ],
 )
 def test_scripts_print_their_command_and_train_from_any_directory(script, world_size, wrapper, data_flags, tmp_path):
-    report = "--report" if world_size > 1 else "--no-report"
-    flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run"), report]
+    flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run")]
     done = run_script(script, *flags, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"+ {sys.executable} ")
-    report_lines = [line for line in done.stdout.splitlines() if line.startswith(("report", "note"))]
-    assert report_lines == [f"report   {tmp_path}/run/report.html"] * (world_size > 1)  # one rank builds the report
-    assert (tmp_path / "run/plots/confusion.png").exists() == (world_size > 1)
+    assert not [line for line in done.stdout.splitlines() if line.startswith(("report", "note"))]
+    assert not (tmp_path / "run/plots").exists()
     assert wrapper in done.stdout
     assert json.loads((tmp_path / "run/run.json").read_text())["world_size"] == world_size
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
@@ -87,10 +85,6 @@ def test_scripts_print_their_command_and_train_from_any_directory(script, world_
 
 
 def test_data_parallel_without_a_gpu_is_reported(data_flags, tmp_path):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     flags = [*SMOKE, *data_flags, "--logdir", str(tmp_path / "run")]
     done = run_script("train_dp.sh", *flags, directory=tmp_path)
     assert "with DataParallel, which has no effect without a GPU" in done.stdout

@@ -334,7 +334,7 @@ def run_split(monkeypatch, tmp_path, *flags: str, dataset=None) -> End:
     """Run `python tools/split.py FLAGS` with small images and the file splits/x.csv."""
     monkeypatch.setattr(split, "load_dataset", lambda _: dataset or Samples())
     file = str(tmp_path / "splits/x.csv")
-    return run_train(split.main, split.Config, "--split-file", file, *flags, name="tools/split.py")
+    return run_train(split.main, split.Config, "--split-file", file, *flags, name="tools/split.py", repeats=False)
 
 
 def test_split_writes_once_and_does_not_overwrite(monkeypatch, tmp_path):

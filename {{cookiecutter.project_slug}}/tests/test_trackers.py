@@ -59,7 +59,7 @@ def config(tmp_path_factory):
 
 
 def draw_confusion(logdir: Path, device: str) -> None:
-    """Write the image of the confusion matrix, as tools/report.py does."""
+    """Write the image of the confusion matrix, as the report does."""
     (logdir / "plots").mkdir(exist_ok=True)
     write_png(torch.full((3, 4, 5), 7, dtype=torch.uint8), str(logdir / "plots/confusion.png"))
 

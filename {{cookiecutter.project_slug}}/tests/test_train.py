@@ -186,7 +186,7 @@ def test_flags_take_precedence_over_a_config_file(tmp_path):
         (["--stages.1.name", ".."], "--stages.1.name '..' must be a directory name with the characters"),
         (["--stages.1.name", ""], "--stages.1.name '' must be a directory name with the characters"),
         (["--stages.1.name", "train.log"], "--stages.1.name 'train.log' must be a directory name with the characters"),
-        (["--stages.1.name", "stage0"], "--stages has two stages named stage0; give each a different name."),
+        (["--stages.1.name", "stage0"], "--stages has two stages named stage0; give each stage a different name."),
         (["--main-metric", "loss"], "--main-metric loss: lower is better. Add --minimize-metric."),
         (["--minimize-metric"], "--main-metric accuracy: higher is better. Remove --minimize-metric."),
         (["--min-delta", "0.1"], "--min-delta 0.1 has no effect without --patience; give both."),

@@ -293,7 +293,10 @@ def check_disk_space(context: CheckContext) -> CheckResult:
     """Check that the checkpoints of all stages fit on the disk."""
     options = context.options
     within_epochs = options.checkpoint_every_minutes is not None or options.checkpoint_every_steps is not None
-    sizes = [machine_checks.count_state_bytes(context.make_state(stage, 1), context.make_checkpoint) for stage in options.stages]
+    sizes = [
+        machine_checks.count_state_bytes(context.make_state(stage, 1), context.make_checkpoint)
+        for stage in options.stages
+    ]
     counts = [
         machine_checks.kept_checkpoints(stage.epochs, options.save_n_best, within_epochs=within_epochs)
         for stage in options.stages

@@ -144,9 +144,7 @@ def print_scores(tables: dict[str, Predictions], num_models: int, config: Config
         for metric in (name for name in valid_scores if name in test_scores):
             print(f"gap      {metric} of test minus valid {bootstrap_gap(valid_scores[metric], test_scores[metric])}")
         if num_models > 1:
-            print(
-                f"note     test is the mean of {num_models} models, valid has one model per sample: expect a gap"
-            )
+            print(f"note     test is the mean of {num_models} models, valid has one model per sample: expect a gap")
 
 
 if __name__ == "__main__":

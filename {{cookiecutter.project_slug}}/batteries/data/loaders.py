@@ -164,6 +164,11 @@ class EpochBatches:
         """The epoch, from 1."""
         return self.key[2]
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the batches."""
+        return self.loader.device
+
     def samples_of(self, step: int) -> list[str]:
         """Return the ids, or else the indices, of the samples of one step (counted from 1) over all ranks."""
         size = self.loader.batch_size

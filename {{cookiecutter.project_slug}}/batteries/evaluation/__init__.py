@@ -1,1 +1,1 @@
-"""Layer 3: predictions, scoring, error analysis, test-time augmentation, run selection, cross-validation."""
+"""Layer 4: predictions, scoring, error analysis, test-time augmentation, run selection, cross-validation."""

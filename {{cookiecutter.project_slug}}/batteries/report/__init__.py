@@ -1,1 +1,1 @@
-"""Layer 4: the HTML report: run histories, sections, plots and page layout."""
+"""Layer 5: the HTML report: run histories, sections, plots and page layout."""

@@ -69,7 +69,7 @@ class Stopwatch:
         """
         means = " ".join(f"{name} {value:.3f}" for name, value in self.metrics.compute_local().items())
         wait = self._waited / (time.perf_counter() - self._begin)
-        memory = peak_memory(self.batches.loader.device) / 1e9
+        memory = peak_memory(self.batches.device) / 1e9
         return f"{means} {self.samples_per_second():.0f}/s wait {wait:.0%} {memory:.1f} GB"
 
 

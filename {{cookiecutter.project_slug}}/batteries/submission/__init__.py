@@ -1,1 +1,1 @@
-"""Layer 4: blending, submission files and the score log."""
+"""Layer 5: blending, submission files and the score log."""
