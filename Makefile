@@ -12,13 +12,15 @@ $(CURDIR)/.tools/bin/uv:
 	python3 -m venv .tools
 	.tools/bin/pip install --quiet uv
 
+DEMO := build/demo
 .PHONY: demo
 demo: $(UV) clean  ## generate a repository with the default answers, train it, print where the results are
-	@set -e; mkdir -p build; folder=$$(mktemp -d build/demo-XXXXXX); \
-	uv tool run 'cookiecutter>=2.7' . --no-input --output-dir $$folder; \
-	$$folder/my-experiment/scripts/train_device.sh; \
-	printf '\nThe generated repository: %s\nIts first run:\n' $$folder/my-experiment; \
-	ls $$folder/my-experiment/logs/baseline
+	@set -e; uv tool run 'cookiecutter>=2.7' . --no-input --output-dir $(DEMO); \
+	$(DEMO)/my-experiment/scripts/train_device.sh; \
+	printf '\nThe generated repository, which the next make demo replaces and make clean deletes:\n'; \
+	du -sh $(DEMO)/my-experiment; \
+	printf 'Its first run:\n'; \
+	ls $(DEMO)/my-experiment/logs/baseline
 
 # Tests start Python hundreds of times. Without byte code, each start compiles torch, which takes longer than the import.
 .PHONY: environment
@@ -61,5 +63,6 @@ $(BENCHMARKS:%=bench-%): bench-%: $(UV)
 
 CACHES := -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache -o -name .hypothesis
 .PHONY: clean
-clean:  ## delete the caches with which cookiecutter cannot generate from this directory
+clean:  ## delete the demo, and the caches with which cookiecutter cannot generate from this directory
+	rm -rf $(DEMO)
 	find '{{cookiecutter.project_slug}}' tests -type d \( $(CACHES) \) -prune -exec rm -rf {} +

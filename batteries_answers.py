@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from cookiecutter.config import USER_CONFIG_PATH, get_user_config
 from jinja2 import Environment
 from jinja2.ext import Extension
 
@@ -69,6 +70,7 @@ class Answers(Extension):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
+        check_config_file()
         environment.filters.update(
             check_text=check_text, check_slug=check_slug, escape_text=escape_text, absolute_path=os.path.abspath
         )
@@ -95,9 +97,44 @@ def is_plain(text: str) -> bool:
 def is_own(source: str) -> bool:
     """Return whether a source without a file name is part of the template: a default answer, a file name or a hook."""
     home = Path(__file__).parent  # read each time: `cruft update` changes the files while this module stays imported
-    answers = json.loads((home / "cookiecutter.json").read_text(encoding="utf-8")).values()
+    answers = read_questions().values()
     names = [path.name for path in home.iterdir()]
     return source in (*answers, *names) or source in [path.read_text(encoding="utf-8") for path in home.glob("hooks/*")]
+
+
+def read_questions() -> dict[str, Any]:
+    """Return the questions with their default answers or choices."""
+    return json.loads((Path(__file__).parent / "cookiecutter.json").read_text(encoding="utf-8"))
+
+
+def check_config_file() -> None:
+    """Check the choices in the user's config file of cookiecutter.
+
+    Cookiecutter itself ignores an unknown choice and every answer after it, with a warning.
+
+    Raises:
+        click.ClickException: The file has an unknown choice.
+    """
+    context = click.get_current_context(silent=True)
+    options = context.params if context else {}
+    if "config_file" not in options or options.get("replay") or options.get("replay_file"):
+        return  # not the command `cookiecutter`, or all answers are from the file of an earlier call
+    config = get_user_config(options["config_file"], options["default_config"])
+    questions = read_questions()
+    for question, answer in (config["default_context"] or {}).items():
+        choices = questions.get(question)
+        if isinstance(choices, list) and not is_choice(answer, choices):
+            path = options["config_file"] or os.environ.get("COOKIECUTTER_CONFIG", USER_CONFIG_PATH)
+            raise click.ClickException(
+                f"{question} {answer!r} in {path} is not one of {', '.join(choices)}; "
+                "correct the file, or ignore it with --default-config."
+            )
+
+
+def is_choice(answer: Any, choices: list[str]) -> bool:
+    """Return whether cookiecutter accepts an answer of a config file: a choice or a list of choices."""
+    answers = answer if isinstance(answer, list) else [answer]
+    return all(one in choices for one in answers)
 
 
 def check_text(text: Any, question: str) -> str:

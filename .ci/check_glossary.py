@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 GLOSSARY = tomllib.loads((ROOT / ".ci/glossary.toml").read_text(encoding="utf-8"))
 TEXT = {
     re.compile(r"\b(?:" + pattern.replace(" ", r"\s+") + r")\b", re.IGNORECASE): instead

@@ -31,7 +31,7 @@ from batteries.data.loaders import TrainLoader
 from batteries.distributed.process_group import process_group
 from batteries.run.run import Run
 from batteries.training.state import TrainState
-from batteries.training.wrap import prepare_model, wrap_model
+from batteries.training.wrap import WITHOUT_BUFFERS, prepare_model, wrap_model
 from experiment.augmentations import normalize
 from experiment.dataset import load_dataset
 from experiment.model import build_criterion, build_model
@@ -67,7 +67,7 @@ def minimal() -> float:
     dataset = load_dataset(Path("data"))
     model = build_model(num_classes=10)
     if world_size > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(model, **WITHOUT_BUFFERS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     criterion = build_criterion()
     begin = 0.0

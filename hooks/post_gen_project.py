@@ -36,7 +36,7 @@ NEXT_STEPS = """
   cd {directory}
   scripts/train_device.sh        # train on one device; {expectation}
   make test                      # run the tests of this repository
-
+{augmentation}
 README.md explains the next steps.
 """
 EXPECTATIONS = {
@@ -46,6 +46,11 @@ EXPECTATIONS = {
     "cifar10": "downloads 170 MB first; needs a GPU",
     "mnist": "downloads 12 MB first; needs a GPU",
 }
+PHOTO_AUGMENTATION = """
+Training mirrors images, and crops them to a quarter of their area or more. If that can change the class
+of an image, edit experiment/augmentations.py first; tools/preview.py draws its effect.
+"""
+AUGMENTATIONS = {"image_folder": PHOTO_AUGMENTATION, "csv": PHOTO_AUGMENTATION}
 
 
 def main() -> None:
@@ -65,6 +70,7 @@ def main() -> None:
         name=ANSWERS["project_name"],
         directory=path_from_shell(),
         expectation=EXPECTATIONS[ANSWERS["data_set"]],
+        augmentation=AUGMENTATIONS.get(ANSWERS["data_set"], ""),
     )
     try:
         problem = record_template()
@@ -154,25 +160,29 @@ def has_shebang(path: str) -> bool:
 
 def record_template() -> str | None:
     """Write .cruft.json, which `cruft update` needs to find the template. Return the problem if that is impossible."""
-    if not os.path.exists(f"{TEMPLATE}/.git"):
-        return "it is not a git repository"
     import shutil
 
     if shutil.which("git") is None:
         return "git is not installed"
-    if run_git("status", "--porcelain"):
+    # The template may be a subdirectory of a repository. The prefix is its path there, with a slash, or empty.
+    root, _, prefix = run_git("rev-parse", "--show-toplevel", "--show-prefix").partition("\n")
+    if not root and os.path.exists(f"{TEMPLATE}/.git"):
+        return "git cannot read it"
+    if not root or not run_git("ls-files", "cookiecutter.json"):  # or an unrelated repository around the template
+        return "it is not a git repository"
+    if run_git("status", "--porcelain", "."):
         return "it has uncommitted changes"
-    address = find_address()
     commit = run_git("rev-parse", "--verify", "HEAD")
     if not commit:
         return "git cannot read it"
+    address = find_address(root if prefix else TEMPLATE)
     answers = {name: answer for name, answer in ANSWERS.items() if not name.startswith("_")}
     record = {
         "template": address,
         "commit": commit,
         "checkout": ANSWERS.get("_checkout"),
         "context": {"cookiecutter": answers | {"_template": address, "_commit": commit}},
-        "directory": None,
+        "directory": prefix.rstrip("/") or None,
     }
     text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
     with open(".cruft.json", "w", encoding="utf-8") as file:
@@ -180,11 +190,11 @@ def record_template() -> str | None:
     return None
 
 
-def find_address() -> str:
+def find_address(clone: str) -> str:
     """Return the clone's origin without a password if the origin has the commit, otherwise the clone's path."""
     origin = run_git("config", "--get", "remote.origin.url")
     if not origin or not run_git("for-each-ref", "--contains", "HEAD", "refs/remotes/origin"):
-        return TEMPLATE
+        return clone
     return re.sub(r"^(https?://)[^/@]*@", r"\1", origin)
 
 

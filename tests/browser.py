@@ -18,7 +18,7 @@ CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage")
 DOMAINS = ("Page", "Runtime", "Log", "Network")
-SECONDS = 60  # without a message, after which the browser counts as hanging
+SECONDS = 300  # without a message, after which the browser counts as hanging
 
 
 class Browser:

@@ -6,10 +6,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+import cookiecutter
 import pytest
 from click.testing import CliRunner
 from cookiecutter.cli import main
-from options import CHOICES
+from options import CHOICES, QUESTIONS
+
+from cookiecutter_2_2_or_newer_is_needed import NEEDED
 
 LONG = "x" * 61
 
@@ -69,6 +72,69 @@ def test_an_answer_in_a_config_file_that_is_not_a_string_is_rejected(template, r
     assert "is not a string; put it in quotes." in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("source", ["--config-file", "COOKIECUTTER_CONFIG"])
+@pytest.mark.parametrize(
+    ("question", "value"),
+    [("data_set", "imagenet"), ("license", "mit"), ("torch", "13"), ("tracker", "~"), ("toolkit", "[tiny]")],
+)
+def test_an_unknown_choice_in_a_config_file_is_rejected(
+    template, run_cookiecutter, tmp_path, monkeypatch, source, question, value
+):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"default_context:\n  {question}: {value}\n  author: Ada\n")
+    flags = [source, str(config)] if source.startswith("-") else []
+    if not flags:
+        monkeypatch.setenv(source, str(config))
+    done = run_cookiecutter(template, tmp_path, *flags)
+    error_line = done.stderr.strip().splitlines()[-1]  # after the warning of cookiecutter
+    assert done.returncode == 1
+    assert error_line.startswith(f"Error: {question} ")
+    assert f" in {config} is not one of {', '.join(CHOICES[question])}; correct the file, or" in error_line
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    done = run_cookiecutter(template, tmp_path, *flags, "--default-config")
+    assert done.returncode == 0, done.stderr
+
+
+def test_choices_in_a_config_file_are_used(template, run_cookiecutter, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("default_context:\n  data_set: [csv]\n  ci: none\n  full_name: Ada\n  author: Ada\n")
+    done = run_cookiecutter(template, tmp_path, "--config-file", str(config))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Copyright (c) Ada\n" in (tmp_path / "my-experiment/LICENSE").read_text().replace("2026 ", "")
+    assert not (tmp_path / "my-experiment/.github").exists()
+
+
+@pytest.mark.parametrize(("data_set", "mentioned"), [("image_folder", True), ("csv", True), ("digits", False)])
+def test_the_next_steps_mention_the_augmentation_of_photographs(
+    template, run_cookiecutter, tmp_path, data_set, mentioned
+):
+    done = run_cookiecutter(template, tmp_path, data_set=data_set)
+    line = "Training mirrors images, and crops them to a quarter of their area or more."
+    assert (done.returncode, line in done.stdout) == (0, mentioned), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"),
+    [("1.7.3", False), ("2.0.0", False), ("2.1.1", False), ("2.2.0", True), ("2.10.0", True), ("3.0.0.dev0", True)],
+)
+def test_a_cookiecutter_that_is_too_old_is_rejected_in_one_line(template, tmp_path, monkeypatch, version, accepted):
+    monkeypatch.setattr(cookiecutter, "__version__", version)
+    output = tmp_path / "out"
+    home = {"HOME": str(tmp_path / "home"), "USERPROFILE": str(tmp_path / "home")}
+    done = CliRunner(env=home).invoke(main, [str(template), "--no-input", "-o", str(output)])
+    assert done.exit_code == (0 if accepted else 1), done.output
+    assert output.exists() == accepted
+    if not accepted:
+        wanted = "is too old; use 2.2 or newer: pip install -U 'cookiecutter>=2.2'\n"
+        assert done.output == f"Error: cookiecutter {version} {wanted}"
+
+
+def test_cookiecutter_1_names_the_needed_version_in_its_import_error():
+    # It prints the name of the first extension, as it cannot import modules of a template.
+    major, minor = NEEDED
+    assert QUESTIONS["_extensions"][0] == f"cookiecutter_{major}_{minor}_or_newer_is_needed.VersionCheck"
 
 
 @pytest.mark.parametrize(

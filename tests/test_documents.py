@@ -1,10 +1,16 @@
 """The statements in the template's README, CONTRIBUTING, CHANGELOG, CITATION and benchmarks are true."""
 
+import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from options import CHOICES, QUESTIONS
 
@@ -41,6 +47,33 @@ def test_every_make_target_in_the_documents_exists():
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(benchmarks[1].split())
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_demo_replaces_its_directory_and_make_clean_deletes_it(template, tmp_path):
+    folder = shutil.copytree(template, tmp_path / "batteries")
+    uv = tmp_path / "bin/uv"  # instead of uv, which would download torch
+    uv.parent.mkdir()
+    uv.write_text(
+        f'''#!/bin/sh
+        case "$1" in
+        tool) shift 3; exec "{sys.executable}" -m cookiecutter "$@" ;;
+        run) mkdir -p logs/baseline; touch logs/baseline/metrics.jsonl ;;
+        esac
+        '''.replace("        ", "").lstrip()
+    )
+    uv.chmod(0o755)
+    environment = os.environ | {"PATH": f"{uv.parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path / "home")}
+    environment.pop("PYTHON", None)
+    for _ in range(2):
+        done = subprocess.run(["make", "demo"], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [path.relative_to(folder).as_posix() for path in folder.glob("build/*")] == ["build/demo"]
+        assert "metrics.jsonl" in done.stdout
+    assert "GB in `build/demo`" in README
+    done = subprocess.run(["make", "clean"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.glob("build/*"))
+
+
 def test_the_version_is_the_same_in_all_files():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -61,3 +94,12 @@ def test_the_readme_links_a_test_for_every_guarantee():
     assert len(bullets) == 6
     for bullet in bullets:
         assert re.search(r"\]\(<[^>]+/tests/test_\w+\.py>\)", bullet), bullet
+
+
+def test_files_that_users_edit_are_short():
+    project = ROOT / "{{cookiecutter.project_slug}}"
+    assert (project / "train.py").read_text(encoding="utf-8").count("\n") <= 350
+    for file in [project / "train.py", *project.glob("tools/*.py"), *project.rglob("experiment/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or node.lineno) - node.lineno < 60, f"{file}: {node.name}"

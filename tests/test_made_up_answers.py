@@ -34,6 +34,7 @@ def small_template(template, tmp_path_factory) -> Path:
     names = [
         "cookiecutter.json",
         "batteries_answers.py",
+        "cookiecutter_2_2_or_newer_is_needed.py",
         "hooks/post_gen_project.py",
         f"{SLUG}/README.md",
         f"{SLUG}/pyproject.toml",

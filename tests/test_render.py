@@ -111,6 +111,25 @@ def test_configuration_files_parse_and_contain_the_answers(render, combination):
     )
 
 
+def test_the_environment_of_the_template_has_the_lower_bounds_of_generated_repositories(render, combination):
+    root = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    generated = tomllib.loads((render(**combination) / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {dependency for dependency in generated["dependencies"] if "triton-rocm" not in dependency}
+    assert wanted <= set(root["dependency-groups"]["rendered"])
+    assert generated["requires-python"] == root["project"]["requires-python"]
+
+
+def test_the_workflow_tests_every_python_version_and_the_oldest_dependencies(render):
+    root = Path(__file__).parent.parent
+    for folder in (root, render(ci="github")):
+        jobs = yaml.safe_load((folder / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+        assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13", "3.14"]
+        assert jobs["test"]["env"]["UV_PYTHON"] == "${{ matrix.python }}"
+        oldest = yaml.safe_dump(jobs["oldest"])
+        for text in ("UV_RESOLUTION: lowest-direct", "UV_PYTHON: '3.11'", "uv sync", "make test-fast"):
+            assert text in oldest, text
+
+
 def test_every_direct_dependency_is_a_reserved_name(render, combination):
     project = tomllib.loads((render(**combination) / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]

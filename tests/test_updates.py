@@ -148,6 +148,47 @@ def test_the_record_equals_the_one_that_cruft_writes(released, run_cookiecutter,
     assert recorded == by_cruft
 
 
+def test_the_record_of_a_template_in_a_subdirectory_equals_that_of_cruft(template, run_cookiecutter, tmp_path):
+    repository = tmp_path / "templates"
+    shutil.copytree(template, repository / "vision/batteries")
+    git(repository, "init", "-q", "-b", "main")
+    commit = commit_all(repository, "templates")
+    directory = ["--directory", "vision/batteries"]
+    flags = [*directory, "--output-dir", str(tmp_path / "cruft")]
+    done = run_cruft("create", str(repository), "-y", *flags, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    by_cruft = json.loads((tmp_path / "cruft/my-experiment/.cruft.json").read_text(encoding="utf-8"))
+    (repository / "notes.md").write_text("Changes outside the template do not matter.\n")
+    sources = {
+        "git": (f"git+file://{repository}", *directory),
+        "path": (repository, *directory),
+        "subdirectory": (repository / "vision/batteries",),
+    }
+    for name, (source, *flags) in sources.items():
+        done = run_cookiecutter(source, tmp_path / name, *flags)
+        assert "cannot find the template" not in done.stdout
+        record = json.loads((tmp_path / name / "my-experiment/.cruft.json").read_text(encoding="utf-8"))
+        assert record["template"].removeprefix("file://") == by_cruft["template"] == str(repository)
+        for key in ("commit", "checkout", "directory"):
+            assert record[key] == by_cruft[key], key
+        assert record["commit"] == commit
+    project = tmp_path / "git/my-experiment"
+    git(project, "init", "-q")
+    commit_all(project, "generated")
+    done = run_cruft("check", home=tmp_path, folder=project)
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_unrelated_repository_around_the_template_is_not_recorded(template, run_cookiecutter, tmp_path):
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text("/batteries\n/out\n")
+    commit_all(tmp_path, "unrelated")
+    shutil.copytree(template, tmp_path / "batteries")
+    done = run_cookiecutter(tmp_path / "batteries", tmp_path / "out")
+    assert "`cruft update` cannot find the template: it is not a git repository" in done.stdout
+    assert not (tmp_path / "out/my-experiment/.cruft.json").exists()
+
+
 @pytest.mark.parametrize(
     ("origin", "address"),
     [

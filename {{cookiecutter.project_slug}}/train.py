@@ -8,7 +8,6 @@ deterministic data loading, gradient accumulation, checkpoints and resume, distr
 program runs in one process and in many. With the launch scripts, relative paths are relative to this directory.
 """
 
-import math
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 from batteries.checkpoint.io import load_weights
 from batteries.checkpoint.manager import CheckpointManager
 from batteries.core.command_line import run_command
+from batteries.core.config_io import use_plain_numbers
 from batteries.core.errors import UserError
 from batteries.core.seeding import Stream, random_stream, seed_all
 from batteries.core.validators import Count, NotNegative, Positive, Seed, UnitInterval, check_ranges
@@ -31,20 +31,22 @@ from batteries.data.fingerprint import fingerprint
 from batteries.data.image_grid import sample_grid
 from batteries.data.loaders import EpochBatches, EvalLoader, TrainLoader
 from batteries.data.splits import Split, SplitFile, check_files
+from batteries.data.summary import log_new_split
 from batteries.distributed.collectives import local_rank_zero_first
 from batteries.run.directory import check_stages
 from batteries.run.run import Run
 from batteries.tracking.base import TrackerName
 from batteries.tracking.manager import default_trackers
+from batteries.training.criterion import prepare_criterion
 from batteries.training.early_stopping import EarlyStopping
-from batteries.training.ema import EMA
-from batteries.training.metrics import MeanMetrics, PredictionCollector, check_metrics
+from batteries.training.ema import EMA, warn_of_short_stages
+from batteries.training.metrics import MeanMetrics, PredictionCollector, check_main_metric, check_metrics, main_score
 from batteries.training.optimizer_step import optimizer_step
 from batteries.training.parameters import check_module_names, freeze, parameter_groups, train_mode
 from batteries.training.precision import Precision, autocast, make_scaler
 from batteries.training.schedules import Schedule, make_schedule, print_schedule
 from batteries.training.setup import setup_training
-from batteries.training.state import StepLogger, TrainState
+from batteries.training.state import SilentLogger, StepLogger, TrainState
 from batteries.training.wrap import accumulate, check_batchnorm, eval_mode, prepare_model, wrap_model
 from experiment.augmentations import batch_transform, normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
@@ -88,10 +90,10 @@ class Config:
     label_smoothing: UnitInterval = 0.0  # fraction of the target spread over all classes, in training only; often 0.1
     mixup: NotNegative = 0.0  # alpha of mixup; 0 disables it; mixing needs more epochs
     cutmix: NotNegative = 0.0  # alpha of CutMix; 0 disables it; with mixup too, each step uses one of them
-    ema_decay: UnitInterval | None = None  # EMA decay, 0.99 to 0.9999; checkpoints are ranked by the EMA weights
+    ema_decay: UnitInterval | None = None  # EMA decay, 0.99 to 0.9999; at most (1 + t) / (10 + t) at step t
     patience: Count | None = None  # stop a stage early after this many epochs without improvement
     min_delta: NotNegative = 0.0  # minimum improvement that resets --patience
-    main_metric: str = "accuracy"  # validation metric that ranks checkpoints: loss, accuracy or one of SCORES
+    main_metric: str = "accuracy"  # what ranks checkpoints: one of SCORES, or any metric that valid_fn reports
     minimize_metric: bool = False  # the main metric is better when it is lower
     scores: tuple[str, ...] = ()  # more metrics of SCORES to log
     save_n_best: Count = 3  # checkpoints kept per stage besides the two newest; averaging needs several
@@ -116,6 +118,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto prefers a GPU
     data_parallel: bool = False  # DataParallel over all visible GPUs in one process; DDP is faster
     sync_batchnorm: bool = True  # SyncBatchNorm under DDP; otherwise statistics are per rank
+    find_unused_parameters: bool = False  # under DDP, for models that do not use all parameters in each step; slower
     precision: Precision = "fp32"  # bf16 and fp16 halve memory and time on recent GPUs; fp16 scales the loss
     tf32: bool = True  # TF32 matrix products in fp32 on NVIDIA GPUs: faster, with 10 bits of mantissa
     channels_last: bool = False  # channels-last memory format, faster for convolutions on tensor cores
@@ -131,10 +134,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Validate option combinations. Checks that need the data or the device come later."""
+        use_plain_numbers(self)
         check_ranges(self)
         check_stages(self.stages)
-        metrics = (self.main_metric, *self.scores)
-        check_metrics(metrics, SCORES, main_metric=self.main_metric, minimize=self.minimize_metric)
+        check_metrics(self.scores, SCORES, main_metric=self.main_metric, minimize=self.minimize_metric)
         if self.init_from is not None and self.pretrained is not None:
             raise UserError("--init-from and --pretrained both set the initial weights; give one of them.")
         if self.min_delta and self.patience is None:
@@ -142,25 +145,13 @@ class Config:
 
 
 # Options that may differ on --resume because they do not affect the results.
+# fmt: off
 MAY_CHANGE = (
-    "data_dir",
-    "split_file",
-    "num_workers",
-    "save_n_best",
-    "logdir",
-    "init_from",
-    "pretrained",
-    "checkpoint_every_minutes",
-    "checkpoint_every_steps",
-    "device",
-    "sharing_strategy",
-    "show_warnings",
-    "show_schedule",
-    "profile",
-    "tracker",
-    "report",
-    "quiet",
+    "data_dir", "split_file", "num_workers", "save_n_best", "logdir", "init_from", "pretrained",
+    "checkpoint_every_minutes", "checkpoint_every_steps", "device", "find_unused_parameters", "sharing_strategy",
+    "show_warnings", "show_schedule", "profile", "tracker", "report", "quiet",
 )
+# fmt: on
 
 
 def main(config: Config) -> float:
@@ -177,15 +168,16 @@ def main(config: Config) -> float:
         model_args = {"num_classes": len(dataset.classes)}
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(**model_args)
+        model = prepare_model(model, device, sync_batchnorm=config.sync_batchnorm, channels_last=config.channels_last)
         check_batchnorm(model, train_loader, synchronised=config.sync_batchnorm)
         check_module_names(model, config.stages)
         freeze(model, config.stages[0].freeze)
-        model = prepare_model(
-            model,
-            device,
-            sync_batchnorm=config.sync_batchnorm,
-            channels_last=config.channels_last,
-        )
+
+        def validate(small: Config) -> dict[str, float]:
+            _, valid_loader = make_loaders(config.stages[0], dataset, split, device, small)
+            return valid_fn(model, valid_loader, SilentLogger(device), small)
+
+        check_main_metric(config, SCORES, validate)
         run = Run(
             config,
             device,
@@ -199,6 +191,8 @@ def main(config: Config) -> float:
         split_file.write()
         with run:
             run.log_header(split.sizes())
+            log_new_split(split_file)
+            warn_of_short_stages(config.ema_decay, config.stages, len(train_loader))
             run.log_image("samples", lambda: sample_grid(train_loader, normalize))
             stage_checkpoints: list[CheckpointManager] = []
             for number, stage in enumerate(config.stages):
@@ -266,8 +260,7 @@ def train_stage(
         if state.ema is not None:
             metrics["valid_ema"] = valid_fn(state.ema.model, valid_loader, stage_run, config)
         ranked = metrics["valid" if state.ema is None else "valid_ema"]
-        # NaN outputs can still have an accuracy, but their epoch must never be the best one.
-        score = ranked[config.main_metric] if math.isfinite(ranked["loss"]) else math.nan
+        score = main_score(ranked, config.main_metric)
         step = epoch * len(train_loader)
         state.scheduler.end_epoch(score)
         is_over = state.stopping.update(score) and epoch < stage.epochs
@@ -287,7 +280,13 @@ def build_state(
     """Build everything that changes while a stage trains."""
     optimizer = build_optimizer(model, stage, config)
     return TrainState(
-        model=wrap_model(model, device, data_parallel=config.data_parallel, compiled=config.compile),
+        model=wrap_model(
+            model,
+            device,
+            data_parallel=config.data_parallel,
+            compiled=config.compile,
+            find_unused_parameters=config.find_unused_parameters,
+        ),
         optimizer=optimizer,
         scheduler=make_schedule(optimizer, stage, steps_per_epoch, minimize=config.minimize_metric),
         scaler=make_scaler(device, config.precision),
@@ -309,7 +308,7 @@ def build_optimizer(model: nn.Module, stage: Stage, config: Config) -> torch.opt
 def train_fn(state: TrainState, batches: EpochBatches, run: StepLogger, config: Config) -> dict[str, float]:
     """Train for one epoch and return the mean of each metric over the samples."""
     model = state.model
-    criterion = build_criterion(config.label_smoothing)
+    criterion = prepare_criterion(build_criterion(config.label_smoothing), run)
     metrics = MeanMetrics()
     train_mode(model, state.frozen)
     state.buffers.save()
@@ -333,7 +332,7 @@ def train_fn(state: TrainState, batches: EpochBatches, run: StepLogger, config: 
 
 def valid_fn(model: nn.Module, loader: EvalLoader, run: StepLogger, config: Config) -> dict[str, float]:
     """Return the metrics of the validation split; every sample counts once."""
-    criterion = build_criterion()
+    criterion = prepare_criterion(build_criterion(), run)
     metrics, outputs = MeanMetrics(), PredictionCollector()
     scores = [name for name in SCORES if name in (config.main_metric, *config.scores)]
     with eval_mode(model) as network, autocast(run.device, config.precision):

@@ -4,7 +4,6 @@ tools/split.py writes the output of `make_folds` to splits/NAME.csv once; from t
 depends only on the data, not on the seed of a run, so runs with different seeds are comparable.
 """
 
-from fractions import Fraction
 from math import ceil
 
 import numpy as np
@@ -12,10 +11,11 @@ import numpy as np
 from batteries.core.errors import UserError
 from batteries.core.text import count_of
 from batteries.data.dataset import Dataset, dataset_info, has_classes
+from batteries.data.group_assignment import assign_groups
 
 NUM_FOLDS = 5
 TEST_FRACTION = 0.2  # of all samples, if the data set has no official test split
-MAX_FRACTION_DENOMINATOR = 20  # with groups, the test fraction is rounded to a fraction with at most this denominator
+MAX_FRACTION_ERROR = 0.05  # of the test split with groups, which cannot be divided; half of a smaller test fraction
 SPLIT_SEED = 0
 
 
@@ -51,60 +51,80 @@ def make_folds(dataset: Dataset, num_folds: int = NUM_FOLDS, test_fraction: floa
     if info.official_test is not None:
         if test_fraction != TEST_FRACTION:
             raise UserError("the data set has an official test split; remove --test-fraction.")
+        test_fraction = 0
         rest = everything[~np.asarray(info.official_test)]
-        check_classes(dataset, labels, rest, num_folds)
     else:
-        check_classes(dataset, labels, everything, num_folds + (test_fraction > 0))
-        rest = hold_out_test(everything, labels, groups, test_fraction)
-        check_classes(dataset, labels, rest, num_folds, is_test_held_out=True)
+        rest = everything
+    check_classes(dataset, labels, rest, num_folds + (test_fraction > 0))
     folds = np.full(len(dataset), -1)
-    for number, indices in enumerate(partition(rest, labels, groups, num_folds)):
+    if groups is not None:
+        folds[rest] = fold_groups(groups[rest], None if labels is None else labels[rest], num_folds, test_fraction)
+        return folds
+    if test_fraction > 0:
+        rest = hold_out_test(everything, labels, test_fraction)
+        check_classes(dataset, labels, rest, num_folds, is_test_held_out=True)
+    for number, indices in enumerate(partition(rest, labels, num_folds)):
         folds[indices] = number
     return folds
 
 
-def hold_out_test(
-    indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None, test_fraction: float
-) -> np.ndarray:
+def fold_groups(groups: np.ndarray, labels: np.ndarray | None, num_folds: int, test_fraction: float) -> np.ndarray:
+    """Return the fold of each sample, shape (n,), -1 for the test split, so that no group is in two of them.
+
+    Args:
+        groups: The group of each sample, shape (n,).
+        labels: The class of each sample, shape (n,), if targets are classes.
+        num_folds: The number of folds.
+        test_fraction: The fraction of the samples in the test split.
+    """
+    count = len(np.unique(groups))
+    num_subsets = num_folds + (test_fraction > 0)
+    if count < num_subsets:
+        raise UserError(
+            f"{count_of(count, 'group')} cannot be divided into {num_subsets} subsets (folds and test split); add "
+            "groups, or use fewer folds."
+        )
+    fractions = np.full(num_folds, (1 - test_fraction) / num_folds)
+    if test_fraction == 0:
+        return sort_folds(assign_groups(groups, labels, fractions, seed=SPLIT_SEED))
+    max_error = min(MAX_FRACTION_ERROR, test_fraction / 2)
+    fractions = np.concatenate([[test_fraction], fractions])
+    subsets = assign_groups(groups, labels, fractions, max_first=test_fraction + max_error, seed=SPLIT_SEED)
+    size = int((subsets == 0).sum())
+    if abs(size / len(groups) - test_fraction) > max_error:
+        raise UserError(
+            f"--test-fraction {test_fraction} is not possible with {count_of(count, 'group')} and {num_folds} folds; "
+            f"the nearest found is {size} of {len(groups)} samples: use --test-fraction {size / len(groups):.3g}, or 0."
+        )
+    return sort_folds(subsets - 1)
+
+
+def sort_folds(folds: np.ndarray) -> np.ndarray:
+    """Number folds again: one that a large group makes larger than the others is the last, and not the usual --fold 0.
+
+    Args:
+        folds: The fold of each sample, shape (n,), -1 for the test split.
+    """
+    sizes = np.bincount(folds[folds >= 0])
+    order = np.argsort(np.abs(sizes - sizes.mean()), kind="stable")
+    number_of = np.empty_like(order)
+    number_of[order] = np.arange(len(order))
+    return np.where(folds >= 0, number_of[folds], -1)
+
+
+def hold_out_test(indices: np.ndarray, labels: np.ndarray | None, test_fraction: float) -> np.ndarray:
     """Return `indices` without those of the test split.
 
     Args:
         indices: The samples, shape (n,).
         labels: The class of each sample of the data set, shape (N,), if targets are classes.
-        groups: The group of each sample of the data set, shape (N,), if there are groups.
         test_fraction: The fraction of `indices` in the test split.
     """
     from sklearn.model_selection import train_test_split
 
-    if test_fraction == 0:
-        return indices
-    if groups is not None:
-        return hold_out_groups(indices, labels, groups, test_fraction)
     check_test_fraction(test_fraction, len(indices), 1 if labels is None else len(np.unique(labels[indices])))
     rest, _ = train_test_split(indices, test_size=test_fraction, stratify=labels, random_state=SPLIT_SEED)
     return np.asarray(rest)
-
-
-def hold_out_groups(
-    indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray, test_fraction: float
-) -> np.ndarray:
-    """Return `indices` without those of a test split of whole groups: a / b of them, near `test_fraction`.
-
-    They are partitioned into b subsets, and a of them are the test split.
-    """
-    num_groups = len(set(groups[indices]))
-    limit = min(MAX_FRACTION_DENOMINATOR, num_groups)
-    if labels is not None:
-        limit = min(limit, int(np.bincount(labels[indices]).max()))
-    fraction = Fraction(test_fraction).limit_denominator(limit) or Fraction(1, round(1 / test_fraction))
-    if fraction == 1:
-        raise UserError(
-            f"--test-fraction {test_fraction} leaves none of {count_of(num_groups, 'group')} for the folds; use a "
-            "smaller one."
-        )
-    subsets = partition(indices, labels, groups, max(2, fraction.denominator))
-    num_test = min(fraction.numerator, len(subsets) - 1)
-    return np.sort(np.concatenate(subsets[num_test:]))
 
 
 def check_test_fraction(test_fraction: float, size: int, minimum: int) -> None:
@@ -119,34 +139,18 @@ def check_test_fraction(test_fraction: float, size: int, minimum: int) -> None:
         )
 
 
-def partition(
-    indices: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None, num_subsets: int
-) -> list[np.ndarray]:
-    """Divide `indices` into subsets, with the splitter of scikit-learn for these labels and groups."""
-    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
+def partition(indices: np.ndarray, labels: np.ndarray | None, num_subsets: int) -> list[np.ndarray]:
+    """Divide `indices` into subsets with the splitter of scikit-learn, stratified if there are labels."""
+    from sklearn.model_selection import KFold, StratifiedKFold
 
-    kind = "sample" if groups is None else "group"
-    count = len(indices) if groups is None else len(np.unique(groups[indices]))
-    if count < num_subsets:
+    if len(indices) < num_subsets:
         raise UserError(
-            f"{count_of(count, kind)} cannot be divided into {num_subsets} subsets; add {kind}s, or use fewer folds or "
-            "another --test-fraction."
+            f"{count_of(len(indices), 'sample')} cannot be divided into {num_subsets} subsets; add samples, or use "
+            "fewer folds or another --test-fraction."
         )
-    if labels is not None:
-        largest = int(np.bincount(labels[indices]).max())
-        if largest < num_subsets:
-            raise UserError(
-                f"no class has more than {count_of(largest, 'sample')}, too few for {num_subsets} subsets; use another "
-                "--test-fraction."
-            )
-    if groups is None:
-        splitter_class = KFold if labels is None else StratifiedKFold
-    else:
-        splitter_class = GroupKFold if labels is None else StratifiedGroupKFold
+    splitter_class = KFold if labels is None else StratifiedKFold
     splitter = splitter_class(num_subsets, shuffle=True, random_state=SPLIT_SEED)
-    subset_labels = None if labels is None else labels[indices]
-    subset_groups = None if groups is None else groups[indices]
-    return [indices[chosen] for _, chosen in splitter.split(indices, subset_labels, subset_groups)]
+    return [indices[chosen] for _, chosen in splitter.split(indices, None if labels is None else labels[indices])]
 
 
 def check_classes(

@@ -4,8 +4,32 @@ set -euo pipefail
 unset CDPATH
 cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# check_python PYTHON: exits with an error if that Python is too old or lacks a dependency. It imports none of them.
+check_python() {
+    if ! command -v "$1" >/dev/null; then
+        echo "error: PYTHON=$1 does not exist; use a Python that has the dependencies, or unset PYTHON to use uv." >&2
+        exit 2
+    fi
+    "$1" -c '
+import sys
+problem = ""
+if sys.version_info < (3, 11):
+    problem = "is Python %d.%d; use Python 3.11 or newer." % sys.version_info[:2]
+else:
+    from importlib.util import find_spec
+    packages = "matplotlib numpy pandas rich sklearn torch torchvision tyro"
+    missing = [package for package in packages.split() if find_spec(package) is None]
+    if missing:
+        problem = "has no %s; install the dependencies: %s -m pip install -e ." % (", ".join(missing), sys.argv[1])
+if problem:
+    sys.stderr.write("error: PYTHON=%s %s\n" % (sys.argv[1], problem))
+    sys.exit(2)
+' "$1" || exit
+}
+
 # PYTHON=python runs without uv, in the environment of that python.
 if [[ -n "${PYTHON:-}" ]]; then
+    check_python "$PYTHON"
     python=("$PYTHON")
 elif command -v uv >/dev/null; then
     python=(uv run python)

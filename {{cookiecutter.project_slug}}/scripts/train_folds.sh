@@ -9,14 +9,23 @@
 # fold resumes exactly. All flags are passed to train.py, except --fold and --resume, which this script sets.
 source "$(dirname "$0")/common.sh"
 
-logdir=logs/folds
+logdir=
 flags=()
 train=1
 launch=${LAUNCH:-scripts/train_device.sh}
+
+set_logdir() {
+    if [[ -n $logdir ]]; then
+        echo "error: --logdir is given twice; give it once." >&2
+        exit 2
+    fi
+    logdir=$1
+}
+
 while [[ $# -gt 0 ]]; do
     case "$1" in
-        --logdir) logdir=${2:?"error: --logdir needs a directory"}; shift ;;
-        --logdir=*) logdir=${1#*=} ;;
+        --logdir) set_logdir "${2:?"error: --logdir needs a directory"}"; shift ;;
+        --logdir=*) set_logdir "${1#*=}" ;;
         --help | -h | --show-schedule) train=; flags+=("$1") ;;
         --fold | --fold=* | --resume | --no-resume)
             echo "error: $1 is set by scripts/train_folds.sh; leave it out." >&2
@@ -26,6 +35,8 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
+logdir=${logdir:-logs/folds}
+case $logdir in "~/"*) logdir=$HOME/${logdir#"~/"} ;; esac  # as train.py does; the shell leaves it in --logdir=~/x
 
 if [[ -z $train ]]; then  # train.py only prints
     exec "$launch" "${flags[@]}"

@@ -21,9 +21,10 @@ NNODES=$SLURM_JOB_NUM_NODES
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export NNODES MASTER_ADDR
 
+case " $* " in *" --resume "*) ;; *) set -- "$@" --resume ;; esac
 # One launcher per node, with one process per GPU.
 # shellcheck disable=SC2016
-srun bash -c 'NODE_RANK=$SLURM_NODEID exec scripts/train_ddp.sh "$@"' train_ddp.sh "$@" --resume &
+srun bash -c 'NODE_RANK=$SLURM_NODEID exec scripts/train_ddp.sh "$@"' train_ddp.sh "$@" &
 step=$!
 stopped=
 trap 'stopped=1; kill -USR1 "$step"' USR1  # srun forwards it to its tasks

@@ -3,9 +3,11 @@
 Modules that every run imports are imported here once, so that forked processes have them.
 """
 
+import builtins
 import importlib
 import multiprocessing
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +43,21 @@ def no_report() -> Iterator[None]:
     """Build no report after the runs of tests: it takes seconds, and has its own tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("batteries.run.run.make_reports", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deprecated_calls_are_errors_in_runs(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Keep the filters of pyproject.toml in runs, which ignore all other warnings of libraries."""
+
+    def ignore_warnings() -> None:
+        warnings.filterwarnings("ignore")
+        for line in pytestconfig.getini("filterwarnings"):
+            action, message, category, module = line.split(":")
+            warnings.filterwarnings(action, message, getattr(builtins, category), module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("batteries.training.setup.ignore_warnings", ignore_warnings)
         yield
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flags import override
 from small_data import make_data
 
 ROOT = Path(__file__).parent.parent
@@ -87,9 +88,13 @@ def run_commands(code: str, directory: Path, train_flags: str = "") -> subproces
     Args:
         code: One or more bash code blocks.
         directory: The copy.
-        train_flags: Options to add to each launch script, which make training short.
+        train_flags: Options for each launch script, which make training short; they replace its own.
     """
-    code = re.sub(r"(scripts/train_\w+\.sh)(.*?)(?=$|\|\||  #)", rf"\1\2 {train_flags} ", code, flags=re.MULTILINE)
+
+    def change_flags(found: re.Match[str]) -> str:
+        return f"{found[1]} {' '.join(override(found[2].split(), train_flags.split()))} "
+
+    code = re.sub(r"(scripts/train_\w+\.sh)(.*?)(?=$|\|\||  #)", change_flags, code, flags=re.MULTILINE)
     code = re.sub(
         r"uv run (python|pytest)\b", lambda found: f"{sys.executable} {'-m pytest' * (found[1] == 'pytest')}", code
     )

@@ -28,9 +28,15 @@ class ExponentialLR(torch.optim.lr_scheduler.ExponentialLR):
         return self.get_last_lr()[0]
 
 
-def make_state(model: nn.Module, data_parallel: bool = False, sync_batchnorm: bool = True) -> TrainState:
+def make_state(
+    model: nn.Module,
+    data_parallel: bool = False,
+    sync_batchnorm: bool = True,
+    find_unused_parameters: bool = False,
+) -> TrainState:
     model = prepare_model(model, CPU, sync_batchnorm=sync_batchnorm)
-    return TrainState(wrap_model(model, CPU, data_parallel=data_parallel), *make_optimizer(model))
+    wrapped = wrap_model(model, CPU, data_parallel=data_parallel, find_unused_parameters=find_unused_parameters)
+    return TrainState(wrapped, *make_optimizer(model))
 
 
 def make_loader(accumulation_steps: int = 1) -> TrainLoader:

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,20 @@ from batteries.core.command_line import run_command
 from batteries.distributed.connectivity import find_free_port
 from batteries.distributed.process_group import process_group
 
-SECONDS = 120  # time limit of a process
+SECONDS = 500  # time limit of a process or an event: generous, because a machine may be slow or busy
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> None:
+    """Wait for an event that another process brings about.
+
+    Args:
+        happened: Returns whether it has happened.
+        what: The event, for the error after SECONDS.
+    """
+    end = time.monotonic() + SECONDS
+    while not happened():
+        assert time.monotonic() < end, f"not within {SECONDS} s: {what}"
+        time.sleep(0.01)
 
 
 def run_ranks(world_size: int, function: Callable[[], Any], join: bool = True) -> list[Any]:

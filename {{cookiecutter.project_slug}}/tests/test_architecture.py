@@ -20,7 +20,6 @@ LAYERS = {
 TOP_LAYER = 5  # of all other packages
 TRAIN_NAMES = {"Config", "Stage", "SCORES", "build_state", "build_optimizer", "make_loaders", "train_fn", "valid_fn"}
 PROCESS_NAMES = {"rank", "local_rank", "world_size", "is_rank_zero", "is_launched", "distributed"}
-MAX_TRAIN_LINES = 350
 MAX_FUNCTION_LINES = 60
 
 
@@ -191,11 +190,11 @@ def test_the_top_has_one_python_file():
     assert [path.name for path in ROOT.glob("*.py")] == ["train.py"]
 
 
-def test_files_and_functions_stay_short():
-    assert (ROOT / "train.py").read_text(encoding="utf-8").count("\n") <= MAX_TRAIN_LINES
+def test_functions_of_the_toolkit_stay_short():
     for file, node in functions():
         length = (node.end_lineno or node.lineno) - node.lineno + 1
-        assert length <= MAX_FUNCTION_LINES, f"{file}: {node.name} has {length} lines"
+        if file.startswith("batteries/"):
+            assert length <= MAX_FUNCTION_LINES, f"{file}: {node.name} has {length} lines"
 
 
 def test_train_experiment_and_tools_do_not_use_ranks():

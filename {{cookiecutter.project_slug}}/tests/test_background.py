@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from models import tiny_network
-from processes import End, run_ranks, run_train
+from processes import SECONDS, End, run_ranks, run_train
 from small_data import make_data
 
 import train
@@ -40,7 +40,7 @@ def gate(monkeypatch) -> threading.Event:
     write = manager.save_checkpoint
 
     def wait_and_write(path, checkpoint):
-        assert gate.wait(30)
+        assert gate.wait(SECONDS)
         return write(path, checkpoint)
 
     monkeypatch.setattr(manager, "save_checkpoint", wait_and_write)
@@ -369,7 +369,7 @@ def test_best_and_last_are_valid_after_50_kills_during_saves(tmp_path):
         started = context.Event()
         process = context.Process(target=save_forever, args=(directory, started))
         process.start()
-        assert started.wait(60)
+        assert started.wait(SECONDS)
         time.sleep(generator.uniform(0, 0.15))
         os.kill(process.pid, signal.SIGKILL)
         process.join()

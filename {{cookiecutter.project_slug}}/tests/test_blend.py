@@ -173,7 +173,7 @@ GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
             "{bad}: the probabilities of id a sum to 0.9, not to 1 (in 1 of 2 rows)",
         ),
         (["id,cat,dog", ",0.5,0.5", GOOD[2]], "{bad} has an empty id in row 1."),
-        (["id,cat,cat", *GOOD[1:]], "{bad} has more than one column cat."),
+        (["id,cat,cat", *GOOD[1:]], "{bad} has more than one column cat; keep one."),
         (
             ["name,cat,dog", *GOOD[1:]],
             "{bad} needs a column id and one column of probabilities per class; it has name,",
@@ -181,7 +181,7 @@ GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
         (["id,target", "a,cat"], "{bad} needs a column id and one column of probabilities"),
         (["id,cat,dog"], "{bad} has no rows."),
         ([], "{bad} needs a column id and one column of probabilities per class; it has none."),
-        (["x" * 200_000], "{bad} cannot be read as a table (field larger than field limit"),
+        (["x" * 200_000], "{bad} line 1 has a cell of more than 131,072 characters; close its quotation"),
         (
             ["id,cat,dog,target", "a,0.5,0.5,cow", "b,1,0,cat"],
             "{bad} has the target 'cow' for id a, which is not one of its classes.",
@@ -376,10 +376,10 @@ def test_fit_on_rejects_predictions_of_other_classes(tmp_path):
 def test_scores_match_scikit_learn():
     table = random_predictions(40)
     scores = score(table)
-    assert scores["loss"] == pytest.approx(log_loss(table.targets, table.probabilities, labels=[0, 1, 2]))
+    assert scores["log_loss"] == pytest.approx(log_loss(table.targets, table.probabilities, labels=[0, 1, 2]))
     assert scores["accuracy"] == np.mean(table.probabilities.argmax(1) == table.targets)
     assert score(replace(table, targets=None)) == {}
-    assert "loss" not in score(replace(table, probabilities=table.probabilities / 2))
+    assert "log_loss" not in score(replace(table, probabilities=table.probabilities / 2))
 
 
 def test_bootstrap_interval_matches_scipy_and_is_reproducible():
@@ -398,5 +398,5 @@ def test_bootstrap_interval_matches_scipy_and_is_reproducible():
 
 def test_a_row_longer_than_the_header_is_rejected(tmp_path):
     (tmp_path / "a.csv").write_text("id,x,y\none,0.5,0.5,0.1\ntwo,0.5,0.5,0.1\n")
-    with pytest.raises(UserError, match=r"a\.csv cannot be read as a table \(its rows are longer than its header\)"):
+    with pytest.raises(UserError, match=r"a\.csv line 2 has 4 cells for 3 columns \(id, x, y\)"):
         read_predictions(tmp_path / "a.csv")

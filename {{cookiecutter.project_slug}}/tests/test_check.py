@@ -3,7 +3,6 @@
 import math
 import random
 import re
-import time
 import warnings
 from collections import Counter, namedtuple
 from dataclasses import replace
@@ -12,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from flags import override
 from image_data import patterned_images
 from models import CHANNELS
 from processes import run_ranks, run_train
@@ -22,7 +22,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 import train
 from batteries.checkpoint.io import count_bytes, make_checkpoint, save_checkpoint
 from batteries.checkpoint.manager import CheckpointManager
-from batteries.core.errors import RunError
+from batteries.core.errors import RunError, UserError
 from batteries.core.project import ROOT
 from batteries.core.text import format_duration
 from batteries.data.splits import SplitFile, to_csv
@@ -51,6 +51,7 @@ from batteries.preflight.model_checks import (
     nearest_directory,
 )
 from batteries.preflight.results import CheckResult, is_user_code, raise_if_failed, run_checks, run_one_check
+from batteries.training.setup import FP32_SETTINGS, preserved_settings
 from tools import check
 
 SIZE = 160
@@ -105,10 +106,28 @@ def make_context(monkeypatch, tmp_path, cpu):
     return make
 
 
-def test_valid_data_and_model_pass_all_single_process_checks(make_context, tmp_path):
+class SimulatedClock:
+    """A clock that advances by a little with each reading, and by what a test adds to `now`."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimulatedClock:
+    """The clock by which tools/check.py measures speeds."""
+    clock = SimulatedClock()
+    monkeypatch.setattr(check, "measure_intervals", partial(measure_intervals, clock=clock))
+    return clock
+
+
+def test_valid_data_and_model_pass_all_single_process_checks(make_context, clock, tmp_path):
     class Slow(nn.Sequential):
         def forward(self, images):
-            time.sleep(0.02)  # so that the loader is not the bottleneck
+            clock.now += 1  # so that the loader is not the bottleneck
             return super().forward(images)
 
     context = make_context(model=lambda num_classes: Slow(*small_model(num_classes)))
@@ -180,6 +199,26 @@ def test_check_method_of_the_data_set_is_called(make_context):
     result = run_one_check(partial(check.check_samples_load, make_context(Checked())))
     assert result.outcome == "fail"
     assert "three files are not images" in result.details
+
+
+def test_get_batch_that_differs_from_single_samples_fails(make_context):
+    class Scaled(Samples):
+        def get_batch(self, indices):
+            return self.images[indices] / 255, torch.from_numpy(self.targets[indices])
+
+    result = run_one_check(partial(check.check_samples_load, make_context(Scaled())))
+    assert result.outcome == "fail"
+    assert "get_batch and __getitem__ of Scaled in tests/test_check.py differ for sample image" in result.details
+
+
+def test_code_mistake_is_described_with_its_function(make_context):
+    def narrow(num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(CHANNELS + 4, 2, 1), nn.Flatten(), nn.Linear(128, num_classes))
+
+    result = run_one_check(partial(check.check_overfit_one_batch, make_context(model=narrow)))
+    assert result.outcome == "fail"
+    assert result.details.startswith(f"what build_model in experiment/model.py returns fails on (8, {CHANNELS}, 8, 8) ")
+    assert f"to have {CHANNELS + 4} channels" in result.details
 
 
 def test_samples_that_are_not_images_load_and_skip_the_duplicate_check(make_context):
@@ -426,6 +465,10 @@ def multiply_branch_by_zero(net, trunk, images):
     return trunk + net.gate + 0 * net.branch(images)
 
 
+def skip_branch_by_chance(net, trunk, images):
+    return trunk + net.gate + (net.branch(images) if torch.rand(()) < 0.5 else 0)
+
+
 def take_root_of_zero(net, trunk, images):
     return trunk + net.branch(images) + net.gate.sqrt()
 
@@ -434,6 +477,7 @@ def take_root_of_zero(net, trunk, images):
     ("join", "outcome", "details"),
     [
         (skip_branch, "fail", "no gradient for 6 of 13 parameters: branch.1.weight"),
+        (skip_branch_by_chance, "warning", "no gradient in some steps for 6 of 13 parameters: branch.1.weight"),
         (gate_branch, "pass", "all 13 parameters"),
         (multiply_branch_by_zero, "warning", "only zero gradients for 6 of 13 parameters"),
         (take_root_of_zero, "fail", "non-finite gradients for 1 of 13 parameters: gate"),
@@ -444,6 +488,15 @@ def test_parameters_without_usable_gradients_are_listed(make_context, join, outc
     result = check.check_gradients(make_context(model=lambda num_classes: Branches(num_classes, join)))
     assert result.outcome == outcome
     assert details in result.details
+
+
+def test_parameters_may_be_unused_with_the_option_for_it(make_context):
+    def gradients(join):
+        model = partial(Branches, join=join)
+        return check.check_gradients(make_context(model=model, find_unused_parameters=True))
+
+    assert gradients(skip_branch_by_chance) == CheckResult("pass", "all 13 parameters get a gradient")
+    assert gradients(skip_branch).outcome == "warning"
 
 
 def test_only_parameters_frozen_in_all_stages_need_no_gradient(make_context):
@@ -579,10 +632,10 @@ def test_find_differences_compares_bits_and_returns_names():
 # The machine
 
 
-def test_slow_data_set_makes_the_loader_the_bottleneck(make_context):
+def test_slow_data_set_makes_the_loader_the_bottleneck(make_context, clock):
     class Slow(Samples):
         def __getitem__(self, index):
-            time.sleep(0.005)
+            clock.now += 1
             return super().__getitem__(index)
 
     result = check.check_loader_throughput(make_context(Slow(), limit_batches=4))
@@ -730,8 +783,62 @@ def test_process_group_check_times_out_and_kills_its_processes(monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(connectivity, "_start", start_and_note)
-    assert connectivity.check_process_group(2, "cpu", 0.2) == "no answer from process 0, 1 of 2 in 0.2 s"
+    monkeypatch.setattr(connectivity, "START_TIMEOUT", 0.0)
+    assert connectivity.check_process_group(2, "cpu", 60) == "process 0, 1 of 2 did not start in 0 s"
     assert [process.poll() for process in started] == [-9, -9]
+
+
+class FakeRank:
+    """A process that starts at one time and ends at another, on a clock that `connectivity` reads."""
+
+    def __init__(self, clock, start: int, end: int) -> None:
+        self._clock = clock
+        self._start = start
+        self._end = end
+        self.process = self
+
+    @property
+    def has_started(self) -> bool:
+        return self._clock.now >= self._start
+
+    def poll(self) -> int | None:
+        return 0 if self._clock.now >= self._end else None
+
+
+class FakeClock:
+    """Time that passes only while `connectivity` sleeps, one second at a time."""
+
+    now = 0
+
+    def monotonic(self) -> int:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((100, 160), (150, 160), None),  # slow imports do not count
+        ((1, 200), (100, 200), "no answer from process 0, 1 of 2 in 60 s"),
+        ((1, 20), (10, 200), "no answer from process 1 of 2 in 60 s"),
+        ((1, 800), (700, 800), "process 1 of 2 did not start in 600 s"),
+    ],
+)
+def test_time_limit_of_the_process_group_counts_from_when_all_have_started(monkeypatch, first, second, expected):
+    clock = FakeClock()
+    monkeypatch.setattr(connectivity, "time", clock)
+    ranks = [FakeRank(clock, *first), FakeRank(clock, *second)]
+    assert connectivity._wait(ranks, 60) == expected
+
+
+def test_processes_that_did_not_start_are_not_blamed_on_the_network(make_context, monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setattr(connectivity, "START_TIMEOUT", 0.0)
+    result = check.check_processes(make_context())
+    assert "did not start" in result.details
+    assert "network" not in result.hint
 
 
 # The table
@@ -761,6 +868,22 @@ def test_error_place_is_the_last_line_of_user_code():
     details = run_one_check(broken).details
     assert details.endswith(f"(tests/test_check.py, line {broken.__code__.co_firstlineno + 1})")
     assert not is_user_code(ROOT / ".venv/lib/python3.11/site-packages/torch/random.py")
+
+
+def test_operation_without_a_deterministic_kernel_has_a_hint():
+    def fail() -> CheckResult:
+        raise RuntimeError("put_ does not have a deterministic implementation, but you set 'torch.use_deterministic")
+
+    assert run_one_check(fail).hint == "use --no-deterministic, or replace the operation"
+
+
+def test_unknown_main_metric_and_lazy_modules_are_rejected_as_in_train_py(make_context, monkeypatch):
+    with pytest.raises(UserError, match="--main-metric top2 is not a known metric"):
+        make_context(main_metric="top2")
+    monkeypatch.setattr(check, "valid_fn", lambda *_: {"top2": 0.5})
+    assert make_context(main_metric="top2").options.main_metric == "top2"
+    with pytest.raises(UserError, match="build_model returns lazy modules"):
+        make_context(model=lambda num_classes: nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes)))
 
 
 def test_out_of_memory_has_a_hint():
@@ -795,7 +918,7 @@ def settings() -> list:
     """Return the global state of the process that a check could change."""
     return [
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        [setting.fp32_precision for setting in FP32_SETTINGS],
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
         torch.multiprocessing.get_sharing_strategy(),
@@ -812,12 +935,13 @@ def test_check_leaves_no_files_and_restores_settings(make_context, monkeypatch, 
         (name, run if name != "processes" else lambda _: CheckResult("pass", "skipped")) for name, run in check.CHECKS
     ]
     monkeypatch.setattr(check, "CHECKS", skipped)
-    torch.set_float32_matmul_precision("medium")
-    before = settings()
-    check.main(context.options)
-    assert settings() == before
+    with preserved_settings():
+        for setting in FP32_SETTINGS:
+            setting.fp32_precision = "ieee"
+        before = settings()
+        check.main(context.options)
+        assert settings() == before
     assert list(tmp_path.iterdir()) == []
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")
@@ -828,7 +952,7 @@ def data_dir(tmp_path_factory):
 def run_check(data_dir, tmp_path, *flags: str):
     fixed = ["--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run")]
     fixed += ["--tracker", "none", "--device", "cpu"]
-    return run_train(check.main, check.Options, *fixed, *flags, name="tools/check.py")
+    return run_train(check.main, check.Options, *override(fixed, flags), name="tools/check.py")
 
 
 @pytest.mark.parametrize(
@@ -840,6 +964,9 @@ def run_check(data_dir, tmp_path, *flags: str):
         (["--stages.0.freeze", "nothing"], "freeze 'nothing' is not a module of the model"),
         (["--init-from", "nothing.pth"], "nothing.pth does not exist"),
         (["--config", "nothing.json"], "--config nothing.json cannot be read"),
+        (["--samples", "9", "--samples=8"], "--samples is given twice; give it once, with all its values."),
+        (["--tf32", "--no-tf32"], "--tf32 and --no-tf32 are both given; give one of them."),
+        (["--lr", "1"], "unknown option --lr; did you mean '--stages.0.lr' or '--stages.1.lr'? See python tools/check"),
     ],
 )
 def test_invalid_options_give_a_one_line_error_as_in_train_py(data_dir, tmp_path, flags, message):

@@ -1,10 +1,12 @@
 """Tests of retention, the manifest, best and last, atomic writes, and the verification of loaded files."""
 
+import errno
 import functools
 import hashlib
 import json
 import math
 import os
+import stat
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from processes import run_ranks
 
 from batteries.checkpoint.io import load_checkpoint, make_checkpoint, save_checkpoint
 from batteries.checkpoint.manager import CheckpointManager
+from batteries.core import files as core_files
 from batteries.core.errors import UserError
+from batteries.core.files import sync_directory
 from batteries.distributed.unwrap import unwrap_model
 from batteries.training.wrap import prepare_model, wrap_model
 
@@ -103,6 +107,31 @@ def test_best_and_last_are_copies_without_hard_links(tmp_path, monkeypatch):
     assert (epoch_in(tmp_path / "best.pth"), epoch_in(tmp_path / "last.pth")) == (1, 2)
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_file_system_without_directory_fsync_is_reported_once(tmp_path, monkeypatch, caplog, code):
+    fsync = os.fsync
+
+    def fail_for_directories(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(core_files, "_reported_missing", set())
+    monkeypatch.setattr(os, "fsync", fail_for_directories)
+    process(tmp_path, [0.2, 0.1])
+    assert (epoch_in(tmp_path / "best.pth"), epoch_in(tmp_path / "last.pth")) == (1, 2)
+    assert caplog.text.count(f"has no fsync ({os.strerror(code)})") == 1
+
+
+def test_disk_error_in_a_directory_fsync_is_raised(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_directory(tmp_path)
+
+
 def test_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
     path = tmp_path / "x.pth"
     save_checkpoint(path, make_example(1))
@@ -164,6 +193,87 @@ def test_pickled_code_is_rejected_and_not_executed(tmp_path):
     with pytest.raises(UserError, match=r"x\.pth cannot be read as a checkpoint of tensors and plain values"):
         load_checkpoint(tmp_path / "x.pth", torch.nn.Linear(2, 2))
     assert not (tmp_path / "attacked").exists()
+
+
+def test_scalars_of_numpy_become_plain_numbers(tmp_path):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=np.float64(0.25), momentum=0.5)
+    optimizer.param_groups[0] |= {"scale": np.float32(0.5), "count": np.int64(3), "flag": np.bool_(True)}
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [np.int64(2), 3])
+    model_args = {
+        "sizes": [np.int32(8), (np.uint8(1), np.array(2.0))],
+        np.str_("name"): np.str_("x"),
+        "z": np.longdouble(1),
+    }
+    checkpoint = make_checkpoint("stage0", 1, torch.nn.Linear(2, 2), optimizer, scheduler, model_args=model_args)
+    save_checkpoint(tmp_path / "x.pth", checkpoint)
+    loaded = torch.load(tmp_path / "x.pth", weights_only=True)
+    group = loaded["optimizer_state_dict"]["param_groups"][0]
+    values = [group[name] for name in ("lr", "scale", "count", "flag")]
+    assert values == [0.25, 0.5, 3, True]
+    assert [type(value) for value in values] == [float, float, int, bool]
+    assert loaded["scheduler_state_dict"]["milestones"] == {2: 1, 3: 1}
+    assert {type(key) for key in loaded["scheduler_state_dict"]["milestones"]} == {int}
+    assert loaded["model_args"] == {"sizes": [8, (1, 2.0)], "name": "x", "z": 1.0}
+    assert type(optimizer.param_groups[0]["lr"]) is np.float64  # only the checkpoint is converted
+    save_checkpoint(tmp_path / "y.pth", {"model_state_dict": {}, "average": np.float64(0.5)})
+    assert torch.load(tmp_path / "y.pth", weights_only=True)["average"] == 0.5
+
+
+class ExtraState(torch.nn.Linear):
+    """Keeps a date in its extra state."""
+
+    def get_extra_state(self) -> dict:
+        return {"when": np.datetime64("2025-01-01")}
+
+
+def test_values_that_cannot_be_read_again_are_rejected_with_their_place():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.25)
+    optimizer.param_groups[0]["lr"] = np.ones(2)
+    model = torch.nn.Sequential(ExtraState(2, 2))
+    for arguments, place in (
+        ({"optimizer": optimizer}, "optimizer_state_dict.param_groups.0.lr is a numpy.ndarray, which"),
+        ({"model_args": {"kind": {"path": torch.nn.ReLU}}}, "model_args.kind.path is a type, which"),
+        ({"metrics": {"valid": [object()]}}, "metrics.valid.0 is a object, which"),
+        ({"extra": {"frozen": {"x": (1, frozenset())}}}, "frozen.x.1 is a frozenset, which"),
+        ({"model": model}, "model_state_dict.0._extra_state.when is a numpy.datetime64, which"),
+    ):
+        with pytest.raises(UserError) as error:
+            make_checkpoint(**{"stage": "stage0", "epoch": 1, "model": torch.nn.Linear(2, 2), **arguments})
+        assert str(error.value).startswith(f"{place} a checkpoint cannot hold")
+
+
+def test_types_that_torch_is_configured_to_allow_are_kept(tmp_path):
+    with torch.serialization.safe_globals([Version]):
+        save_checkpoint(
+            tmp_path / "x.pth", make_checkpoint("stage0", 1, torch.nn.Linear(2, 2), extra={"v": Version(3)})
+        )
+        assert torch.load(tmp_path / "x.pth", weights_only=True)["v"].number == 3
+
+
+class Version:
+    """A class that torch.load does not allow by default."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def test_expanded_buffers_can_be_loaded(tmp_path):
+    def build() -> torch.nn.Module:
+        model = torch.nn.Linear(2, 2)
+        model.register_buffer("mask", torch.ones(1, 1).expand(3, 3))
+        return model
+
+    save_checkpoint(tmp_path / "x.pth", make_checkpoint("stage0", 1, build()))
+    model = build()
+    load_checkpoint(tmp_path / "x.pth", model)
+    assert model.mask.tolist() == [[1.0] * 3] * 3
+    assert model.mask.is_contiguous()
+
+
+def test_lazy_modules_are_rejected_when_weights_are_loaded(tmp_path):
+    save_checkpoint(tmp_path / "x.pth", make_checkpoint("stage0", 1, torch.nn.Linear(2, 2)))
+    with pytest.raises(UserError, match="build_model returns lazy modules"):
+        load_checkpoint(tmp_path / "x.pth", torch.nn.LazyLinear(2))
 
 
 def test_different_architecture_is_rejected_before_loading(tmp_path):

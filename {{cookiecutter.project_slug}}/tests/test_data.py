@@ -1,5 +1,6 @@
 """Loaders: deterministic batches, every sample exactly once, and errors in worker processes."""
 
+import functools
 import hashlib
 import os
 import random
@@ -13,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from image_data import RandomImages, RandomNoise
-from processes import run_ranks, run_train
+from processes import SECONDS, run_ranks, run_train
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.functional import to_pil_image
 
 from batteries.core.errors import UserError, explain_dead_worker
 from batteries.core.seeding import Stream, reseed, stream_seeds
 from batteries.data.batch_plan import plan_epoch
 from batteries.data.dataset import dataset_info, to_device
 from batteries.data.loaders import EvalLoader, TrainLoader
-from batteries.data.splits import SplitFile
+from batteries.data.splits import Split, SplitFile, check_files
 from batteries.data.workers import InProcessLoader, _WorkerInit
 from experiment.augmentations import batch_transform
 from experiment.splits import make_folds
@@ -85,6 +87,47 @@ def oracle_hashes() -> list[str]:
             data = [image.numpy().tobytes() for image, _ in step] + [target.numpy().tobytes() for _, target in step]
             hashes.append(hashlib.sha256(b"".join(data)).hexdigest())
     return hashes
+
+
+def keep(image: torch.Tensor, target: int) -> tuple[torch.Tensor, int]:
+    return image, target
+
+
+def make_worker_loader(transform: object, start_method: str, **attributes: object) -> TrainLoader:
+    dataset = RandomImages(16)
+    vars(dataset).update(attributes)
+    cpu = torch.device("cpu")
+    return TrainLoader(
+        dataset, range(16), transform, cpu, seed=0, batch_size=4, num_workers=1, start_method=start_method
+    )
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda image, target: (image, target),
+        v2.Compose([v2.Lambda(lambda image: image)]),
+        functools.partial(lambda shift, image, target: (image + shift, target), 1),
+    ],
+    ids=["lambda", "in a transform", "in a partial"],
+)
+def test_transform_that_workers_cannot_get_is_rejected(transform, start_method):
+    with pytest.raises(UserError) as error:
+        make_worker_loader(transform, start_method)
+    assert str(error.value).startswith("--num-workers 1: the transform cannot be sent to worker processes (")
+    assert str(error.value).endswith("or give --num-workers 0.")
+    assert "\n" not in str(error.value)
+
+
+def test_data_set_that_workers_cannot_get_is_rejected():
+    with open(os.devnull) as file, pytest.raises(UserError, match="the data set cannot be sent to worker processes"):
+        make_worker_loader(keep, "spawn", file=file)
+
+
+def test_data_that_workers_can_get_is_accepted():
+    make_worker_loader(lambda image, target: (image, target), "fork")
+    make_worker_loader(keep, "spawn", lock=get_context("spawn").Lock(), values=torch.zeros(3), array=np.zeros(3))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -181,6 +224,104 @@ def test_get_batch_is_used_without_a_transform(cpu):
 
     batches = list(EvalLoader(Batched(20), range(20), None, cpu, batch_size=8))
     assert torch.equal(torch.cat([images for images, _ in batches]), RandomImages(20).images)
+
+
+class Differing(RandomImages):
+    """A data set whose get_batch differs from its __getitem__ in one way."""
+
+    change = staticmethod(lambda images, targets: (images, targets))
+
+    def get_batch(self, indices):
+        return self.change(self.images[indices], self.targets[indices])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda images, targets: (images.float() / 255, targets),
+            r"get_batch returns a tensor \(8, 1, 8, 8\) of torch.float32 for the image, instead of a tensor "
+            r"\(8, 1, 8, 8\) of torch.uint8; return the same from both, or remove get_batch",
+        ),
+        (lambda images, targets: (images // 2, targets), r"the image is \d+ to 12\d from get_batch and \d+ to 2\d\d "),
+        (lambda images, targets: (images.flip(0), targets), "the image is "),
+        (lambda images, targets: (images.flip(-1), targets), r"the image is not the same, although both are \d+ to 2"),
+        (lambda images, targets: (images[:, 0], targets), r"get_batch returns a tensor \(8, 8, 8\) of torch.uint8 for"),
+        (lambda images, targets: (images[:-1], targets[:-1]), r"get_batch returns a tensor \(7, 1, 8, 8\) of torch."),
+        (lambda images, targets: (images, targets + 1), "the target is 1 from get_batch and 0 from __getitem__"),
+        (lambda images, targets: (images, targets.sort().values), "the target is "),
+        (lambda images, targets: (images, targets.int()), "torch.int32 for the target, instead of .* of torch.int64"),
+        (
+            lambda images, targets: (images, targets[:, None]),
+            r"a tensor \(8, 1\) of torch.int64 for the target, instead",
+        ),
+        (lambda images, targets: (images.numpy(), targets), "get_batch returns ndarray of shape .* for the image, "),
+        (lambda images, targets: images, "get_batch returns a tensor .* for the sample, instead of tuple|list"),
+    ],
+)
+def test_get_batch_that_differs_from_single_samples_is_rejected(change, message):
+    dataset = Differing(40)
+    split = Split(np.arange(10, 40), np.arange(5), np.arange(5, 10))
+    check_files(dataset, split)
+    dataset.change = change
+    differ = r"get_batch and __getitem__ of Differing in tests/test_data.py differ for sample \d+: .*"
+    with pytest.raises(UserError, match=differ + message):
+        check_files(dataset, split)
+
+
+def test_get_batch_may_round_differently_and_single_samples_may_be_random():
+    class Noisy(RandomImages):
+        def __getitem__(self, index):
+            return self.images[index] / 255 + torch.rand(()), self.targets[index]
+
+        def get_batch(self, indices):
+            return self.images[indices] / 255, self.targets[indices]
+
+    class Rounded(Noisy):
+        def __getitem__(self, index):
+            return self.images[index] / 255 * (1 + 1e-6), self.targets[index]
+
+    before = torch.get_rng_state()
+    for dataset in (Noisy(20), Rounded(20)):
+        check_files(dataset, Split(np.arange(10), np.arange(10, 15), np.arange(15, 20)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Returned(RandomImages):
+    """A data set of which one sample is wrong."""
+
+    wrong: object = None
+
+    def __getitem__(self, index):
+        return self.wrong if index == 7 else super().__getitem__(index)
+
+
+IMAGE = torch.zeros(1, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            (to_pil_image(IMAGE), 0),
+            "returned a PIL Image as image of sample 7; return a uint8 tensor (C, H, W), such as with "
+            "torchvision.transforms.v2.functional.pil_to_tensor.",
+        ),
+        ((IMAGE, None), "returned None as target of sample 7; return a class index, a number or a tensor."),
+        ((IMAGE, torch.tensor(4)), "returned target 4 for sample 7; with 4 classes it must be an integer from 0 to 3."),
+        (IMAGE, "returned a Tensor for sample 7; return (image, target)."),
+        ((IMAGE, 0, 0), "returned 3 values for sample 7; return (image, target)."),
+        ({"image": IMAGE}, "returned a dict for sample 7; return (image, target)."),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_of_a_wrong_kind_are_rejected_with_their_names(cpu, wrong, message, num_workers):
+    dataset = Returned(16)
+    dataset.wrong = wrong
+    loader = TrainLoader(dataset, range(16), None, cpu, seed=0, batch_size=8, num_workers=num_workers)
+    with pytest.raises(UserError) as error:
+        list(loader.epoch(0, 1))
+    assert str(error.value) == f"__getitem__ of Returned in tests/test_data.py {message}"
 
 
 def make_loader(**changes) -> TrainLoader:
@@ -437,7 +578,7 @@ def test_a_remaining_worker_exits_by_alarm_whatever_the_main_process_handles(mon
         signal.signal(signal.SIGALRM, signal.SIG_IGN)  # inherited from the main process
         _WorkerInit()(0)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        time.sleep(SECONDS)
 
     monkeypatch.setattr("batteries.data.workers.SECONDS_TO_LIVE", 1)
     worker = get_context("fork").Process(target=remain)

@@ -19,19 +19,24 @@ from processes import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batteries.core.errors import RunError
+from batteries.core.errors import RunError, UserError
 from batteries.data.loaders import EvalLoader
 from batteries.distributed.process_group import process_group
-from batteries.distributed.sync_batchnorm import SyncBatchNormCPU, convert_sync_batchnorm
+from batteries.distributed.sync_batchnorm import SyncBatchNormCPU, SyncedForward, convert_sync_batchnorm
 from batteries.distributed.unwrap import unwrap_model
 from batteries.training.wrap import eval_mode
 from experiment.augmentations import normalize
 from train import train_fn, valid_fn
 
 
-def train(build: Callable[[], nn.Module], accumulation_steps: int = 1, data_parallel: bool = False) -> dict:
+def train(
+    build: Callable[[], nn.Module],
+    accumulation_steps: int = 1,
+    data_parallel: bool = False,
+    find_unused_parameters: bool = False,
+) -> dict:
     """Train some epochs with train_fn; return the weights and metrics of this rank."""
-    state = make_state(build(), data_parallel)
+    state = make_state(build(), data_parallel, find_unused_parameters=find_unused_parameters)
     loader = make_loader(accumulation_steps)
     for epoch in range(1, EPOCHS + 1):
         metrics = train_fn(state, loader.epoch(0, epoch), LOGGER, CONFIG)
@@ -102,6 +107,46 @@ def test_ranks_do_not_change_the_weights_with_sync_batchnorm(world_size, accumul
     expected = train_plainly(build, micro_batches=accumulation_steps)
     for actual in run_ranks(world_size, lambda: train(build, accumulation_steps)):
         assert_close(actual, expected, tolerance)
+
+
+class SkippingModel(nn.Module):
+    """Skips a layer for some batches, and never uses another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = nn.Sequential(nn.Conv2d(CHANNELS, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 8))
+        self.sometimes = nn.Linear(8, 8)
+        self.never = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 4)
+        self.double()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = self.first(images.double())
+        if images.double().sum() * 1000 % 2 < 1:
+            values = values + self.sometimes(values).relu()
+        return self.last(values)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_ranks_that_use_different_parameters_equal_a_plain_loop(accumulation_steps):
+    expected = train_plainly(SkippingModel, micro_batches=2 * accumulation_steps)
+    for actual in run_ranks(2, lambda: train(SkippingModel, accumulation_steps, find_unused_parameters=True)):
+        assert_close(actual, expected, 1e-13)
+
+
+def test_unused_parameters_are_named_with_the_option_that_allows_them():
+    class Unused(SkippingModel):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(images.double()))
+
+    def fail() -> str:
+        with pytest.raises(RunError) as error:
+            train(Unused)
+        return str(error.value)
+
+    for message in run_ranks(2, fail):
+        assert "sometimes.weight, sometimes.bias, never.weight, never.bias. Give --find-unused-parameters if" in message
 
 
 def test_single_process_and_data_parallel_without_gpus_equal_a_plain_loop():
@@ -187,9 +232,87 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self.scale * self.activation(super().forward(images))
 
 
-def subclass_model() -> nn.Sequential:
+class FunctionalBatchNormAct2d(BatchNormAct2d):
+    """Calls F.batch_norm itself, as timm does."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.num_batches_tracked.add_(self.training)
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        images = nn.functional.batch_norm(images, *statistics, self.training, self.momentum, self.eps)
+        return self.scale * self.activation(images)
+
+
+class TorchBatchNormAct2d(BatchNormAct2d):
+    """Calls torch.batch_norm, whose arguments have another order."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.num_batches_tracked.add_(self.training)
+        state = self.weight, self.bias, self.running_mean, self.running_var
+        images = torch.batch_norm(images, *state, self.training, self.momentum, self.eps, False)
+        return self.scale * self.activation(images)
+
+
+class ParentBatchNormAct2d(BatchNormAct2d):
+    """Calls the forward pass of its parent class, in another method, with an optional argument."""
+
+    def forward(self, images: torch.Tensor, shift: float = 0.25) -> torch.Tensor:
+        return self.normalize(images) + shift
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.activation(nn.BatchNorm2d.forward(self, images))
+
+
+class ExtraState2d(BatchNormAct2d):
+    """Has another parameter, another buffer and cumulative averages."""
+
+    def __init__(self, num_features: int, scale: float) -> None:
+        super().__init__(num_features, scale)
+        self.momentum = None
+        self.gain = nn.Parameter(torch.full((num_features, 1, 1), 1.5))
+        self.register_buffer("offset", torch.full((num_features, 1, 1), 0.5))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.gain * super().forward(images) + self.offset
+
+
+class InstanceNormAct2d(nn.BatchNorm2d):
+    """Normalises each image separately."""
+
+    def __init__(self, num_features: int, scale: float) -> None:
+        super().__init__(num_features, track_running_stats=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.instance_norm(images, weight=self.weight, bias=self.bias, eps=self.eps).relu()
+
+
+class OwnStatistics2d(nn.BatchNorm2d):
+    """Computes the statistics of a batch itself."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        variance, mean = torch.var_mean(images, (0, 2, 3), keepdim=True)
+        return (images - mean) / (variance + self.eps).sqrt()
+
+
+class ConditionalOwnStatistics2d(OwnStatistics2d):
+    """Needs an argument that the conversion does not know."""
+
+    def forward(self, images: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return scale * super().forward(images)
+
+
+NORMS = [
+    BatchNormAct2d,
+    FunctionalBatchNormAct2d,
+    TorchBatchNormAct2d,
+    ParentBatchNormAct2d,
+    ExtraState2d,
+    InstanceNormAct2d,
+]
+
+
+def subclass_model(norm: type = BatchNormAct2d) -> nn.Sequential:
     torch.manual_seed(3)
-    layers = [nn.Conv2d(2, 4, 3), BatchNormAct2d(4, scale=1.5), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)]
+    layers = [nn.Conv2d(2, 4, 3), norm(4, scale=1.5), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
 
 
@@ -202,16 +325,22 @@ def forward_backward(model: nn.Module, images: torch.Tensor, targets: torch.Tens
     return {"logits": logits.detach().numpy()} | gradients | to_numpy(network)
 
 
-def test_sync_batchnorm_under_ddp_matches_one_process_with_the_full_batch():
+@pytest.mark.parametrize("norm", NORMS)
+def test_sync_batchnorm_under_ddp_matches_one_process_with_the_full_batch(norm):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, 2, 8, 8, generator=generator, dtype=torch.float64) * 3 + 5
     targets = torch.randint(3, (16,), generator=generator)
-    expected = forward_backward(subclass_model(), images, targets)
+    expected = forward_backward(subclass_model(norm), images, targets)
 
     def synchronised() -> dict[str, np.ndarray]:
         rank = torch.distributed.get_rank()
-        model = DistributedDataParallel(convert_sync_batchnorm(subclass_model(), CPU))
-        return forward_backward(model, images.chunk(2)[rank], targets.chunk(2)[rank])
+        network = convert_sync_batchnorm(subclass_model(norm), CPU)
+        model = DistributedDataParallel(network)
+        outcome = forward_backward(model, images.chunk(2)[rank], targets.chunk(2)[rank])
+        plain = subclass_model(norm)
+        plain.load_state_dict(network.state_dict())  # as predict.py does
+        assert torch.equal(network.eval()(images), plain.eval()(images))
+        return outcome
 
     ranks = run_ranks(2, synchronised)
     logits = np.concatenate([rank.pop("logits") for rank in ranks])
@@ -220,6 +349,67 @@ def test_sync_batchnorm_under_ddp_matches_one_process_with_the_full_batch():
         assert rank.keys() == expected.keys()
         for name, values in expected.items():
             np.testing.assert_allclose(rank[name], values, rtol=1e-11, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("compiled", [nn.Sequential, partial(torch.compile, backend="eager")])
+def test_sync_batchnorm_of_subclasses_works_with_and_without_compilation(compiled):
+    images = torch.randn(8, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = subclass_model(FunctionalBatchNormAct2d)(images).detach()
+
+    def synchronised() -> np.ndarray:
+        model = compiled(convert_sync_batchnorm(subclass_model(FunctionalBatchNormAct2d), CPU))
+        return model(images.chunk(2)[torch.distributed.get_rank()]).detach().numpy()
+
+    np.testing.assert_allclose(np.concatenate(run_ranks(2, synchronised)), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_own_statistics_that_cannot_be_synchronised_are_rejected(device):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Sequential(OwnStatistics2d(4)))
+    with pytest.raises(UserError, match=r"^the layer 1.0 \(OwnStatistics2d\) computes .*--no-sync-batchnorm"):
+        convert_sync_batchnorm(model, torch.device(device))
+
+
+def test_own_statistics_behind_an_argument_are_rejected_in_the_first_forward_pass():
+    def forward() -> str:
+        model = convert_sync_batchnorm(nn.Sequential(ConditionalOwnStatistics2d(4)), CPU)
+        model.eval()
+        model[0](torch.randn(3, 4, 2, 2), torch.ones(()))
+        model.train()
+        with pytest.raises(UserError) as error:
+            model[0](torch.randn(3, 4, 2, 2), torch.ones(()))
+        return str(error.value)
+
+    for message in run_ranks(2, forward):
+        assert message.startswith("the layer 0 (ConditionalOwnStatistics2d) computes")
+
+
+@pytest.mark.parametrize("skipped", [1, 3])
+def test_ranks_in_different_batchnorm_layers_are_reported(skipped):
+    def step() -> str:
+        layers = list(subclass_model())
+        if torch.distributed.get_rank() == 1:
+            layers[skipped] = nn.Identity()
+        model = convert_sync_batchnorm(nn.Sequential(*layers), CPU)
+        for number, layer in enumerate(model):
+            if isinstance(layer, SyncedForward):
+                layer._synced_layer = layer._synced_layer._replace(number=number, size=4)
+        with pytest.raises(RunError) as error:
+            model(torch.randn(4, 2, 8, 8, dtype=torch.float64)).sum().backward()
+        return str(error.value)
+
+    messages = run_ranks(2, step)
+    assert [message.partition(", this")[0] for message in messages] == [
+        "the ranks are in different batch norm layers"
+    ] * 2
+
+
+def test_lazy_batchnorm_is_rejected_until_it_is_initialised():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(UserError, match=r"^the layer 1 \(LazyBatchNorm2d\) has no number of features yet"):
+        convert_sync_batchnorm(model, CPU)
+    model(torch.randn(2, 2, 4, 4))
+    assert type(convert_sync_batchnorm(model, CPU)[1]) is SyncBatchNormCPU
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -234,7 +424,7 @@ def test_converted_subclass_keeps_attributes_state_and_hooks(device):
     assert converted is model
     after = model[1]
     assert isinstance(after, BatchNormAct2d)
-    assert isinstance(after, SyncBatchNormCPU if device == "cpu" else nn.SyncBatchNorm)
+    assert isinstance(after, SyncedForward)
     assert (after.scale, after.activation, after.momentum) == (1.5, before.activation, before.momentum)
     assert {name: value.data_ptr() for name, value in model.state_dict().items()} == tensors
     model.eval()

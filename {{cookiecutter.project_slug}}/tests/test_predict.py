@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import CHANNELS, tiny_network
-from processes import run_ranks, run_train
+from processes import SECONDS, run_ranks, run_train
 from sklearn.metrics import f1_score
 from small_data import make_data
 from tables import assert_rejected
@@ -297,7 +297,12 @@ def test_the_launcher_passes_flags_to_predict():
         "cpu",
     ]
     done = subprocess.run(
-        command, cwd=Path(predict.__file__).parents[1], env=environment(), capture_output=True, text=True, timeout=300
+        command,
+        cwd=Path(predict.__file__).parents[1],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
@@ -320,6 +325,10 @@ def test_the_test_split_is_scored_and_compared_with_valid(runs, tmp_path):
     accuracy = np.mean(table.probabilities.argmax(1) == table.targets)
     assert f"test     {len(table.ids):,} rows  accuracy {accuracy:.4f}" in end.out
     assert "gap      accuracy of test minus valid " in end.out
+    log_loss = -np.log(table.probabilities[np.arange(len(table.ids)), table.targets]).mean()
+    assert f"  log_loss {log_loss:.4f}  in " in end.out
+    assert "gap      log_loss of test minus valid " in end.out
+    assert " loss " not in end.out
 
 
 def test_different_predictions_are_not_overwritten(runs, tmp_path):

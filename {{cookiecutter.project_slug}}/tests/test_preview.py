@@ -13,6 +13,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 
 from batteries.data.image_grid import make_grid_of_samples, sample_grid
 from batteries.data.loaders import TrainLoader
+from experiment.augmentations import train_transform
 from tools import preview
 
 
@@ -36,6 +37,10 @@ def test_the_image_is_drawn_and_the_range_of_values_printed(data_dir, tmp_path, 
     assert len(image.flatten(1).unique(dim=1)[0]) > 20
     assert "batch    (3, " in end.out
     assert "deviation" in end.out
+    [line] = [line for line in end.out.splitlines() if line.startswith("augment  ")]
+    assert line.endswith("; see experiment/augmentations.py")
+    for step in train_transform().transforms:
+        assert repr(step) in line
     assert not (tmp_path / "x.csv").exists()
 
 

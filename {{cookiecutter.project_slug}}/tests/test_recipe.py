@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import shutil
+import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +30,7 @@ from batteries.core.memory import keep_freed_memory, return_freed_memory
 from batteries.data.batch_plan import plan_epoch
 from batteries.data.loaders import Batch, EvalLoader
 from batteries.distributed.unwrap import unwrap_model
+from batteries.training.criterion import DEPENDS_ON_BATCHES, prepare_criterion
 from batteries.training.early_stopping import EarlyStopping
 from batteries.training.ema import EMA
 from batteries.training.metrics import PredictionCollector
@@ -37,6 +40,7 @@ from batteries.training.parameters import freeze, parameter_groups, train_mode
 from batteries.training.precision import make_scaler
 from batteries.training.pretrained import load_pretrained
 from batteries.training.schedules import ScheduleByScore, learning_rates
+from batteries.training.state import SilentLogger
 from train import SCORES, Config, Stage, build_optimizer, train_fn, valid_fn
 
 
@@ -155,13 +159,15 @@ def test_ema_equals_a_slow_reference_and_copies_counters():
     ema = EMA(model, decay=0.9)
     reference = {name: value.double() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(5):
-        model(torch.randn(8, CHANNELS, 8, 8)).square().sum().backward()
+    for decay in [0.1, 2 / 11, 3 / 12, 4 / 13, 5 / 14, *[0.9] * 3]:
+        if decay == 0.9:
+            ema.steps = 80  # (1 + 80) / (10 + 80)
+        model(torch.randn(8, CHANNELS, 8, 8)).square().mean().backward()
         optimizer.step()
         ema.update(model)
         for name, value in model.state_dict().items():
             if value.is_floating_point():
-                reference[name] = 0.9 * reference[name] + 0.1 * value
+                reference[name] = decay * reference[name] + (1 - decay) * value
             else:
                 reference[name] = value.double()
     for name, value in ema.state_dict().items():
@@ -176,6 +182,86 @@ def test_ema_copies_buffers_that_are_not_statistics():
     model.mask.mul_(2)
     ema.update(model)
     assert torch.equal(ema.model.mask, model.mask)
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.999, 0.9999])
+def test_ema_of_few_steps_forgets_the_initial_weights(decay):
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, 1000.0)
+    ema = EMA(model, decay)
+    nn.init.constant_(model.weight, 1.0)
+    for _ in range(50):
+        ema.update(model)
+    assert ema.model.weight.item() == pytest.approx(1.0, abs=0.01)
+
+
+def test_ema_decay_that_exceeds_the_steps_of_a_stage_is_logged(config):
+    stages = (Stage("stage0", 10, 1e-2), Stage("stage1", 2, 1e-2))  # 60 and 12 steps
+    end = command(dataclasses.replace(config, stages=stages, ema_decay=0.98))  # 50 steps
+    assert end.code == 0, end.err
+    message = "--ema-decay 0.98 averages over about 50 steps, but stage1 has 12, in which the decay rises to 0.571; use"
+    assert message in end.out
+    assert message in (config.logdir / "train.log").read_text()
+    assert "but stage0 has" not in end.out
+    shutil.rmtree(config.logdir)
+    assert "--ema-decay" not in command(dataclasses.replace(config, ema_decay=0.9)).out  # 10 of 18 steps
+
+
+class KeepsTensors(nn.Module):
+    """Keeps an output with its graph in a nested attribute, an expanded buffer, and buffers that it assigns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"outputs": []}
+        self.register_buffer("mask", torch.ones(1, 1).expand(3, 3))
+        self.register_buffer("moving_mean", torch.zeros(()))
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.kept["outputs"] = [images]
+            self.moving_mean = 0.9 * self.moving_mean + 0.1 * images.detach().mean()
+        if self.table is None:
+            self.table = torch.ones(images.shape[1])  # also in validation
+        return images * self.table
+
+
+def network_that_keeps_tensors(num_classes: int) -> nn.Module:
+    pool, flatten, linear = tiny_network(num_classes)
+    norms = [torch.nn.utils.weight_norm(linear), torch.nn.utils.spectral_norm(nn.Linear(num_classes, num_classes))]
+    return nn.Sequential(pool, flatten, norms[0], KeepsTensors(), norms[1])
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_model_that_keeps_tensors_is_averaged_trained_in_two_stages_and_resumed(config, monkeypatch, ema_decay):
+    monkeypatch.setattr(train, "build_model", network_that_keeps_tensors)
+    stages = (Stage("stage0", 2, 1e-2), Stage("stage1", 2, 1e-2))
+    config = dataclasses.replace(config, stages=stages, ema_decay=ema_decay)
+    end = command(config)
+    assert end.code == 0, end.err
+    metrics = (config.logdir / "metrics.jsonl").read_bytes()
+    shutil.copytree(config.logdir, config.logdir.with_name("interrupted"))
+    interrupted = dataclasses.replace(config, logdir=config.logdir.with_name("interrupted"))
+    shutil.rmtree(interrupted.logdir / "stage1")
+    end = command(interrupted, "--resume")
+    assert end.code == 0, end.err
+    assert (interrupted.logdir / "metrics.jsonl").read_bytes() == metrics
+    shutil.rmtree(config.logdir)
+    end = command(config, "--init-from", str(interrupted.logdir / "stage1/best.pth"))
+    assert end.code == 0, end.err
+
+
+def test_model_that_cannot_be_copied_for_the_average_is_rejected(config, monkeypatch):
+    def build(num_classes: int) -> nn.Module:
+        model = tiny_network(num_classes)
+        model.lock = threading.Lock()
+        return model
+
+    monkeypatch.setattr(train, "build_model", build)
+    end = command(dataclasses.replace(config, ema_decay=0.9))
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert end.err.startswith("error: --ema-decay needs a copy of the model, which cannot be copied (cannot pickle")
+    assert not (config.logdir / "stage0").exists()
 
 
 @pytest.mark.parametrize(
@@ -269,6 +355,33 @@ def test_frozen_modules_stay_in_evaluation_mode():
     model = batchnorm_model()
     train_mode(model.eval(), ["2"])
     assert {name for name, module in model.named_modules() if not module.training} == {"2"}
+
+
+@pytest.mark.parametrize("how", ["freeze", "requires_grad"])
+def test_both_ways_of_freezing_keep_batchnorm_statistics(how):
+    model = batchnorm_model()
+    state = make_state(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if how == "freeze":
+        freeze(model, ["1", "2"])
+        state.frozen = ("1", "2")
+    else:
+        for parameter in [*model[1].parameters(), *model[2].parameters()]:
+            parameter.requires_grad = False
+        freeze(model, [])
+    train_fn(state, make_loader().epoch(0, 1), LOGGER, CONFIG)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name[0] not in "12"}
+
+
+def test_only_modules_without_trainable_parameters_are_in_evaluation_mode():
+    backbone = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False), nn.Dropout())
+    backbone.requires_grad_(False)
+    half = nn.BatchNorm2d(2)
+    half.bias.requires_grad = False
+    model = nn.Sequential(backbone, half, nn.Dropout(), nn.Flatten())
+    train_mode(model, [])
+    assert {name for name, module in model.named_modules() if not module.training} == {"0", "0.0", "0.1", "0.2"}
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 1e6])
@@ -375,6 +488,65 @@ def test_nonfinite_input_does_not_change_batchnorm_statistics():
     model(torch.randn(8, CHANNELS, 8, 8)).sum().backward()
     optimizer_step(state.optimizer, state.scaler, None, state.buffers)
     assert not torch.equal(model[2].running_mean, before["2.running_mean"])
+
+
+class AssignsBuffers(nn.Module):
+    """Computes statistics like batch norm, and assigns them: of changing shapes, and one that is created in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moving_mean", torch.zeros(CHANNELS))
+        self.register_buffer("last", torch.zeros(1))
+        self.register_buffer("late", None)
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.detach()
+        self.moving_mean = 0.9 * self.moving_mean + 0.1 * values.mean((0, 2, 3))
+        self.last = values.flatten(1).mean(1)
+        self.late = values.sum()
+        return self.weight * images
+
+
+def test_nonfinite_input_does_not_change_buffers_that_a_module_assigns():
+    model = nn.Sequential(AssignsBuffers(), nn.Flatten(), nn.Linear(CHANNELS * 64, 4))
+    state = make_state(model)
+
+    def step(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        model(images).sum().backward()
+        optimizer_step(state.optimizer, state.scaler, None, state.buffers)
+        return {name: value.clone() for name, value in model.named_buffers()}
+
+    invalid = torch.full((8, CHANNELS, 8, 8), math.nan)
+    first = step(invalid)
+    assert {name: value.tolist() for name, value in first.items()} == {
+        "0.moving_mean": [0.0] * CHANNELS,
+        "0.last": [0.0],
+    }
+    valid = step(torch.ones(5, CHANNELS, 8, 8))
+    assert valid["0.moving_mean"].tolist() == pytest.approx([0.1] * CHANNELS)
+    assert valid["0.last"].tolist() == [1.0] * 5
+    restored = step(invalid)
+    assert restored.keys() == valid.keys()
+    assert all(torch.equal(restored[name], value) for name, value in valid.items())
+    assert step(torch.ones(5, CHANNELS, 8, 8))["0.moving_mean"].tolist() == pytest.approx([0.19] * CHANNELS)
+
+
+def test_tensors_cached_during_validation_can_be_used_in_training(config, monkeypatch):
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = None
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if self.scale is None and not self.training:
+                self.scale = torch.ones(images.shape[1:])
+            return images * self.weight if self.scale is None else images * self.weight * self.scale
+
+    monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(Cache(), *tiny_network(num_classes)))
+    end = command(config)
+    assert end.code == 0, end.err
 
 
 def test_streak_that_ended_before_the_check_ends_the_run(config, monkeypatch):
@@ -727,6 +899,196 @@ def test_profile_writes_a_trace_of_five_steps(config):
     trace = json.loads((config.logdir / "profile/trace_rank0.json").read_text())
     steps = {event["name"] for event in trace["traceEvents"] if str(event.get("name")).startswith("ProfilerStep")}
     assert len(steps) == 5
+
+
+CLASS_WEIGHTS = torch.linspace(0.1, 3, 4)
+
+
+def focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return a mean over samples with weights of the samples."""
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (CLASS_WEIGHTS[targets] * (1 - (-losses).exp()) * losses).mean()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "is_mean"),
+    [
+        (nn.CrossEntropyLoss(), True),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), True),
+        (focal_loss, True),
+        (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), False),
+        (partial(nn.functional.cross_entropy, weight=CLASS_WEIGHTS), False),
+        (nn.CrossEntropyLoss(reduction="sum"), False),
+        (nn.CrossEntropyLoss(ignore_index=3), False),
+    ],
+)
+def test_loss_that_is_not_a_mean_over_samples_is_reported(monkeypatch, criterion, is_mean):
+    warnings: list[str] = []
+    monkeypatch.setattr(LOGGER, "warn_once", warnings.append)
+    logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 0, 1, 1, 2, 3, 3, 3, 2, 2, 1, 3])
+    prepared = prepare_criterion(criterion, LOGGER)
+    for _ in range(2):
+        assert torch.equal(prepared(logits, targets), criterion(logits, targets))
+    assert warnings == ([] if is_mean else [DEPENDS_ON_BATCHES])
+
+
+def test_weighted_loss_is_logged_at_the_start_of_a_run(config, monkeypatch):
+    weights = torch.linspace(0.1, 3, len(train.load_dataset(config.data_dir).classes))
+    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: nn.CrossEntropyLoss(weight=weights))
+    end = command(dataclasses.replace(config, accumulation_steps=4))
+    assert end.code == 0, end.err
+    assert end.out.count("The loss of a batch is not the mean over its samples") == 1
+    log = (config.logdir / "train.log").read_text()
+    assert log.index("The loss of a batch is not the mean") < log.index("stage0 1/3")
+
+
+def test_loss_that_is_not_one_number_is_rejected(config, monkeypatch):
+    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: nn.CrossEntropyLoss(reduction="none"))
+    end = command(config)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert "error: the loss has shape (16,) and must be one number; in build_criterion, take the mean" in end.err
+
+
+def test_criterion_is_moved_to_the_device(monkeypatch):
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.CrossEntropyLoss(weight=torch.ones(4))
+            self.plain = torch.ones(4)
+            self.devices = []
+
+        def to(self, device: torch.device) -> nn.Module:
+            self.devices.append(device)
+            return super().to(device)
+
+        def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return self.inner(logits, targets)
+
+    meta = torch.device("meta")
+    criterion = Weighted()
+    prepare_criterion(criterion, SilentLogger(meta))
+    assert {criterion.inner.weight.device, criterion.plain.device} == {meta}
+    keyword = partial(nn.functional.cross_entropy, weight=torch.ones(4))
+    assert prepare_criterion(keyword, SilentLogger(meta))._criterion.keywords["weight"].device == meta
+
+    criterion = Weighted()
+    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: criterion)
+    train_fn(make_state(plain_model()), make_loader().epoch(0, 1), LOGGER, CONFIG)
+    valid_fn(plain_model(), EvalLoader(RandomImages(8, CHANNELS), range(8), None, CPU, batch_size=4), LOGGER, CONFIG)
+    assert criterion.devices == [CPU, CPU]
+
+
+def test_operation_without_a_deterministic_kernel_names_the_option(config, monkeypatch):
+    class Put(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images + torch.zeros(1).put_(torch.tensor([0]), torch.ones(1))
+
+    monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(*tiny_network(num_classes), Put()))
+    end = command(config)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert end.err.startswith("error: put_ has no deterministic implementation on this device; use --no-deterministic")
+    shutil.rmtree(config.logdir)
+    assert command(config, "--no-deterministic").code == 0
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(5), nn.LazyBatchNorm1d(affine=False)])
+def test_lazy_modules_are_rejected_in_one_line(config, monkeypatch, lazy):
+    monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(*tiny_network(num_classes), lazy))
+    end = command(config)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert end.err.startswith("error: build_model returns lazy modules, whose weights have no shape yet (3.")
+    assert not config.logdir.exists()
+
+
+def test_lazy_modules_that_build_model_initialises_are_accepted(config, monkeypatch):
+    def build(num_classes: int) -> nn.Module:
+        model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.LazyLinear(num_classes))
+        model.eval()(torch.zeros(1, CHANNELS, 8, 8))
+        return model
+
+    monkeypatch.setattr(train, "build_model", build)
+    end = command(config)
+    assert end.code == 0, end.err
+
+
+def report_metrics(monkeypatch, **names: float) -> None:
+    """Let valid_fn report other means than the loss and the accuracy."""
+    original = train.valid_fn
+
+    def validate(*arguments) -> dict[str, float]:
+        metrics = original(*arguments)
+        del metrics["accuracy"]
+        return {**metrics, **names}
+
+    monkeypatch.setattr(train, "valid_fn", validate)
+
+
+@pytest.mark.parametrize("minimize", [False, True])
+def test_any_metric_that_valid_fn_reports_can_rank_checkpoints(config, monkeypatch, minimize):
+    report_metrics(monkeypatch, top2=np.float32(0.5))
+    config = dataclasses.replace(config, main_metric="top2", minimize_metric=minimize)
+    end = command(config)
+    assert end.code == 0, end.err
+    best = json.loads((config.logdir / "run.json").read_text())["best"]
+    assert (best["metric"], best["score"], best["epoch"]) == ("top2", 0.5, 1)
+    assert "accuracy" not in read_metrics(config)[0]["valid"]
+    assert "already finished" in command(config, "--resume").out
+
+
+def test_unknown_main_metric_is_rejected_before_training_with_the_reported_names(config, monkeypatch):
+    report_metrics(monkeypatch, top2=0.5)
+    end = command(dataclasses.replace(config, main_metric="top3"))
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    known = "loss, top2, balanced_accuracy, macro_f1, log_loss, roc_auc."
+    assert end.err == (f"error: --main-metric top3 is not a known metric; did you mean 'top2'? Use one of: {known}\n")
+    assert not config.logdir.exists()
+
+
+def test_default_main_metric_that_valid_fn_does_not_report_is_rejected_in_one_line(config, monkeypatch):
+    report_metrics(monkeypatch, mae=0.5)
+    end = command(config)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert end.err == "error: --main-metric accuracy is not a known metric. Use one of: loss, mae.\n"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_custom_main_metric_is_found_for_any_world_size(config, monkeypatch, world_size):
+    report_metrics(monkeypatch, top2=0.5)
+    config = dataclasses.replace(config, main_metric="top2")
+    assert run_ranks(world_size, lambda: train.main(config), join=False) == [0.5] * world_size
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace(".", "._orig_mod.", 1),
+        lambda name: f"_fsdp_wrapped_module.{name.replace('.', '._checkpoint_wrapped_module.', 1)}",
+    ],
+)
+def test_pretrained_names_of_wrappers_are_removed(tmp_path, rename):
+    other = plain_model()
+    nn.init.zeros_(other[1].weight)
+    names = {rename(name): value for name, value in other.state_dict().items()}
+    torch.save({**names, "n_averaged": torch.tensor(1)}, tmp_path / "weights.pth")
+    model = plain_model()
+    assert load_pretrained(model, str(tmp_path / "weights.pth")) == ([], ["n_averaged"])
+    assert torch.equal(model[1].weight, other[1].weight)
+
+
+def test_pretrained_weights_fit_a_model_with_a_module_named_like_a_wrapper(tmp_path):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    for source in (Model(), nn.DataParallel(Model()), torch.compile(Model())):
+        torch.save(source.state_dict(), tmp_path / "weights.pth")
+        assert load_pretrained(Model(), str(tmp_path / "weights.pth")) == ([], [])
 
 
 def test_pretrained_weights_that_fit_are_loaded_and_others_reported(tmp_path):

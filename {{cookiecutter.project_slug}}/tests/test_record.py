@@ -13,11 +13,12 @@ import warnings
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import tiny_network
-from processes import run_ranks, run_train
+from processes import SECONDS, run_ranks, run_train
 from small_data import make_data
 
 import train
@@ -25,6 +26,9 @@ from batteries.core.config_io import to_json
 from batteries.core.errors import RunError
 from batteries.run import metadata as run_metadata
 from batteries.run import report_hook
+from batteries.run.messages import describe_improvement, epoch_line
+from batteries.run.timing import Stopwatch
+from batteries.training.metrics import MeanMetrics
 from train import Config, Stage
 
 
@@ -153,6 +157,92 @@ def test_git_entries_are_null_without_git(monkeypatch, tmp_path):
     record = run_metadata.RunMetadata(tmp_path)
     record.begin({}, run_metadata.uncommitted_diff(), resumed=False)
     assert [record.values[name] for name in ("git_commit", "git_branch", "git_dirty")] == [None, None, None]
+
+
+def make_repository(directory: Path) -> str:
+    """Make a git repository with one commit; return the commit."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for words in (["init", "-qb", "trunk"], ["commit", "-qm", directory.name, "--allow-empty"]):
+        git = ["git", "-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+        subprocess.run([*git, *words], cwd=directory, check=True)
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=directory, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize("place", ["untracked", "tracked", "ignored", "by a hook"])
+def test_git_entries_are_null_in_a_subdirectory_of_another_repository(monkeypatch, tmp_path, place):
+    make_repository(tmp_path / "parent")
+    project = tmp_path / "parent/sub/project"
+    project.mkdir(parents=True)
+    (project / "train.py").write_text("x = 1\n")
+    if place == "tracked":
+        subprocess.run(["git", "add", "."], cwd=project, check=True)
+    if place == "ignored":
+        (tmp_path / "parent/.gitignore").write_text("sub\n")
+    if place == "by a hook":  # git sets these variables for its hooks
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "parent/.git"))
+        monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "parent/.git/index"))
+    monkeypatch.setattr(run_metadata, "ROOT", project)
+    assert run_metadata.uncommitted_diff() is None
+    record = run_metadata.RunMetadata(tmp_path)
+    record.begin({}, run_metadata.uncommitted_diff(), resumed=False)
+    assert [record.values[name] for name in ("git_commit", "git_branch", "git_dirty")] == [None, None, None]
+    assert not (tmp_path / "git.diff").exists()
+
+
+@pytest.mark.parametrize("place", ["inside another", "a symbolic link", "a worktree"])
+def test_commit_of_the_project_itself_is_recorded(monkeypatch, tmp_path, place):
+    make_repository(tmp_path / "parent")
+    project = tmp_path / "parent/new\nline ü"
+    commit = make_repository(project)
+    if place == "a symbolic link":
+        (tmp_path / "link").symlink_to(project)
+        project = tmp_path / "link"
+    if place == "a worktree":
+        subprocess.run(["git", "worktree", "add", "-qb", "other", str(tmp_path / "tree")], cwd=project, check=True)
+        project = tmp_path / "tree"
+    monkeypatch.setattr(run_metadata, "ROOT", project)
+    assert run_metadata.describe_process()["git_commit"] == commit
+    (project / "new.py").write_text("x = 1\n")
+    assert b"+x = 1\n" in run_metadata.uncommitted_diff()
+
+
+def test_epoch_lines_have_their_metrics_in_one_order():
+    train = {"loss": 1.0, "accuracy": 0.5}
+    line = epoch_line("a 1/2", {"train": train, "valid": {"roc_auc": 0.5, "brier": 0.1, **train}}, 3.0, "best")
+    assert line == "a 1/2  accuracy 0.5000/0.5000  brier 0.1000  loss 1.0000/1.0000  roc_auc 0.5000  3.0 s  best"
+    other = epoch_line("a 2/2", {"train": {"loss": 1.0}, "valid": train}, 3.0, "")
+    assert other == "a 2/2  accuracy 0.5000  loss 1.0000/1.0000  3.0 s"
+
+
+@pytest.mark.parametrize(
+    ("score", "before", "is_best", "text"),
+    [
+        (0.9, 0.8, True, "best by 0.1000"),
+        (0.8, 0.803, True, "best by 0.0030"),
+        (0.8, None, True, "best"),
+        (0.8, 0.9, False, ""),
+    ],
+)
+def test_improvement_is_described_without_a_sign(score, before, is_best, text):
+    assert describe_improvement(score, before, is_best) == text
+
+
+def test_progress_names_metrics_in_the_order_of_the_epoch_line():
+    metrics = MeanMetrics()
+    metrics.update(4, loss=torch.tensor(1.0), accuracy=torch.tensor(0.5))
+    watch = Stopwatch(SimpleNamespace(device=torch.device("cpu")), metrics)
+    for _ in range(2):
+        assert re.match(r"accuracy 0\.500 loss 1\.000 \d+ samples/s wait \d+% \d+\.\d GB$", watch.status())
+        metrics.restore(metrics.state())
+
+
+def test_metrics_jsonl_has_the_highest_learning_rate_of_each_epoch(config):
+    stages = (Stage("first", 1, 3e-3), Stage("second", 2, 1e-3, "constant"))
+    assert run_command(dataclasses.replace(config, stages=stages)).code == 0
+    lines = [json.loads(line) for line in (config.logdir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["lr"] < 1e-7
+    assert [line["max_lr"] for line in lines] == pytest.approx([3e-3, 1e-3, 1e-3], rel=0.3)
+    assert [line["lr"] for line in lines[1:]] == [1e-3, 1e-3]
 
 
 def test_packages_txt_lists_all_installed_packages(config):
@@ -284,10 +374,10 @@ def test_terminal_shows_a_progress_bar_of_80_columns(terminal, monkeypatch, conf
     monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
     monkeypatch.setattr("batteries.run.stage.LOG_EVERY", 1)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal())
-    drawn = [line for line in re.split(r"[\r\n]+", plain) if re.match(r"first [12]/2 .*/s wait ", line)]
+    drawn = [line for line in re.split(r"[\r\n]+", plain) if re.match(r"first [12]/2 .* samples/s wait ", line)]
     assert drawn
     assert max(map(len, drawn)) <= 80
-    assert re.search(r" 3/3 loss \d\.\d{3} accuracy 0\.\d{3} \d+/s wait \d+% \d\.\d GB", drawn[-1]), drawn[-1]
+    assert re.search(r" 3/3 accuracy 0\.\d{3} loss \d\.\d{3} \d+ samples/s wait \d+% \d\.\d GB", drawn[-1]), drawn[-1]
     lines = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("first ") and " s" in line[-12:]]
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in (config.logdir / "train.log").read_text()
@@ -297,12 +387,13 @@ def test_pipe_gets_plain_lines_of_progress(config, monkeypatch):
     monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_LINES", 0)
     end = run_command(config)
     assert not re.search(r"[^\n\x20-\x7e]", end.out)
-    line = r"^first (\d)/2  (\d)/3  loss \d\.\d{3} accuracy 0\.\d{3} \d+/s wait .*$"
+    line = r"^first (\d)/2  (\d)/3  accuracy 0\.\d{3} loss \d\.\d{3} \d+ samples/s wait .*$"
     assert re.findall(line, end.out, re.MULTILINE) == [
         (str(epoch), str(step)) for epoch in (1, 2) for step in (1, 2, 3)
     ]
     monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_LINES", 3600)
-    assert "/s wait " not in run_command(dataclasses.replace(config, logdir=config.logdir.with_name("other"))).out
+    other = run_command(dataclasses.replace(config, logdir=config.logdir.with_name("other")))
+    assert "samples/s wait " not in other.out
 
 
 def test_user_output_is_shown_above_the_bar_and_logged(terminal, monkeypatch, config):
@@ -329,7 +420,7 @@ def test_run_continues_after_stdout_is_closed(config):
 
     process = get_context("fork").Process(target=start)
     process.start()
-    process.join(60)
+    process.join(SECONDS)
     assert (process.exitcode, read_record(config)["exit"]) == (0, "finished")
     log = (config.logdir / "train.log").read_text()
     assert log.count("stdout is closed (broken pipe). Training continues; see train.log.") == 1

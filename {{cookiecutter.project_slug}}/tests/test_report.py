@@ -170,8 +170,44 @@ def test_curves_match_metrics_jsonl_with_the_best_epoch_marked(runs, monkeypatch
             "valid_ema": ranked.index(max(ranked)) + 1
         }
         assert spans == [StageSpan("one", 1, 2)]
-    assert drawn["learning_rate"][2][0].values == [line["lr"] for line in lines]
+    _, label, [rates], _ = drawn["learning_rate"]
+    assert (label, rates.values) == ("highest of each epoch", [line["max_lr"] for line in lines])
+    assert max(rates.values) > 5e-3 > 100 * lines[-1]["lr"]  # the maximum is 1e-2, and the last step has almost none
     assert [curve.label for curve in drawn["curve_macro_f1"][2]] == ["valid", "valid_ema"]
+
+
+def test_learning_rates_of_a_run_of_an_earlier_version_are_those_of_the_last_steps(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(sections, "draw_curves", lambda name, *rest, **_: drawn.update({name: rest}))
+    run = read_history(write_run(tmp_path, [{"accuracy": 0.5, "loss": 1.0}]), "x")
+    for render in (lambda: sections.render_curves_section(run), lambda: sections.render_curves_comparison([run])):
+        render()
+        _, label, [rates], _ = drawn["learning_rate"]
+        assert (label, rates.values) == ("at the end of each epoch", [0.1])
+
+
+@pytest.mark.parametrize(
+    ("values", "stages"),
+    [
+        ([1.2e-8, 1.2e-9], 2),
+        ([3e-3, 3e-4], 2),
+        ([1e9, 5e9, 3e9], 3),
+        ([0.99995, 0.999951, 0.999952, 0.999953] * 2, 8),
+    ],
+)
+def test_texts_of_a_plot_of_curves_do_not_overlap(monkeypatch, values, stages):
+    figure = matplotlib.figure.Figure(figsize=(plots.WIDTH, plots.HEIGHT), layout="constrained")
+    monkeypatch.setattr(plots, "_draw", lambda name, alt, draw: draw(figure))
+    spans = [StageSpan(f"a_long_name_{number}", number, number) for number in range(1, stages + 1)]
+    with matplotlib.rc_context(plots.STYLE):
+        plots.draw_curves("x", "learning rate", "highest of each epoch", [plots.Line("", values, "black")], spans)
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    [title] = axes.findobj(lambda artist: getattr(artist, "get_text", str)() == "learning rate")
+    texts = [title, axes.yaxis.get_offset_text(), *axes.texts]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) == 1 + stages
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
 def test_values_that_are_not_finite_are_gaps_and_never_best(tmp_path):
@@ -226,6 +262,14 @@ def test_scores_and_classes_match_the_predictions(first_report, predictions):
         others = {other: counts[name, other] for other in classes if other != name}
         most = max(others, key=others.__getitem__)
         assert confused_with == (f"{most} ({others[most]})" if others[most] else "")
+
+
+def test_predictions_have_a_log_loss_and_epochs_the_loss_of_the_run(first_report):
+    headers = [
+        ["".join(cell.itertext()) for cell in table.iter("th")]
+        for table in first_report.section("Scores").iter("thead")
+    ]
+    assert headers == [["stage", "split", "epoch", "accuracy", "loss"], ["", "accuracy", "log_loss"]]
 
 
 def inaccurate_predictions(size: int, classes: int) -> Predictions:

@@ -1,6 +1,7 @@
 """Crash-exact resume: a run that is killed at any instant and resumed ends bit-identical to an uninterrupted run."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -13,18 +14,21 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import CHANNELS
-from processes import End, join_ranks, run_train
+from processes import SECONDS, End, join_ranks, run_train, wait_until
 from small_data import change_one_sample, make_data
 from torch import nn
 
 import train
-from batteries.core import command_line, signals
+from batteries.core import command_line, files, signals
 from batteries.core.config_io import to_json
+from batteries.core.errors import UserError
 from batteries.core.files import DirectoryLock
 from batteries.distributed.connectivity import find_free_port
+from batteries.evaluation.run_selection import read_config
 from batteries.run.metadata import hash_code
 from train import Config, Stage
 
@@ -94,7 +98,7 @@ def start(config: Config, world_size: int = 1, command: bool = False) -> list:
 
 def finish(config: Config, world_size: int = 1) -> None:
     for process in start(config, world_size):
-        process.join(120)
+        process.join(SECONDS)
         assert process.exitcode == 0
 
 
@@ -258,6 +262,118 @@ def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(interrupted_run
     assert digest(interrupted_run.logdir) == expected
 
 
+def use_numpy(monkeypatch) -> None:
+    """Give the optimizer, the schedule, the metrics and model_args scalars of numpy."""
+    build_optimizer = train.build_optimizer
+    validate = train.valid_fn
+
+    def build(*arguments) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(*arguments)
+        for group in optimizer.param_groups:
+            group["lr"] = np.float64(group["lr"])
+            group["weight_decay"] = np.float32(group["weight_decay"])
+        return optimizer
+
+    class NumpyRun(train.Run):
+        def __init__(self, *arguments, model_args, **options) -> None:
+            super().__init__(
+                *arguments, model_args={name: np.int64(value) for name, value in model_args.items()}, **options
+            )
+
+    monkeypatch.setattr(train, "build_optimizer", build)
+    monkeypatch.setattr(train, "Run", NumpyRun)
+    monkeypatch.setattr(
+        train, "valid_fn", lambda *arguments: {name: np.float32(value) for name, value in validate(*arguments).items()}
+    )
+
+
+def test_run_with_scalars_of_numpy_trains_two_stages_and_resumes(config, monkeypatch):
+    use_numpy(monkeypatch)
+    config = dataclasses.replace(
+        config,
+        seed=np.int64(3),
+        batch_size=np.int32(32),
+        clip_norm=np.float32(1),
+        weight_decay=np.float64(0.1),
+        deterministic=np.bool_(True),
+        stages=tuple(dataclasses.replace(stage, epochs=np.int64(stage.epochs)) for stage in config.stages),
+    )
+    finish(config)
+    expected = digest(config.logdir)
+    shutil.rmtree(config.logdir)
+    kill_at(config, "stage1", "epoch_2_step_6.pth")
+    assert json.loads((config.logdir / "config.json").read_text())["seed"] == 3
+    end = resume(config)
+    assert end.code == 0, end.err
+    assert digest(config.logdir) == expected
+    assert not list(config.logdir.glob("*/*.corrupt"))
+    saved = torch.load(config.logdir / "stage1/last.pth", weights_only=True)
+    assert type(saved["optimizer_state_dict"]["param_groups"][0]["weight_decay"]) is float
+    assert type(saved["model_args"]["num_classes"]) is int
+
+
+@pytest.mark.parametrize(
+    "place", ["optimizer_state_dict.param_groups.0.rule", "scheduler_state_dict.rule", "model_args.rule"]
+)
+def test_value_that_a_checkpoint_cannot_hold_is_rejected_before_training(config, monkeypatch, place):
+    build_state = train.build_state
+
+    def build(*arguments):
+        state = build_state(*arguments)
+        if place.startswith("optimizer"):
+            state.optimizer.param_groups[0]["rule"] = slice(1)
+        if place.startswith("scheduler"):
+            state.scheduler.state_dict = lambda: {"rule": slice(1)}
+        return state
+
+    class OtherRun(train.Run):
+        def __init__(self, *arguments, model_args, **options) -> None:
+            super().__init__(*arguments, model_args={**model_args, "rule": slice(1)}, **options)
+
+    if place.startswith("model_args"):
+        monkeypatch.setattr(train, "Run", OtherRun)
+    monkeypatch.setattr(train, "build_state", build)
+    monkeypatch.setattr(train, "train_fn", None)  # it is not called
+    end = resume(config)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert end.err.startswith(f"error: {place} is a slice, which a checkpoint cannot hold, because")
+
+
+def rewrite(path: Path, change) -> None:
+    """Change a checkpoint of a run, and its sha256 in the manifest."""
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    manifest = json.loads(path.with_name("checkpoints.json").read_text())
+    for entry in manifest["checkpoints"]:
+        if entry["file"] == path.name:
+            entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name("checkpoints.json").write_text(json.dumps(manifest))
+
+
+def test_valid_file_that_cannot_be_read_is_not_renamed(interrupted_run):
+    path = interrupted_run.logdir / "stage1/epoch_2_step_6.pth"
+    rewrite(path, lambda checkpoint: checkpoint.update(lr=np.float64(0.1)))
+    content = path.read_bytes()
+    end = resume(interrupted_run)
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert (
+        f"error: {path} cannot be read as a checkpoint of tensors and plain values (UnpicklingError: it holds a "
+        in end.err
+    )
+    assert "damaged" not in end.err + end.out
+    assert path.read_bytes() == content
+
+
+def test_checkpoint_from_before_the_warm_up_of_the_average_resumes(interrupted_run):
+    expected, _ = uninterrupted_run(interrupted_run)
+    path = interrupted_run.logdir / "stage1/epoch_2_step_6.pth"
+    rewrite(path, lambda checkpoint: checkpoint.pop("ema_steps"))
+    end = resume(interrupted_run)
+    assert end.code == 0, end.err
+    assert digest(interrupted_run.logdir) == expected
+
+
 def test_stage_without_valid_checkpoint_restarts_from_the_previous_stage(interrupted_run):
     expected, _ = uninterrupted_run(interrupted_run)
     for path in (interrupted_run.logdir / "stage1").glob("epoch_*.pth"):
@@ -327,15 +443,20 @@ def test_missing_manifest_is_rejected(interrupted_run):
         ({"fold": 1}, "--fold was 0 and is 1"),
         ({"accumulation_steps": 1}, "--accumulation-steps was 2 and is 1"),
         ({"tf32": False}, "--tf32 was True and is False; give --tf32, or use another --logdir."),
-        ({"scores": ("roc_auc",)}, "--scores was [] and is ['roc_auc']; leave --scores out, or use another --logdir."),
+        (
+            {"scores": ("roc_auc",)},
+            "--scores was [] and is ['roc_auc']; give --scores without a value, or use another --logdir.",
+        ),
         (
             {"stages": (STAGES[0], dataclasses.replace(STAGES[1], name="tuned"))},
             "--stages.1.name was stage1",
         ),
         (
             {"stages": (Stage("stage0", 4, 1e-2), STAGES[1])},
-            "--stages.0.epochs was 3 and is 4; give --stages",
+            "--stages.0.epochs was 3 and is 4; give --stages.0.epochs 3, and add a stage in train.py or in the file of",
         ),
+        ({"stages": (Stage("stage0", 2, 1e-2), STAGES[1])}, "is 2; give --stages.0.epochs 3, or use another --logdir."),
+        ({"stages": STAGES[:1]}, "it is in stage 2, and --stages has only 1; give --config RUN/config.json, or use "),
         ({"ema_decay": None}, "--ema-decay was 0.9 and is None; give --ema-decay 0.9, or use another --logdir."),
         ({"precision": "bf16"}, "--precision was fp32 and is bf16"),
         ({"stages": (STAGES[0], Stage("stage1", 2, 2e-3))}, "--stages.1.lr was 0.001 and is 0.002; give"),
@@ -345,9 +466,199 @@ def test_changed_option_is_rejected_at_resume(interrupted_run, changes, message)
     before = {path: path.read_bytes() for path in interrupted_run.logdir.rglob("[!.]*") if path.is_file()}
     end = resume(interrupted_run, **changes)
     assert end.code == 2
-    assert message in end.err
+    assert message.replace("RUN", str(interrupted_run.logdir)) in end.err
     assert end.err.count("\n") == 1
     assert {path: path.read_bytes() for path in before} == before
+
+
+@dataclasses.dataclass(frozen=True)
+class NewStage(Stage):
+    """A later version of Stage, with more options."""
+
+    drop_rate: float = 0.0
+    layers: tuple[int, ...] = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """A group of options."""
+
+    strength: float = 0.5
+    colour: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class NewConfig(Config):
+    """A later version of Config, with more options."""
+
+    stages: tuple[NewStage, ...] = (NewStage("stage0", 1, 1e-2),)
+    drop_rate: float = 0.0
+    teacher: Path | None = None
+    folder: Path = Path("data/more")
+    layers: tuple[str, ...] = ()
+    heads: tuple[str, ...] = dataclasses.field(default_factory=lambda: ("a", "b"))
+    is_large: bool = True
+    augmentation: Augmentation = Augmentation()
+
+
+def as_new(config: Config, **changes) -> NewConfig:
+    """Return a config of today as one of the later version."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values["stages"] = tuple(NewStage(**dataclasses.asdict(stage)) for stage in config.stages)
+    return NewConfig(**(values | changes))
+
+
+def resume_as(config_class: type, config: Config) -> End:
+    """Run `python train.py --resume` of a version whose options are `config_class`."""
+    path = config.logdir.with_name("config.json")
+    path.write_text(json.dumps(to_json(config)))
+    return run_train(train.main, config_class, "--config", str(path), "--resume")
+
+
+def test_run_from_before_new_options_resumes_with_their_defaults(interrupted_run):
+    expected, _ = uninterrupted_run(interrupted_run)
+    end = resume_as(NewConfig, as_new(interrupted_run))
+    assert end.code == 0, end.err
+    assert digest(interrupted_run.logdir) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drop_rate": 0.1}, "--drop-rate was 0.0 and is 0.1; give --drop-rate 0.0, or use another --logdir."),
+        ({"teacher": Path("a b")}, "--teacher was None and is a b; give --teacher None, or use another --logdir."),
+        ({"folder": Path("x")}, "--folder was data/more and is x; give --folder data/more, or use another --logdir."),
+        ({"heads": ("a",)}, "--heads was ['a', 'b'] and is ['a']; give --heads a b, or use another --logdir."),
+        ({"is_large": False}, "--is-large was True and is False; give --is-large, or use another --logdir."),
+        (
+            {"augmentation": Augmentation(colour=False)},
+            "--augmentation.colour was True and is False; give --augmentation.colour, or use another --logdir.",
+        ),
+        (
+            {"stages": (NewStage("stage0", 3, 1e-2), NewStage("stage1", 2, 1e-3, "plateau", layers=(1,)))},
+            "--stages.1.layers was [1, 2] and is [1]; give --stages.1.layers 1 2, or use another --logdir.",
+        ),
+    ],
+)
+def test_new_option_with_another_value_is_rejected_at_resume(interrupted_run, changes, message):
+    end = resume_as(NewConfig, as_new(interrupted_run, **changes))
+    assert (end.code, end.err) == (2, f"error: --resume would change the run: {message}\n")
+
+
+def test_new_option_without_a_default_is_rejected_at_resume(interrupted_run):
+    kind = dataclasses.make_dataclass("WithoutDefault", [("width", int)], bases=(Stage,), frozen=True, kw_only=True)
+    fields = [("stages", tuple[kind, ...], (kind("stage0", 1, 1e-2, width=3),))]
+    config_class = dataclasses.make_dataclass("Changed", fields, bases=(Config,), frozen=True)
+    values = {field.name: getattr(interrupted_run, field.name) for field in dataclasses.fields(interrupted_run)}
+    values["stages"] = tuple(kind(**dataclasses.asdict(stage), width=3) for stage in interrupted_run.stages)
+    end = resume_as(config_class, config_class(**values))
+    assert (end.code, end.err.count("\n")) == (2, 1)
+    assert "it began without --stages.0.width, which has no default; give it a default in train.py, or use" in end.err
+
+
+def test_removed_options_are_reported_at_resume_and_ignored(config):
+    stages = (NewStage("stage0", 2, 1e-2, drop_rate=0.2),)
+    kill_at(as_new(config, stages=stages, drop_rate=0.1), "stage0", "epoch_1_step_2.pth")
+    end = resume(dataclasses.replace(config, stages=(Stage("stage0", 2, 1e-2),)))
+    assert end.code == 0, end.err
+    removed = "--stages.0.drop-rate 0.2, --stages.0.layers [1, 2], --drop-rate 0.1, --teacher None"
+    assert f"Options of the run that no longer exist have no effect: {removed}, --folder data/more" in end.out
+    assert read_config(config.logdir, Config).stages == (Stage("stage0", 2, 1e-2),)
+
+
+def test_tools_read_a_run_from_before_new_and_removed_options(interrupted_run):
+    assert read_config(interrupted_run.logdir, NewConfig).stages[1].layers == (1, 2)
+    path = interrupted_run.logdir / "config.json"
+    values = json.loads(path.read_text())
+    values["removed"] = 1
+    values["stages"][0]["removed"] = 1
+    path.write_text(json.dumps(values))
+    assert [stage.name for stage in read_config(interrupted_run.logdir, Config).stages] == ["stage0", "stage1"]
+
+
+def test_finished_stage_with_more_epochs_is_rejected_with_what_works(config):
+    short = dataclasses.replace(config, stages=(Stage("stage0", 1, 1e-2),))
+    finish(short)
+    end = resume(dataclasses.replace(config, stages=(Stage("stage0", 2, 1e-2),)))
+    best = config.logdir / "stage0/best.pth"
+    assert (end.code, end.err) == (
+        2,
+        "error: --resume would change the run: --stages.0.epochs was 1 and is 2; give --stages.0.epochs 1, and add a "
+        f"stage in train.py or in the file of --config, or start a run in another --logdir with --init-from {best}.\n",
+    )
+    longer = dataclasses.replace(config, stages=(*short.stages, Stage("stage1", 1, 1e-2)))
+    assert resume(longer).code == 0
+    assert len((config.logdir / "metrics.jsonl").read_text().splitlines()) == 2
+    other = dataclasses.replace(short, logdir=config.logdir.with_name("other"), init_from=best)
+    assert resume(other).code == 0
+
+
+def die_in_the_first_epoch(config: Config) -> None:
+    """Start the run and send SIGKILL in its first step, before any checkpoint."""
+    original = train.optimizer_step
+    train.optimizer_step = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        [process] = start(config)
+        process.join()
+    finally:
+        train.optimizer_step = original
+    assert process.exitcode == -signal.SIGKILL
+    assert not list(config.logdir.glob("*/*.pth"))
+
+
+def test_run_without_a_checkpoint_restarts_unchanged(config):
+    die_in_the_first_epoch(config)
+    end = resume(config)
+    assert end.code == 0, end.err
+    assert digest(config.logdir) == uninterrupted_run(config)[0]
+
+
+@pytest.mark.parametrize("change", ["model", "option", "data", "initial weights"])
+def test_changed_run_without_a_checkpoint_is_rejected_at_resume(config, monkeypatch, tmp_path, change):
+    config = dataclasses.replace(config, stages=(Stage("stage0", 1, 1e-2),))
+    if change == "initial weights":
+        finish(dataclasses.replace(config, logdir=tmp_path / "first"))
+    die_in_the_first_epoch(config)
+    before = {path: path.read_bytes() for path in config.logdir.rglob("[!.]*") if path.is_file()}
+    changes = {}
+    if change == "model":
+        message = r"the model was Sequential with [\d,]+ parameters \(sha256 .* [0-9a-f]{12}\) and is Sequential with "
+        monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(dropout_network(num_classes)))
+    elif change == "option":
+        message = r"--batch-size was 32 and is 16; give --batch-size 32, or use another --logdir\."
+        changes = {"batch_size": 16}
+    elif change == "initial weights":
+        message = r"--init-from was None and is \S+best.pth; give --init-from None, or use another --logdir\."
+        changes = {"init_from": tmp_path / "first/stage0/best.pth"}
+    else:
+        load_dataset = train.load_dataset
+        shutil.copytree(config.data_dir, tmp_path / "changed")
+        monkeypatch.setattr(train, "load_dataset", lambda _: change_one_sample(load_dataset(tmp_path / "changed")))
+        message = r"the data or their split differ from those with which it began\. Restore them, or use another"
+    end = resume(config, **changes)
+    assert (end.code, end.err.count("\n")) == (2, 1), end.out
+    assert re.search(rf"--resume would change the run: {message}", end.err), end.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_run_without_a_checkpoint_keeps_its_initial_weights_at_resume(config, tmp_path):
+    config = dataclasses.replace(config, stages=(Stage("stage0", 1, 1e-2),))
+    first = dataclasses.replace(config, logdir=tmp_path / "first")
+    finish(first)
+    best = first.logdir / "stage0/best.pth"
+    die_in_the_first_epoch(dataclasses.replace(config, init_from=best))
+    end = resume(config)
+    assert f"weights  {best}" in end.out
+    assert json.loads((config.logdir / "config.json").read_text())["init_from"] == str(best)
+
+
+def test_changed_code_of_a_run_without_a_checkpoint_is_reported_at_resume(config, monkeypatch):
+    config = dataclasses.replace(config, stages=(Stage("stage0", 1, 1e-2),))
+    die_in_the_first_epoch(config)
+    monkeypatch.setattr("batteries.run.run.hash_code", lambda: hash_code() | {"experiment/model.py": "another"})
+    assert (
+        "experiment/model.py changed since the run was saved; the resumed run uses the new code." in resume(config).out
+    )
 
 
 def test_changed_data_are_rejected_at_resume(interrupted_run, monkeypatch, tmp_path):
@@ -474,6 +785,32 @@ def test_second_process_on_the_same_logdir_is_rejected(interrupted_run):
     assert f"is in use by process {os.getpid()} on " in end.err
 
 
+def fail_with(code: int):
+    def fail(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_file_system_without_locks_is_reported_once(tmp_path, monkeypatch, caplog, code):
+    monkeypatch.setattr(files, "_reported_missing", set())
+    monkeypatch.setattr("fcntl.lockf", fail_with(code))
+    for _ in range(2):
+        DirectoryLock(tmp_path / ".lock").acquire()
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        f"The file system of {tmp_path} has no locks ({os.strerror(code)}): use it from one process at a time."
+    ]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
+def test_lock_of_an_unnamed_process_is_reported(tmp_path, monkeypatch, code):
+    monkeypatch.setattr("fcntl.lockf", fail_with(code))
+    with pytest.raises(UserError, match=r"is in use by another process; wait for it"):
+        DirectoryLock(tmp_path / ".lock").acquire()
+
+
 def test_world_size_may_change_at_resume_up_to_rounding(config, monkeypatch, data_dir):
     layers = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(CHANNELS * 16, 10)]
     monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(*layers))  # without dropout
@@ -499,12 +836,8 @@ def read_losses(logdir: Path) -> list[float]:
 
 def wait_for_start(logdir: Path, starts: int) -> None:
     """Wait until the run has logged its header `starts` times: from then on it handles signals."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if (logdir / "train.log").exists() and (logdir / "train.log").read_text().count("INFO code ") >= starts:
-            return
-        time.sleep(0.01)
-    raise AssertionError("the run does not start")
+    log = logdir / "train.log"
+    wait_until(lambda: log.exists() and log.read_text().count("INFO code ") >= starts, "the start of the run")
 
 
 @pytest.mark.slow
@@ -524,7 +857,7 @@ def test_signal_to_one_rank_saves_the_run_and_resume_is_bit_identical(config, na
         if processes[-1].exitcode is None:
             os.kill(processes[-1].pid, number)
         for process in processes:
-            process.join(60)
+            process.join(SECONDS)
         outcome = json.loads((config.logdir / "run.json").read_text())["exit"]
         if outcome == "finished":  # it had finished before the signal
             assert digest(config.logdir) == expected
@@ -539,20 +872,19 @@ def test_signal_to_one_rank_saves_the_run_and_resume_is_bit_identical(config, na
 
 
 def test_second_signal_ends_the_run_immediately(config, monkeypatch):
-    def hang(*_):
+    def hang(model, loader, run, config):
         (config.logdir / "hangs").touch()
-        time.sleep(60)
+        wait_until(lambda: run._parts.policy.signals.received, "the first signal")
+        (config.logdir / "received").touch()  # one signal does not end the run within a step
+        time.sleep(SECONDS)
 
     monkeypatch.setattr(train, "valid_fn", hang)
     monkeypatch.setattr(signals, "MIN_SECONDS_APART", 0.0)
     [process] = start(config)
-    until = time.monotonic() + 60
-    while not (config.logdir / "hangs").exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        assert process.exitcode is None  # one signal does not end the run within a step
+    for event, number in (("hangs", signal.SIGTERM), ("received", signal.SIGINT)):
+        wait_until((config.logdir / event).exists, event)
         os.kill(process.pid, number)
-        process.join(1)
+    process.join(SECONDS)
     assert process.exitcode == 130
 
 
@@ -610,7 +942,7 @@ def test_signal_during_the_last_validation_saves_the_run(config, monkeypatch, wo
         patch.setattr(train, "valid_fn", stop)
         processes = start(config, world_size, command=True)
         for process in processes:
-            process.join(60)
+            process.join(SECONDS)
     assert {process.exitcode for process in processes} == {128 + signal.SIGTERM}
     assert json.loads((config.logdir / "run.json").read_text())["exit"] == "preempted by SIGTERM"
     finish(config, world_size)

@@ -1,6 +1,7 @@
 """Tests of the score log and tools/scores.py."""
 
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from processes import SECONDS
 from sklearn.metrics import f1_score
 from tables import assert_rejected, call_tool, random_predictions
 
+from batteries.core import files
 from batteries.evaluation.predictions import write_predictions
 from batteries.evaluation.scoring import score
 from batteries.submission.score_log import (
@@ -84,6 +87,25 @@ def test_options_override_predictions_and_predictions_override_training(logdir, 
     assert (second.valid, second.test) == (0.1, first.test)
 
 
+@pytest.mark.parametrize("metric", ["loss", "top2"])
+def test_a_metric_of_training_is_not_computed_from_predictions(logdir, score_log, metric):
+    (logdir / "config.json").write_text(json.dumps({"main_metric": metric, "minimize_metric": True}))
+    (logdir / "run.json").write_text(json.dumps({"best": {"metric": metric, "score": 1.25}}))
+    (logdir / "predictions").mkdir()
+    for split in ("valid", "test"):
+        write_predictions(logdir / f"predictions/{split}.csv", random_predictions(30, 1))
+    end = call_tool(scores, "add", logdir, "--score-log", score_log)
+    assert end.code == 0, end.err
+    assert (
+        f"note     {metric} is known of training only, not of {logdir}/predictions/test.csv; --test sets it" in end.out
+    )
+    [line] = read_score_log(score_log)
+    assert (line.metric, line.valid, line.test) == (metric, 1.25, None)
+    table = random_predictions(30, 1)
+    assert call_tool(scores, "add", logdir, "--metric", "log_loss", "--name", "b", "--score-log", score_log).code == 0
+    assert {line.name: line for line in read_score_log(score_log)}["b"].test == score(table)["log_loss"]
+
+
 def test_a_metric_of_scikit_learn_is_computed_from_predictions(logdir, score_log):
     (logdir / "config.json").write_text('{"main_metric": "macro_f1"}')
     (logdir / "predictions").mkdir()
@@ -123,11 +145,16 @@ def test_a_blend_uses_the_metric_of_the_other_lines_or_of_the_option(logdir, sco
     lines = {line.name: line for line in read_score_log(score_log)}
     assert lines["blend"].metric == "macro_f1"
     assert lines["blend"].valid == f1_score(table.targets, table.probabilities.argmax(1), average="macro")
-    assert call_tool(scores, "add", folder, "--name", "by loss", "--metric", "loss", "--score-log", score_log).code == 0
-    assert {line.name: line for line in read_score_log(score_log)}["by loss"].valid == score(table)["loss"]
+    assert (
+        call_tool(scores, "add", folder, "--name", "by loss", "--metric", "log_loss", "--score-log", score_log).code
+        == 0
+    )
+    assert {line.name: line for line in read_score_log(score_log)}["by loss"].valid == score(table)["log_loss"]
+    end = call_tool(scores, "add", folder, "--name", "third", "--metric", "loss", "--score-log", score_log)
+    assert_rejected(end, "--metric loss is not a known metric; did you mean 'log_loss'?")
     end = call_tool(scores, "add", folder, "--name", "third", "--score-log", score_log)
     assert_rejected(
-        end, f"{folder} is not a run and {score_log} has the metrics loss, macro_f1; choose one with --metric."
+        end, f"{folder} is not a run and {score_log} has the metrics log_loss, macro_f1; choose one with --metric."
     )
     end = call_tool(scores, "add", folder, "--metric", "macro_f2", "--name", "third", "--score-log", score_log)
     assert_rejected(end, "--metric macro_f2 is not a known metric; did you mean 'macro_f1'?")
@@ -218,12 +245,28 @@ def test_invalid_options_are_rejected_without_side_effects(logdir, score_log, fl
 HEADER = ",".join(COLUMNS)
 
 
+def test_a_file_system_without_locks_is_reported_and_the_entry_is_added(score_log, monkeypatch, caplog):
+    def fail(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files, "_reported_missing", set())
+    monkeypatch.setattr("fcntl.flock", fail)
+    add_entry(score_log, entry("a"))
+    add_entry(score_log, entry("b"))
+    assert [line.name for line in read_score_log(score_log)] == ["a", "b"]
+    assert caplog.text.count("has no locks") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("name,score\n", "does not begin with date,name,logdir"),
-        (f"{HEADER}\na,b\n", "line 2: 2 values for 11 columns."),
+        (f"{HEADER}\na,b\n", "line 2: 2 values for 11 columns; complete the line, or delete it."),
         (f"{HEADER}\nd,n,l,c,h,accuracy,x,,,,\n", "line 2: valid is 'x', but must be a finite number or empty."),
+        (
+            f'{HEADER}\nd,"n,l,c,h,accuracy,1,,,,\nd,m,l,c,h,accuracy,1,,,,\n',
+            "line 2 has a quotation mark that does not",
+        ),
         ("<<<<<<< ours\n", "does not begin with date,name,logdir"),
     ],
 )
@@ -234,12 +277,16 @@ def test_a_damaged_score_log_is_rejected_with_the_line(logdir, score_log, text, 
     assert score_log.read_text() == text
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"date,\xe9\n"])
-def test_a_score_log_that_is_not_text_is_rejected(logdir, score_log, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "is encoded as UTF-16; save it as UTF-8"),
+        (b"date,\xe9\n", "line 1 has the byte 0xe9, which is not UTF-8"),
+    ],
+)
+def test_a_score_log_that_is_not_text_is_rejected(logdir, score_log, content, message):
     score_log.write_bytes(content)
-    assert_rejected(
-        call_tool(scores, "add", logdir, "--score-log", score_log), f"{score_log} cannot be read as a score log ("
-    )
+    assert_rejected(call_tool(scores, "add", logdir, "--score-log", score_log), f"{score_log} {message}")
     assert score_log.read_bytes() == content
 
 
@@ -342,7 +389,7 @@ def test_concurrent_adds_lose_no_line_and_leave_no_file(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(SECONDS)
         assert process.exitcode == 0
     assert len(read_score_log(score_log)) == 30
     assert [path.name for path in score_log.parent.iterdir()] == ["scores.csv"]

@@ -7,15 +7,18 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from image_data import RandomImages
 from processes import End, run_train
+from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from batteries.core.errors import UserError
 from batteries.data import splits as splits_module
 from batteries.data.duplicates import find_duplicates
 from batteries.data.image_stats import channel_statistics, image_signature, image_signatures
 from batteries.data.splits import TEST, SplitFile, parse_folds, to_csv
+from batteries.data.summary import find_unusual, summary_lines
 from experiment.splits import make_folds
 from tools import split
 
@@ -118,6 +121,79 @@ def test_the_test_fraction_is_reached_with_groups(fraction, classes):
     assert (make_folds(dataset, test_fraction=fraction) == TEST).mean() == pytest.approx(fraction, abs=0.03)
 
 
+def one_large_group(seed: int = 0) -> Samples:
+    """Return 300 samples: a camera has 120 of the 150 of one class, and 60 cameras have three samples each."""
+    targets = np.array([0] * 120 + np.random.default_rng(seed).permutation([0] * 30 + [1] * 150).tolist())
+    groups = ["camera"] * 120 + [f"camera{index // 3}" for index in range(180)]
+    order = np.random.default_rng(seed).permutation(300)
+    return Samples(300, targets=targets[order], groups=np.array(groups)[order], classes=("empty", "car"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2, 0.3, 0.5])
+def test_a_group_with_most_of_a_class_does_not_make_the_test_split_larger(fraction, seed):
+    dataset = one_large_group(seed)
+    folds = make_folds(dataset, test_fraction=fraction)
+    assert (folds == TEST).mean() == pytest.approx(fraction, abs=0.01)
+    for group in set(dataset.groups.tolist()):
+        assert len(set(folds[dataset.groups == group].tolist())) == 1
+    sizes = np.bincount(folds[folds != TEST])
+    if fraction < 0.5:  # the large group fits into no split but one fold, which is the last
+        assert set(folds[dataset.groups == "camera"].tolist()) == {4}
+        assert np.ptp(sizes[:4]) <= 3
+    for fold in range(TEST, 5):
+        assert set(dataset.targets[folds == fold]) == {0, 1}
+
+
+def test_grouped_folds_do_not_depend_on_the_order_of_the_samples():
+    first, second = one_large_group(), one_large_group()
+    order = np.random.default_rng(1).permutation(300)
+    second.targets, second.groups = first.targets[order], first.groups[order]
+    assert (make_folds(second) == make_folds(first)[order]).all()
+
+
+def test_grouped_folds_are_stratified_and_of_equal_size():
+    generator = np.random.default_rng(0)
+    groups, targets = np.repeat(np.arange(200), 5), np.repeat(generator.integers(4, size=200), 5)
+    folds = make_folds(Samples(1000, groups=groups, targets=targets, classes=tuple("abcd")))
+    assert np.bincount(folds + 1).tolist() == [200, 160, 160, 160, 160, 160]
+    for fold in range(TEST, 5):
+        fractions = np.bincount(targets[folds == fold]) / (folds == fold).sum()
+        assert fractions == pytest.approx(np.bincount(targets) / 1000, abs=0.03)
+
+
+def test_a_class_in_few_groups_is_in_each_fold():
+    targets = np.array([0] * 6 + [1] * 294)
+    groups = np.array([f"rare{index}" for index in range(6)] + [f"group{index // 10}" for index in range(294)])
+    folds = make_folds(Samples(300, groups=groups, targets=targets, classes=("rare", "common")))
+    assert sorted(folds[:6].tolist()) == [TEST, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("sizes", "fraction"), [([100] * 3, 0.2), ([90, 70, 20], 0.3), ([60] * 7, 0.35)])
+def test_a_fraction_that_groups_do_not_allow_is_rejected_with_one_that_they_do(sizes, fraction):
+    groups = np.repeat([f"g{index}" for index in range(len(sizes))], sizes)
+    dataset = Samples(len(groups), groups=groups, targets=np.arange(len(groups)) % 4)
+    with pytest.raises(UserError, match=r"--test-fraction [\d.]+ is not possible with \d groups and 2 folds") as error:
+        make_folds(dataset, 2, fraction)
+    possible = float(re.search(r"use --test-fraction ([\d.]+), or 0\.$", str(error.value))[1])
+    assert (make_folds(dataset, 2, possible) == TEST).mean() == pytest.approx(possible, abs=0.01)
+    assert set(make_folds(dataset, 2, 0)) == {0, 1}
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.1, 0.0])
+@pytest.mark.parametrize("classes", [True, False])
+def test_splits_without_groups_are_those_of_scikit_learn(fraction, classes):
+    dataset = Samples(200) if classes else Samples(200, classes=None)
+    labels, rest = dataset.targets.numpy() if classes else None, np.arange(200)
+    if fraction:
+        rest, _ = train_test_split(rest, test_size=fraction, stratify=labels, random_state=0)
+    splitter = (StratifiedKFold if classes else KFold)(4, shuffle=True, random_state=0)
+    expected = np.full(200, TEST)
+    for fold, (_, chosen) in enumerate(splitter.split(rest, labels[rest] if classes else None)):
+        expected[rest[chosen]] = fold
+    assert (make_folds(dataset, 4, fraction) == expected).all()
+
+
 def test_splits_are_disjoint_and_complete(tmp_path):
     splits = open_splits(tmp_path)
     for fold in range(5):
@@ -208,7 +284,7 @@ def single_sample_class(index: int, size: int = 80) -> torch.Tensor:
             "class west has 1 sample, too few for 6 subsets (folds and test split); add samples until",
         ),
         (Samples(targets=torch.arange(80) % 3), "class west has 0 samples, too few for 6 subsets"),
-        (Samples(groups=["one"] * 80), "1 group cannot be divided into 5 subsets; add groups, or"),
+        (Samples(groups=["one"] * 80), "1 group cannot be divided into 6 subsets (folds and test split); add"),
         (Samples(3, classes=None), "2 samples cannot be divided into 5 subsets; add samples, or"),
         (
             Samples(folds=np.arange(79) % 5),
@@ -266,9 +342,18 @@ def test_data_that_cannot_be_split_are_rejected_with_the_reason(tmp_path, datase
             0.2,
             "class a has 4 samples outside the test split, too few for 5 folds; add samples, or use fewer folds or a",
         ),
-        (Samples(groups=groups_of(80)), 0.01, "19 groups cannot be divided into 100 subsets; add groups, or use"),
-        (Samples(groups=groups_of(80)), 0.99, "--test-fraction 0.99 leaves none of 19 groups for the folds; use a"),
-        (Samples(groups=range(80)), 0.02, "no class has more than 20 samples, too few for 50 subsets; use another"),
+        (
+            Samples(groups=groups_of(80)),
+            0.01,
+            "--test-fraction 0.01 is not possible with 19 groups and 5 folds; the nearest found is ",
+        ),
+        (Samples(groups=groups_of(80)), 0.99, "--test-fraction 0.99 is not possible with 19 groups and 5 folds; the"),
+        (
+            Samples(groups=range(80)),
+            0.02,
+            "--test-fraction 0.02 is not possible with 80 groups and 5 folds; the nearest found is 4 of 80 samples: "
+            "use --test-fraction 0.05, or 0.",
+        ),
     ],
 )
 def test_a_test_fraction_that_leaves_too_little_is_rejected(tmp_path, dataset, fraction, message):
@@ -424,6 +509,20 @@ def test_duplicates_in_two_subsets_are_found_without_false_pairs():
     assert pairs == [(2, 100, True), (3, 101, False), (4, 102, False), (5, 103, False)]
 
 
+def stroke(slant: float) -> torch.Tensor:
+    """Return a slanted stroke on a black image, as of a digit 1 in MNIST, shape (1, 28, 28), uint8."""
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    distance = (x - 13.5 - slant * (y - 13.5)).abs()
+    return ((1.8 - distance).clamp(0, 1) * 255 * ((y > 4) & (y < 23)))[None].to(torch.uint8)
+
+
+def test_sparse_images_are_not_duplicates_because_most_pixels_are_black():
+    images = [stroke(slant) for slant in np.linspace(-0.3, 0.3, 7)]
+    images.append((images[2].float() * 0.95).to(torch.uint8))
+    pairs = find_duplicates([image_signature(image) for image in images], np.arange(8))
+    assert pairs == [(2, 7, False)]
+
+
 def test_strong_compression_hides_few_duplicates():
     from torchvision.io import decode_jpeg, encode_jpeg
 
@@ -438,6 +537,109 @@ def test_files_left_out_are_printed(monkeypatch, tmp_path):
     end = run_split(monkeypatch, tmp_path, dataset=Samples(left_out="3 .bmp"))
     assert "\nleft out: 3 .bmp\n" in end.out
     assert "left out" not in run_split(monkeypatch, tmp_path).out
+
+
+def test_what_was_understood_is_printed_with_the_fractions(monkeypatch, tmp_path):
+    dataset = one_large_group()
+    end = run_split(monkeypatch, tmp_path, "--test-fraction", "0.1", "--no-check-images", dataset=dataset)
+    assert end.code == 0, end.err
+    rows = [line.replace("│", " ").split() for line in end.out.splitlines()]
+    assert ["requested", *["18.0%"] * 5, "10.0%"] in rows
+    [actual] = [row[1:] for row in rows if row[:1] == ["actual"]]
+    assert (actual[-1], max(actual[:-1])) == ("10.0%", "41.0%")
+    assert "\nclasses  2, with samples: empty: 150, car: 150\n" in end.out
+    assert "\ngroups   61 groups; the largest, camera, has 120 samples\n" in end.out
+    assert re.search(
+        r"\nwarning: fold \d has 123 samples and the others 36 to 39, because group camera has 120; divide", end.out
+    )
+
+
+def test_fractions_are_only_compared_with_those_of_the_options(monkeypatch, tmp_path):
+    dataset = Samples(official_test=np.arange(80) < 20)
+    end = run_split(monkeypatch, tmp_path, "--num-folds", "3", dataset=dataset)
+    rows = [line.replace("│", " ").split() for line in end.out.splitlines()]
+    assert ["requested", *["25.0%"] * 4] in rows
+    assert "warning" not in end.out
+    assert "requested" not in run_split(monkeypatch, tmp_path, "--num-folds", "2", "--keep", dataset=dataset).out
+    dataset.folds = np.arange(80) % 3 - 1
+    assert "requested" not in run_split(monkeypatch, tmp_path / "own", dataset=dataset).out
+
+
+def labelled(counts: dict[str, int], **attributes: object) -> Samples:
+    """Return samples with so many of each label, without groups."""
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    classes = tuple(dict.fromkeys(label for label in labels if label))
+    targets = np.array([classes.index(label) if label else -1 for label in labels])
+    return Samples(len(labels), targets=targets, classes=classes, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("counts", "warnings"),
+    [
+        ({"cat": 10, "dog": 10, "new york": 5, "hot dog": 3, "7": 1, "12": 1}, []),
+        (
+            {"red": 10, "green": 9, "red green": 7},
+            ["label 'red green' (7 samples) is one class, but looks like several labels, red and green; docs/data.md"],
+        ),
+        (
+            {"red|green": 7, "green|blue": 1, "blue|red": 2, "dog": 1},
+            [
+                "label 'red|green' (7 samples) is one class, but looks like several labels, red and green",
+                "label 'green|blue' (1 sample) is one class, but looks like several labels, green and blue",
+                "label 'blue|red' (2 samples) is one class",
+            ],
+        ),
+        ({"cat": 10, "nan": 3}, ["label 'nan' (3 samples) looks like a missing value, but is a class; leave it empty"]),
+        (
+            {"cat": 10, "N/A": 3, "None": 1},
+            ["label 'N/A' (3 samples) looks like", "label 'None' (1 sample) looks like"],
+        ),
+        (
+            {"cat": 10, "Cat": 3, "dog": 2},
+            ["labels 'cat' (10 samples) and 'Cat' (3 samples) are different classes; write them in one way if"],
+        ),
+        (
+            {"big cat": 10, "big_cat": 3, "Big  Cat": 1},
+            ["'big_cat' (3 samples) and 'Big  Cat' (1 sample) are different"],
+        ),
+        (
+            {"K\u00e4se": 4, "Ka\u0308se": 3},
+            ["labels 'K\u00e4se' (4 samples) and 'Ka\u0308se' (3 samples) are different"],
+        ),
+        ({"1": 4, "01": 3, "1.5": 1}, ["labels '1' (4 samples) and '01' (3 samples) are different classes"]),
+    ],
+)
+def test_unusual_labels_are_named_with_their_counts(counts, warnings):
+    found = find_unusual(labelled(counts), np.zeros(sum(counts.values()), int))
+    assert len(found) == len(warnings), found
+    for text, warning in zip(found, warnings, strict=True):
+        assert warning in text
+        assert "\n" not in text
+
+
+def test_labels_that_are_read_as_one_class_are_named():
+    dataset = labelled({"0": 7, "1": 3}, labels=["0"] * 4 + ["0.0"] * 3 + ["1"] * 3)
+    [warning] = find_unusual(dataset, np.zeros(10, int))
+    assert warning == "labels '0' (4 samples) and '0.0' (3 samples) are read as one class, 0."
+    assert find_unusual(labelled({"0": 7, "1": 3}, labels=["0.0"] * 7 + ["1.0"] * 3), np.zeros(10, int)) == []
+
+
+def test_samples_without_a_label_are_counted():
+    assert summary_lines(labelled({"cat": 1200, "dog": 3, "": 40})) == [
+        "classes  2, with samples: cat: 1,200, dog: 3",
+        "unknown  40 samples without a label, which can only be in the test split",
+    ]
+    many = summary_lines(labelled({f"class{index}": 1 for index in range(30)}))
+    assert many[0].endswith("class9: 1 and 20 more")
+    assert summary_lines(Samples(classes=None)) == []
+
+
+def test_the_libraries_are_recorded_when_a_split_is_made(tmp_path):
+    splits = open_splits(tmp_path)
+    assert (splits.is_new, splits.describe()["made_with"]["scikit-learn"]) == (True, sklearn.__version__)
+    splits.write()
+    again = open_splits(tmp_path)
+    assert (again.is_new, again.describe()["made_with"]) == (False, None)
 
 
 def test_duplicates_are_listed_and_the_file_is_written(monkeypatch, tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -127,6 +129,22 @@ def test_training_does_not_open_test_files(monkeypatch, tmp_path):
     dataset = load_dataset(data_dir)
     with pytest.raises(UserError, match=r"--data-dir .* has no valid "):
         dataset[len(dataset) - 1]
+
+
+@OFFICIAL
+def test_no_directory_is_left_if_the_data_cannot_be_downloaded(monkeypatch, tmp_path):
+    def fail(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    (tmp_path / "data").mkdir()
+    for directory in (tmp_path / "data", tmp_path / "new/data"):
+        with pytest.raises(UserError) as error:
+            load_dataset(directory)
+        assert re.fullmatch(
+            r"--data-dir .* cannot be downloaded \(.+\); put the directory .* there\.", str(error.value)
+        )
+    assert [path.name for path in tmp_path.rglob("*")] == ["data"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import pytest
 from tables import assert_rejected, call_tool, write_lines
 
+from batteries.evaluation.predictions import Predictions
+from batteries.submission.submission_file import match_ids, read_sample
 from tools import submit
 
 PREDICTIONS = ["id,cat,dog,0", "a,0.5,0.25,0.25", "b,0.1,0.3,0.6", "c,0.25,0.5,0.25"]
@@ -77,10 +79,15 @@ def test_values_fill_the_sample_in_its_order(submit_sample, sample, flags, wante
         (
             ["image;what", "a;x", "b;x", "c;x"],
             [],
-            "has one column, image;what, which looks like several columns separated by ;; save it with commas.",
+            "has one column, 'image;what', which looks like several columns separated by semicolons; save it with",
+        ),
+        (
+            ["image,what", "a,x", 'b,"x', "c,x"],
+            [],
+            "sample.csv line 3 has a quotation mark that does not enclose a whole",
         ),
         (["image,what"], [], "needs a column of ids, a column to fill in, and rows."),
-        ([], [], "cannot be read as a table"),
+        ([], [], "needs a column of ids, a column to fill in, and rows."),
         (
             ALL_COLUMNS,
             [],
@@ -108,6 +115,28 @@ def test_every_difference_from_the_sample_is_reported_without_output(submit_samp
     end, lines = submit_sample(sample, *flags)
     assert_rejected(end, message)
     assert lines is None
+
+
+@pytest.mark.parametrize(
+    ("classes", "line"),
+    [
+        (["cat", "dog", "0"], "classes  0 = cat, 1 = dog, 2 = 0\n"),
+        (["0", "1", "2"], "classes  0 = 0, 1 = 1, 2 = 2\n"),
+        (
+            ["1", "2", "11"],
+            "classes  0 = 1, 1 = 2, 2 = 11; the indices differ from these numbers, which --values label writes\n",
+        ),
+    ],
+)
+def test_the_index_of_each_class_is_printed(tmp_path, classes, line):
+    rows = [",".join(["a", *("0.75" if name == classes[-1] else "0.125" for name in classes)])]
+    predictions = write_lines(tmp_path / "test.csv", ",".join(["id", *classes]), *rows)
+    sample = write_lines(tmp_path / "sample.csv", "id,label", "a,x")
+    flags = ["--sample", sample, "--output", tmp_path / "out.csv"]
+    end = call_tool(submit, predictions, *flags, "--values", "index")
+    assert (end.code, line in end.out) == (0, True), end
+    assert (tmp_path / "out.csv").read_text() == f"id,label\na,{len(classes) - 1}\n"
+    assert "classes" not in call_tool(submit, predictions, *flags, "--overwrite").out
 
 
 def test_an_existing_submission_is_not_overwritten(submit_sample):
@@ -145,3 +174,30 @@ def test_the_inputs_are_not_overwritten(tmp_path, name):
 def test_a_missing_sample_is_reported(tmp_path):
     predictions = write_lines(tmp_path / "test.csv", *PREDICTIONS)
     assert_rejected(call_tool(submit, predictions, "--sample", tmp_path / "no.csv"), "no.csv cannot be read as a table")
+
+
+@pytest.mark.parametrize(
+    ("predicted", "sample", "matched"),
+    [
+        (["images/t0.jpg", "images/t1.jpg"], ["t1", "t0"], ["t0", "t1"]),
+        (["images/t0.jpg", "images/t1.jpg"], ["t1.jpg", "t0.jpg"], ["t0.jpg", "t1.jpg"]),
+        (["a/0.jpg", "b/0.jpg"], ["b/0", "a/0"], ["a/0", "b/0"]),
+        (["t0", "t1"], ["t1.png", "t0.png"], ["t0.png", "t1.png"]),
+        (["images/t0.jpg", "images/t1.jpg"], ["t0", "t2"], None),
+        (["images/t0.jpg", "images/t1.jpg"], ["t0"], None),
+        (["a/0.jpg", "b/0.jpg"], ["0", "1"], None),
+        (["a/0.jpg", "b/0.jpg"], ["0", "x/0"], None),
+    ],
+)
+def test_ids_are_matched_without_directories_and_suffixes(tmp_path, predicted, sample, matched):
+    table = read_sample(write_lines(tmp_path / "x.csv", "id,label", *(f"{name},0" for name in sample)))
+    found = match_ids(Predictions("x", tuple(predicted), ("cat",), None), table).ids
+    assert list(found) == (matched or predicted)
+
+
+def test_ids_without_directories_and_suffixes_are_noted(tmp_path):
+    predictions = write_lines(tmp_path / "test.csv", "id,cat,dog", "images/t0.jpg,1,0", "images/t1.jpg,0,1")
+    sample = write_lines(tmp_path / "sample.csv", "id,label", "t1,", "t0,")
+    end = call_tool(submit, predictions, "--sample", sample, "--output", tmp_path / "out.csv")
+    assert "ids are matched without directories and suffixes: images/t0.jpg is t0\n" in end.out
+    assert (tmp_path / "out.csv").read_text() == "id,label\nt1,dog\nt0,cat\n"

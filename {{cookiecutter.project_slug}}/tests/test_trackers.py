@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -15,10 +17,11 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_network
-from processes import run_ranks, run_train
+from processes import SECONDS, run_ranks, run_train, wait_until
 from small_data import make_data
 from torchvision.io import write_png
 
@@ -27,6 +30,7 @@ from batteries.core.errors import UserError
 from batteries.core.project import ROOT
 from batteries.distributed.connectivity import find_free_port
 from batteries.tracking import manager
+from batteries.tracking.base import TrackedRun
 from batteries.tracking.manager import check_trackers
 from train import Config, Stage
 
@@ -68,7 +72,7 @@ def run(config: Config, resume: bool = False) -> int:
     """Run in a separate process and return the exit code."""
     process = get_context("fork").Process(target=train.main, args=(dataclasses.replace(config, resume=resume),))
     process.start()
-    process.join(120)
+    process.join(SECONDS)
     assert process.exitcode is not None
     return process.exitcode
 
@@ -89,7 +93,7 @@ def resumed(config) -> Config:
 
     def die_in_epoch_2(self, score, epoch, checkpoint):
         if epoch == 2:
-            time.sleep(1)  # wandb writes in a separate process, ten times per second
+            wait_for_wandb(config.logdir, "first/valid/accuracy", 8)
             os.kill(os.getpid(), signal.SIGKILL)
         return process(self, score, epoch, checkpoint)
 
@@ -130,6 +134,20 @@ def mlflow_run(logdir: Path, store: str = ""):
     experiment = client.get_experiment_by_name(ROOT.name)
     [found] = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{logdir.name}'")
     return client, found
+
+
+def wait_for_wandb(logdir: Path, name: str, step: int) -> None:
+    """Wait until wandb has written a point, which it does in a separate process."""
+    if "wandb" not in INSTALLED:
+        return
+
+    def is_written() -> bool:
+        try:
+            return step in [found for found, _ in wandb_points(logdir).get(name, [])]
+        except Exception:  # noqa: BLE001 (an incomplete record)
+            return False
+
+    wait_until(is_written, f"the point of {name} at step {step} in the file of wandb")
 
 
 def wandb_points(logdir: Path) -> Points:
@@ -214,7 +232,7 @@ def test_run_killed_before_its_first_checkpoint_has_each_point_once(config, monk
     config = dataclasses.replace(config, logdir=config.logdir / "early", stages=(Stage("first", 1, 1e-2),))
 
     def die(*_):
-        time.sleep(1)  # wandb writes in a separate process, ten times per second
+        wait_for_wandb(config.logdir, "first/steps/loss", 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
@@ -356,10 +374,42 @@ def test_failing_tracker_is_disabled_with_one_warning_and_does_not_change_the_ru
     assert metrics == (tmp_path / "failing/metrics.jsonl").read_bytes()
 
 
+INVALID_IMAGES = {
+    "a Tensor (8, 8) of torch.float32": torch.zeros(8, 8),
+    "a Tensor (8, 8, 3) of torch.uint8": torch.zeros(8, 8, 3, dtype=torch.uint8),
+    "a Tensor (2, 3, 8, 8) of torch.float32": torch.zeros(2, 3, 8, 8),
+    "a Tensor (2, 8, 8) of torch.float32": torch.zeros(2, 8, 8),
+    "a Tensor (3, 0, 8) of torch.float32": torch.zeros(3, 0, 8),
+    "a ndarray (8, 8) of uint8": np.zeros((8, 8), np.uint8),
+    "a Tensor (3, 8, 8) of torch.int64": torch.full((3, 8, 8), 256),
+    "of type str": "cat.png",
+}
+
+
+@pytest.mark.parametrize("tracker", INSTALLED)
+def test_image_of_wrong_shape_is_named_and_the_tracker_continues(caplog, monkeypatch, tmp_path, tracker):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(logging.getLogger("batteries"), "propagate", True)
+    trackers = manager.Trackers([tracker])
+    trackers.start(TrackedRun("abcdefgh", tmp_path / "run", {}, {}, "loss"))
+    for image in INVALID_IMAGES.values():
+        trackers.image("sheet", lambda image=image: image, 1)
+    trackers.image("grey", lambda: np.zeros((1, 8, 8), np.uint8), 1)
+    trackers.image("float", lambda: torch.zeros(3, 8, 8, requires_grad=True), 1)
+    trackers.log({"loss": 1.0}, 1)
+    trackers.finish()
+    warnings = [record.getMessage() for record in caplog.records if record.name == "batteries"]
+    assert warnings == [
+        f"image sheet is not logged: it is {found}; give a uint8 tensor (3, H, W)." for found in INVALID_IMAGES
+    ]
+    assert points_in(tracker, tmp_path / "run")["loss"] == [(1, 1.0)]
+
+
 def test_tracker_that_does_not_finish_is_abandoned(config, monkeypatch, tmp_path):
     class Slow(IdleTracker):
         def finish(self, score, best, failed):
-            time.sleep(60)
+            time.sleep(SECONDS)
 
     monkeypatch.setattr(manager, "_make_backend", lambda name: Slow())
     monkeypatch.setattr(manager, "find_spec", lambda name: True)
@@ -394,6 +444,24 @@ def test_wandb_without_an_account_runs_offline_with_a_warning(config, monkeypatc
     assert found["first/valid/accuracy"] == expected_points(tmp_path / "run")["first/valid/accuracy"]
 
 
+@pytest.mark.skipif("mlflow" not in INSTALLED, reason="not installed")
+@pytest.mark.parametrize("name", ["a b?c=d%20e#f", "%3F&ü:1@2"])
+def test_mlflow_stores_a_run_in_a_directory_with_special_characters(config, monkeypatch, tmp_path, name):
+    monkeypatch.delenv("UV", raising=False)
+    logdir = tmp_path / name / "run"
+    config = dataclasses.replace(config, stages=(Stage("first", 1, 1e-2),), logdir=logdir, tracker=("mlflow",))
+    assert run(config) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {"mlflow.db", "mlartifacts"} <= {path.name for path in logdir.parent.iterdir()}
+    assert "mlflow failed" not in (logdir / "train.log").read_text()
+    [command] = re.findall(r"curves   (mlflow ui .*)", (logdir / "train.log").read_text())
+    *words, address = shlex.split(command)
+    assert words == ["mlflow", "ui", "--backend-store-uri"]
+    client, found = mlflow_run(logdir, address)
+    assert found.data.tags["best_checkpoint"] == str(logdir / "first/best.pth")
+    assert client.list_artifacts(found.info.run_id)
+
+
 @pytest.fixture
 def mlflow_server(tmp_path):
     """Start an MLflow server on this machine; return its URL and its process."""
@@ -402,12 +470,15 @@ def mlflow_server(tmp_path):
     command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    for _ in range(600):
+
+    def answers() -> bool:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).read()
-            break
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=SECONDS).read()
         except OSError:
-            time.sleep(0.2)
+            return False
+        return True
+
+    wait_until(answers, "an answer of the server")
     yield f"http://127.0.0.1:{port}", server
     if server.poll() is None:
         os.killpg(server.pid, signal.SIGKILL)

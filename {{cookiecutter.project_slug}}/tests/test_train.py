@@ -2,25 +2,47 @@
 
 import csv
 import dataclasses
+import gc
 import hashlib
 import json
+import logging
 import math
 import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import tiny_network
+from flags import override
+from models import CHANNELS, tiny_network
 from processes import End, run_ranks, run_train
 from small_data import make_data
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.functional import to_pil_image
 
 import train
 from batteries.core.command_line import parse
 from batteries.core.config_io import from_json, to_json
+from batteries.core.errors import UserError
+from batteries.core.files import DirectoryLock
+from batteries.core.signals import SIGNALS, SignalHandler
+from batteries.data.dataset import Dataset
 from batteries.distributed.unwrap import unwrap_model
 from batteries.tracking.manager import default_trackers
 from batteries.training.metrics import MeanMetrics
+from batteries.training.setup import preserved_settings
+from batteries.training.wrap import wrap_model
+from experiment.augmentations import valid_transform
+from experiment.dataset import load_dataset
 from train import Config, Stage
 
 
@@ -37,7 +59,7 @@ def start(monkeypatch, data_dir, tmp_path):
     quick += ["--stages.0.epochs", "2", "--stages.1.epochs", "1", "--split-file", str(tmp_path / "splits/default.csv")]
 
     def run(*flags: str) -> End:
-        return run_train(train.main, Config, *quick, *flags)
+        return run_train(train.main, Config, *override(quick, flags))
 
     return run
 
@@ -138,6 +160,44 @@ def test_equal_configs_give_equal_metrics_and_other_seeds_differ(start, tmp_path
     assert (first / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes()
 
 
+def test_runs_in_threads_equal_runs_in_the_main_thread(monkeypatch, data_dir, tmp_path):
+    monkeypatch.setattr(train, "build_model", tiny_network)
+
+    def run(name: str) -> float:
+        split_file = tmp_path / "split.csv"
+        stages = (Stage("stage0", epochs=2, lr=0.1),)
+        config = Config(stages, data_dir=data_dir, split_file=split_file, device="cpu", logdir=tmp_path / name)
+        return train.main(dataclasses.replace(config, limit_batches=3, tracker=("none",)))
+
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    streams = sys.stdout, sys.stderr
+    with preserved_settings():
+        expected = run("main")
+        with ThreadPoolExecutor(2) as pool:  # two runs at the same time
+            assert list(pool.map(run, ("first", "second"))) == [expected, expected]
+    assert (sys.stdout, sys.stderr) == streams
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    for name in ("first", "second"):
+        assert read_metrics(tmp_path / name) == read_metrics(tmp_path / "main")
+
+
+def test_run_that_cannot_begin_restores_stdout_and_releases_the_lock(monkeypatch, data_dir, tmp_path):
+    def fail(*arguments):
+        raise ValueError("no handlers")
+
+    monkeypatch.setattr(train, "build_model", tiny_network)
+    monkeypatch.setattr(SignalHandler, "__enter__", fail)
+    released = []
+    monkeypatch.setattr(DirectoryLock, "release", lambda lock: released.append(lock))
+    config = Config(data_dir=data_dir, split_file=tmp_path / "split.csv", logdir=tmp_path / "run", tracker=("none",))
+    streams = sys.stdout, sys.stderr
+    with preserved_settings(), pytest.raises(ValueError, match="no handlers"):
+        train.main(dataclasses.replace(config, device="cpu"))
+    assert (sys.stdout, sys.stderr) == streams
+    assert logging.getLogger("batteries").handlers == []
+    assert len(released) == 1
+
+
 @pytest.mark.parametrize("mixing", [[], ["--mixup", "0.4", "--cutmix", "1"]])
 def test_two_ranks_give_the_metrics_of_one(start, monkeypatch, data_dir, tmp_path, mixing):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -149,9 +209,85 @@ def test_two_ranks_give_the_metrics_of_one(start, monkeypatch, data_dir, tmp_pat
         assert actual["train"]["loss"] == pytest.approx(expected["train"]["loss"], rel=1e-6)
 
 
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Batch norm with a ReLU that calls F.batch_norm itself, as in timm."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        state = self.running_mean, self.running_var, self.weight, self.bias
+        return nn.functional.batch_norm(images, *state, self.training, self.momentum, self.eps).relu()
+
+
+def activated_network(num_classes: int) -> nn.Module:
+    layers = [nn.Conv2d(CHANNELS, 8, 3, 2, bias=False), BatchNormAct2d(8), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(32, num_classes))
+
+
+def test_two_ranks_give_the_metrics_of_one_with_a_subclass_of_batchnorm(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "build_model", activated_network)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert start("--logdir", str(one)).code == 0
+    config = from_json(Config, json.loads((one / "config.json").read_text()))
+    run_ranks(2, lambda: train.main(dataclasses.replace(config, logdir=two)), join=False)
+    for actual, expected in zip(read_metrics(two), read_metrics(one), strict=True):
+        assert actual["train"]["loss"] == pytest.approx(expected["train"]["loss"], rel=1e-5)
+        assert actual["valid"]["loss"] == pytest.approx(expected["valid"]["loss"], rel=1e-5)
+    weights = torch.load(two / "stage1/last.pth", weights_only=True)["model_state_dict"]
+    activated_network(len(weights["4.bias"])).load_state_dict(weights)  # as predict.py does
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_deprecated_call_in_a_run_fails_in_the_tests(start, monkeypatch, tmp_path, category):
+    def load_dataset(directory):
+        code = compile("warnings.warn('it is deprecated', category)", "dataset.py", "exec")
+        exec(code, {"__name__": "experiment.dataset", "warnings": warnings, "category": category})
+
+    monkeypatch.setattr(train, "load_dataset", load_dataset)
+    end = start("--logdir", str(tmp_path / "run"))
+    assert end.code == 1
+    assert f"{category.__name__}: it is deprecated" in end.err
+
+
+def test_process_group_outlives_the_reducers_of_the_model(monkeypatch, data_dir, tmp_path):
+    destroy = torch.distributed.destroy_process_group
+    alive = []
+
+    def destroy_group() -> None:
+        alive.append([type(value) for value in gc.get_objects() if isinstance(value, DistributedDataParallel)])
+        destroy()
+
+    def wrap_in_a_cycle(*arguments, **options) -> nn.Module:
+        wrapped = wrap_model(*arguments, **options)
+        wrapped.cycle = [wrapped]  # only the garbage collector frees it
+        return wrapped
+
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy_group)
+    monkeypatch.setattr(train, "wrap_model", wrap_in_a_cycle)
+    monkeypatch.setattr(train, "build_model", tiny_network)
+    config = Config(data_dir=data_dir, split_file=tmp_path / "split.csv", logdir=tmp_path / "run", tracker=("none",))
+
+    def run() -> list:
+        gc.disable()
+        train.main(dataclasses.replace(config, device="cpu", limit_batches=2))
+        return alive
+
+    assert run_ranks(2, run, join=False) == [[[]], [[]]]
+
+
 def test_config_json_round_trip():
     config = Config(stages=(Stage("a", 1, 0.1),), fold=3)
     assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_home_directory_is_expanded_in_every_path_option(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"data_dir": "~/data", "pretrained": "~/old.pth"}')
+    config = parse(Config, ["--config=~/config.json", "--logdir=~/runs/x", "--split-file", "~/split.csv"])
+    assert config.data_dir == tmp_path / "data"
+    assert config.pretrained == str(tmp_path / "old.pth")
+    assert config.logdir == tmp_path / "runs/x"
+    assert config.split_file == tmp_path / "split.csv"
+    assert parse(Config, ["--pretrained=~/new.pth"]).pretrained == str(tmp_path / "new.pth")
+    assert parse(Config, ["--logdir=a~/b"]).logdir == Path("a~/b")
 
 
 def test_flags_take_precedence_over_a_config_file(tmp_path):
@@ -165,6 +301,18 @@ def test_flags_take_precedence_over_a_config_file(tmp_path):
     ("flags", "message"),
     [
         (["--bach-size", "3"], "unknown option --bach-size; did you mean '--batch-size'? See python train.py --help."),
+        (["--hlep"], "unknown option --hlep; did you mean '--help'? See python train.py --help."),
+        (["--no-determinstic"], "unknown option --no-determinstic; did you mean '--no-deterministic'?"),
+        (["--stages.0.lrs", "1"], "unknown option --stages.0.lrs; did you mean '--stages.0.lr'?"),
+        (
+            ["--stages.2.lr", "1"],
+            "--stages.2.lr does not exist: --stages has 2 items, from 0; add one in train.py, or in the file of --con",
+        ),
+        (
+            ["--deterministic", "False"],
+            "unknown word False; an option that is on or off takes no value: give --flag or",
+        ),
+        (["--seed"], "--seed needs a value. See python train.py --help."),
         (
             ["--tracker", "tensorbord"],
             "--tracker tensorbord is not a valid choice; did you mean 'tensorboard'? Use one of: ",
@@ -203,10 +351,15 @@ def test_flags_take_precedence_over_a_config_file(tmp_path):
         (["--num-workers", "-1"], "--num-workers -1 must be 0 or more."),
         (["--config", "nowhere.json"], "--config nowhere.json cannot be read"),
         (["--config"], "--config needs a file"),
+        (["--config", "--resume"], "--config needs a file"),
         (["--logdir", "train.py"], "--logdir train.py cannot be a directory: train.py is a file"),
         (
             ["--main-metric", "acuracy"],
             "--main-metric acuracy is not a known metric; did you mean 'accuracy'? Use one of: ",
+        ),
+        (
+            ["--main-metric", "f1"],
+            "--main-metric f1 is not a known metric. Use one of: loss, accuracy, balanced_accuracy, macro_f1",
         ),
         (["--scores", "f1_macro"], "--scores f1_macro is not a known metric; did you mean 'macro_f1'? Use one of: "),
         (["--stages.0.schedule", "cosin"], "--stages.0.schedule cosin is not a valid choice; did you mean 'cosine'?"),
@@ -237,9 +390,9 @@ def test_flags_take_precedence_over_a_config_file(tmp_path):
     ],
 )
 def test_invalid_options_are_rejected_without_side_effects(start, monkeypatch, tmp_path, flags, message):
-    monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()))
+    monkeypatch.setattr(train, "build_model", lambda num_classes: nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.Flatten()))
     logdir = tmp_path / "run"
-    end = start("--logdir", str(logdir), *flags)
+    end = start(*override(["--logdir", str(logdir)], flags))
     assert end.code == 2
     assert end.err.startswith("error: ")
     assert message.replace("SPLIT_FILE", str(tmp_path / "splits/default.csv")) in end.err
@@ -256,10 +409,6 @@ def test_invalid_options_are_rejected_without_side_effects(start, monkeypatch, t
         ('{"seed": true}', "seed is True, and must be int."),
         ('{"deterministic": "no"}', "deterministic is 'no', and must be bool."),
         ('{"weight_decay": "0.1"}', "weight_decay is '0.1', and must be float."),
-        (
-            '{"main_metric": "f1"}',
-            "--main-metric f1 is not a known metric. Use one of: loss, accuracy, balanced_accuracy, macro_f1",
-        ),
         ('{"logdir": null}', "logdir is None, and must be Path."),
         ('{"stages": []}', "--stages is empty; a run needs one stage or more."),
         ('{"stages": ["a"]}', 'stages must be an object with "name", "epochs", "lr" and so on, not'),
@@ -296,6 +445,45 @@ def test_incomplete_torchrun_environment_is_ignored(start, monkeypatch, tmp_path
 def test_metric_of_invalid_shape_is_rejected(cpu):
     with pytest.raises(ValueError, match=r"metric accuracy has shape \(8, 5\) for 8 samples"):
         MeanMetrics().update(8, accuracy=torch.ones(8, 5))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Stage)])
+def test_option_without_its_stage_suggests_that_of_each_stage(name, tmp_path):
+    flag = name.replace("_", "-")
+    for words in ([f"--{flag}", "1"], [f"--{flag}=1"], [f"--{name}", "1"], [f"--stages.{flag}", "1"]):
+        with pytest.raises(UserError) as raised:
+            parse(Config, words)
+        expected = f"did you mean '--stages.0.{flag}' or '--stages.1.{flag}'? See python "
+        assert f"unknown option {words[0].partition('=')[0]}; {expected}" in str(raised.value)
+    (tmp_path / "one.json").write_text('{"stages": [{"name": "a", "epochs": 1, "lr": 0.1}]}')
+    with pytest.raises(UserError, match=rf"unknown option --{flag}; did you mean '--stages\.0\.{flag}'\?"):
+        parse(Config, ["--config", str(tmp_path / "one.json"), f"--{flag}", "1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", "1", "--seed", "2"], "--seed is given twice; give it once, with all its values."),
+        (["--seed=1", "--seed", "1"], "--seed is given twice"),
+        (["--batch-size", "8", "--batch_size=8"], "--batch_size is given twice"),
+        (["--scores", "roc_auc", "--scores", "macro_f1"], "--scores is given twice; give it once, with all its values"),
+        (["--stages.0.lr", "1", "--stages.1.lr", "1", "--stages.0.lr", "2"], "--stages.0.lr is given twice"),
+        (["--config", "a.json", "--seed", "1", "--config=b.json"], "--config is given twice"),
+        (["--resume", "--resume"], "--resume is given twice"),
+        (["--resume", "--no-resume"], "--resume and --no-resume are both given; give one of them."),
+        (["--no-tf32", "--seed", "1", "--tf32"], "--no-tf32 and --tf32 are both given; give one of them."),
+    ],
+)
+def test_option_that_is_given_twice_is_rejected(flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(Config, flags)
+
+
+def test_options_with_the_same_last_part_or_prefix_are_not_repeats():
+    flags = ["--stages.0.lr", "1", "--stages.1.lr", "2", "--batch-size", "8", "--valid-batch-size", "8"]
+    config = parse(Config, [*flags, "--scores", "roc_auc", "macro_f1", "--stages.0.freeze", "a", "b"])
+    assert [stage.lr for stage in config.stages] == [1, 2]
+    assert (config.scores, config.stages[0].freeze) == (("roc_auc", "macro_f1"), ("a", "b"))
 
 
 def test_config_file_with_an_unknown_option_suggests_the_closest(start, tmp_path):
@@ -340,8 +528,14 @@ def test_split_file_is_written_once_and_its_sha256_recorded(start, tmp_path):
         assert start("--logdir", str(tmp_path / name), "--fold", "1").code == 0
         split = json.loads((tmp_path / name / "run.json").read_text())["split"]
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        made_with = split.pop("made_with")
         assert split == {"file": str(path), "sha256": sha256, "folds": 5}
+        assert (made_with is not None) == (name == "one")
+        assert ("INFO classes  " in (tmp_path / name / "train.log").read_text()) == (name == "one")
     assert path.read_text().startswith("id,target,fold")
+    assert start("--logdir", str(tmp_path / "one"), "--fold", "1", "--resume").code == 0
+    record = json.loads((tmp_path / "one/run.json").read_text())
+    assert record["split"]["made_with"] == {name: version(name) for name in ("scikit-learn", "numpy")}
 
 
 def test_training_reads_no_sample_of_the_test_split(start, monkeypatch, tmp_path):
@@ -391,6 +585,91 @@ def test_bug_keeps_its_traceback_and_is_recorded(start, monkeypatch, tmp_path):
     assert "Traceback" in end.err
     assert "invalid literal for int()" in json.loads((tmp_path / "run/run.json").read_text())["exit"]
     assert "invalid literal for int()" in (tmp_path / "run/train.log").read_text()
+
+
+class WrongData:
+    """The data of the project with a change of each sample."""
+
+    def __init__(self, dataset: Dataset, change: Callable) -> None:
+        self.dataset = dataset
+        self.change = change
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dataset", "get_batch", "check"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.change(*self.dataset[index])
+
+
+MODEL = "what build_model in experiment/model.py returns"
+LOSS = "what build_criterion in experiment/model.py returns"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "came", "expected"),
+    [
+        ("load_dataset", lambda image, target: (to_pil_image(image), target), "returned a PIL Image as image", "; ret"),
+        ("load_dataset", lambda image, target: (image, int(target) + 1), "returned target 10 for sample ", "0 to 9."),
+        (
+            "load_dataset",
+            lambda image, target: (image, torch.tensor(int(target), dtype=torch.int32)),
+            f"{LOSS} fails on (32, 10) float32, (32,) int32 from 0 to 9: expected target dtype to be Long",
+            "; __getitem__ in experiment/dataset.py must return class targets as int or torch.int64.",
+        ),
+        (
+            "build_model",
+            lambda num_classes: tiny_network(num_classes - 3),
+            f"{LOSS} fails on (32, 7) float32, (32,) int64 from 0 to 9: Target ",
+            "; build_model in experiment/model.py must return one output for each class, and __getitem__ in "
+            "experiment/dataset.py targets from 0.",
+        ),
+        (
+            "build_criterion",
+            lambda *_: nn.functional.mse_loss,
+            f"{LOSS} fails on (32, 10) float32, (32,) int64 from 0 to 9: The size of tensor a (10) must match",
+            "must have the shapes that the loss takes.",
+        ),
+        (
+            "normalize",
+            lambda images: images.float().mul_(torch.ones(5, 1, 1)),
+            f"fails on (32, {CHANNELS}, ",
+            "MEAN and STD in experiment/augmentations.py need one value for each channel of the images.",
+        ),
+        (
+            "build_model",
+            lambda num_classes: nn.Sequential(nn.Conv2d(7, 2, 1), tiny_network(num_classes)),
+            f"{MODEL} fails on (32, {CHANNELS}, ",
+            "to have 7 channels, but got ",
+        ),
+        (
+            "build_model",
+            lambda num_classes: tiny_network(num_classes).double(),
+            f"{MODEL} fails on (32, {CHANNELS}, ",
+            "experiment/augmentations.py must return float32.",
+        ),
+    ],
+)
+def test_code_mistakes_are_one_line_and_the_traceback_is_in_train_log(
+    start, monkeypatch, data_dir, tmp_path, name, make, came, expected
+):
+    monkeypatch.setattr(train, "train_transform", valid_transform)  # no augmentation that needs a tensor
+    if name == "load_dataset":
+        monkeypatch.setattr(train, name, lambda _: WrongData(load_dataset(data_dir), make))
+    else:
+        monkeypatch.setattr(train, name, make)
+    end = start("--logdir", str(tmp_path / "run"), "--limit-batches", "30")
+    assert end.code in (1, 2)
+    assert end.err.count("\n") == 1, end.err
+    assert end.err.startswith("error: ")
+    assert came in end.err
+    assert expected in end.err
+    if " fails on " in came:
+        assert "Traceback" in (tmp_path / "run/train.log").read_text()
 
 
 @pytest.mark.parametrize("accuracy", [math.nan, 0.9])  # NaN outputs can have a finite accuracy

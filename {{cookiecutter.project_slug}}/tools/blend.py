@@ -139,7 +139,7 @@ def fit(options: Options, power: float, first: Predictions) -> np.ndarray:
 
     fitted = fit_weights(stack(tables), targets, blend_tables)
     print(
-        f"fit      loss {fitted.loss:.4f} by cross-validation of the weights, "
+        f"fit      log_loss {fitted.loss:.4f} by cross-validation of the weights, "
         f"{fitted.equal_loss:.4f} with equal weights"
     )
     return fitted.weights

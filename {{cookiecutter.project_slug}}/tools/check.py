@@ -34,6 +34,7 @@ from batteries.distributed.unwrap import unwrap_model
 from batteries.preflight import data_checks, machine_checks, model_checks
 from batteries.preflight.machine_checks import Speed, measure_intervals
 from batteries.preflight.results import CheckResult, raise_if_failed, run_checks
+from batteries.training.metrics import check_main_metric
 from batteries.training.parameters import check_module_names, freeze
 from batteries.training.pretrained import load_pretrained
 from batteries.training.setup import preserved_settings, setup_training
@@ -43,9 +44,10 @@ from experiment.augmentations import normalize, valid_transform
 from experiment.dataset import load_dataset
 from experiment.model import build_model
 from experiment.splits import make_folds
-from train import Config, Stage, build_state, make_loaders, train_fn, valid_fn
+from train import SCORES, Config, Stage, build_state, make_loaders, train_fn, valid_fn
 
 SMALL_BATCH = 8  # samples of a step if its speed and size do not matter
+GRADIENT_STEPS = 10  # enough to see most layers that are skipped at random
 NORMALIZATION_SAMPLES = 512
 MAX_TIMED_STEPS = 20
 
@@ -198,6 +200,12 @@ def make_context(options: Options, device: torch.device) -> CheckContext:
         train_loader, _ = context.loaders(stage, options)
         check_batchnorm(model, train_loader, synchronised=options.sync_batchnorm)
     check_module_names(model, options.stages)
+
+    def validate(small: Options) -> dict[str, float]:
+        _, valid_loader = context.loaders(context.first_stage, small)
+        return valid_fn(model, valid_loader, context.logger, small)
+
+    check_main_metric(options, SCORES, validate)
     return context
 
 
@@ -251,17 +259,26 @@ def check_overfit_one_batch(context: CheckContext) -> CheckResult:
 
 def check_gradients(context: CheckContext) -> CheckResult:
     """Check that every parameter that any stage trains gets a gradient, in small steps with nothing frozen."""
-    train_loader, _ = context.loaders(context.first_stage, context.small_options)
-    state = context.make_state(replace(context.first_stage, freeze=()), len(train_loader))
+    options = replace(context.small_options, limit_batches=1)
+    train_loader, _ = context.loaders(context.first_stage, options)
+    state = context.make_state(replace(context.first_stage, freeze=()), GRADIENT_STEPS)
     trainable: set[str] = set()
     for stage in context.options.stages:
         freeze(state.model, stage.freeze)
         trainable |= {name for name, value in unwrap_model(state.model).named_parameters() if value.requires_grad}
     freeze(state.model, ())
-    batches = train_loader.epoch(0, 1)
-    train = partial(train_fn, state, batches, context.logger, context.small_options)
-    is_scaled = context.options.precision == "fp16"
-    return model_checks.check_gradients(state.model, trainable, train, scaled=is_scaled)
+
+    def steps() -> Iterator[object]:
+        for number in range(1, GRADIENT_STEPS + 1):
+            yield train_fn(state, train_loader.epoch(0, number), context.logger, options)
+
+    return model_checks.check_gradients(
+        state.model,
+        trainable,
+        steps(),
+        scaled=options.precision == "fp16",
+        find_unused_parameters=options.find_unused_parameters,
+    )
 
 
 def check_checkpoint_roundtrip(context: CheckContext) -> CheckResult:

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from torchvision.transforms import v2
 
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
@@ -64,13 +65,14 @@ def main(config: Config) -> None:
     mixed_loader = make_loader(dataset, split, config, mixup=config.mixup, cutmix=config.cutmix)
     first = loader.epoch(0, 1)
     chosen = first.order[: config.samples]
-    originals = [dataset[index][0] for index in chosen.tolist()]
+    originals: list[torch.Tensor] = [v2.functional.to_image(dataset[index][0]) for index in chosen.tolist()]
     versions = [augmented_versions(loader, epoch, chosen) for epoch in range(1, config.epochs + 1)]
     _, images, targets = mixed_loader.epoch(0, 1).peek(config.samples)
     inputs = normalize(images)
     names = [f"{dataset.ids[index]}: {describe_target(first.sample(index)[1], dataset)}" for index in chosen.tolist()]
     input_names = [describe_target(target, dataset) for target in targets]
     draw(config.sheet, originals, versions, inputs, names, input_names)
+    print(f"augment  {describe_transform(train_transform())}; see experiment/augmentations.py")
     print(f"batch    {tuple(inputs.shape)}, {inputs.dtype}, {describe_values(inputs)}")
     print(f"targets  {tuple(targets.shape)}, {targets.dtype}")
     print(f"image    {config.sheet}")
@@ -150,6 +152,12 @@ def describe_target(target: torch.Tensor, dataset: Dataset) -> str:
         return " x ".join(map(str, target.shape))
     weights = [(float(weight), name) for weight, name in zip(target.tolist(), dataset.classes, strict=True)]
     return " + ".join(f"{weight:.2f} {name}" for weight, name in sorted(weights, reverse=True) if weight > 0)
+
+
+def describe_transform(transform: object) -> str:
+    """List the steps of a transform with their parameters."""
+    steps = transform.transforms if isinstance(transform, v2.Compose) else [transform]
+    return ", ".join(repr(step) for step in steps if step is not None) or "nothing"
 
 
 def describe_values(values: torch.Tensor) -> str:

@@ -226,7 +226,7 @@ def read_test_predictions(run: RunHistory) -> tuple[dict[str, Predictions], str]
 
 
 def score_all(run: RunHistory, tables: Mapping[str, Predictions]) -> dict[str, dict[str, float]]:
-    """Compute accuracy, loss and the scores of the run's options for each table."""
+    """Compute accuracy, log loss and the scores of the run's options for each table."""
     from train import SCORES
 
     wanted = (run.main_metric, *run.config.get("scores", ()))

@@ -10,7 +10,7 @@ blend) that holds their predictions.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ from batteries.submission.score_log import (
     update_entry,
 )
 
+MEANS = ("accuracy", "log_loss")  # the metrics of sample_scores
 SCORE_LOG = ROOT / "scores.csv"
 IMAGE_FORMATS = ("png", "pdf", "svg")
 
@@ -167,9 +168,10 @@ def describe_submission(directory: Path, command: Add, key: tuple[str, str]) -> 
     records = [read_object(run / "run.json") for run in runs]
     configs = [read_object(run / "config.json") for run in runs]
     metric = command.metric or find_metric(configs, command, key)
+    reported = [name for config in configs for name in ("loss", config.get("main_metric"))]
     scores: dict[str, float | None] = {"valid": best_of_training(records[0], metric) if is_run else None}
     for split in predicted:
-        value = score_predictions(directory, split, metric)
+        value = score_predictions(directory, split, metric, reported)
         if value is not None:
             scores[split] = value
     commits = "+".join(sorted({str(record.get("git_commit") or "")[:12] for record in records}))
@@ -314,15 +316,28 @@ def draw(pairs: Sequence[ScorePair], command: Plot, metric: str, title: str) -> 
         write_output(command.output, lambda file: figure.savefig(file, format=image_format), "--output")
 
 
-def score_predictions(directory: Path, split: str, metric: str) -> float | None:
-    """Score the predictions of a split; None if the targets are not known or the score is undefined."""
+def score_predictions(directory: Path, split: str, metric: str, reported: Collection[str | None]) -> float | None:
+    """Score the predictions of a split.
+
+    Args:
+        directory: The directory of predictions/.
+        split: valid or test.
+        metric: The metric.
+        reported: The metrics that valid_fn reports. One of them, such as the loss, need not be a score of predictions.
+
+    Returns:
+        The score; None if the targets are not known, or if the score is undefined or not one of predictions.
+    """
     table = read_predictions(directory / "predictions" / f"{split}.csv")
-    if metric in ("accuracy", "loss"):
+    if metric in MEANS:
         return score(table).get(metric)
     from train import SCORES
 
+    if metric not in SCORES and metric in reported:
+        print(f"note     {metric} is known of training only, not of {table.name}; --{split} sets it")
+        return None
     if metric not in SCORES:
-        known = ("accuracy", "loss", *SCORES)
+        known = dict.fromkeys((*MEANS, *SCORES))
         hint = did_you_mean(metric, known) or "."
         raise UserError(f"--metric {metric} is not a known metric{hint} Use one of: {', '.join(known)}.")
     value = score(table, {metric: SCORES[metric]})[metric]

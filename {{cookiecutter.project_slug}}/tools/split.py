@@ -25,6 +25,7 @@ from batteries.data.duplicates import find_duplicates
 from batteries.data.image_stats import ImageSignature, channel_statistics, image_signatures
 from batteries.data.loaders import EvalLoader
 from batteries.data.splits import TEST, SplitFile
+from batteries.data.summary import find_unusual, summary_lines
 from experiment.augmentations import valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import NUM_FOLDS, TEST_FRACTION, make_folds
@@ -59,7 +60,9 @@ def main(config: Config) -> None:
     statistics = channel_lines(dataset, split_file, config.fold) if config.statistics else []
     status = "is up to date" if config.split_file.exists() else "is written"
     split_file.write()
-    print_counts(dataset, split_file.folds)
+    print_counts(dataset, split_file.folds, requested_fractions(config, dataset))
+    for line in summary_lines(dataset):
+        print(line)
     if left_out := dataset_info(dataset).left_out:
         print(f"left out: {left_out}")
     print(
@@ -68,6 +71,8 @@ def main(config: Config) -> None:
     )
     for line in statistics:
         print(line)
+    for warning in find_unusual(dataset, split_file.folds):
+        print(f"warning: {warning}")
 
 
 def open_split(config: Config, dataset: Dataset) -> SplitFile:
@@ -135,12 +140,22 @@ def print_contradictions(dataset: Dataset, signatures: Sequence[ImageSignature])
         print(f"contradictions: {count} of equal images with different targets; fix the targets or remove the images")
 
 
-def print_counts(dataset: Dataset, folds: np.ndarray) -> None:
-    """Print a table of the samples per class and fold.
+def requested_fractions(config: Config, dataset: Dataset) -> dict[int, float]:
+    """Return the requested fraction of all samples for each fold; none if the data set defines its folds."""
+    info = dataset_info(dataset)
+    if info.folds is not None:
+        return {}
+    test = config.test_fraction if info.official_test is None else float(np.mean(info.official_test))
+    return {TEST: test} | dict.fromkeys(range(config.num_folds), (1 - test) / config.num_folds)
+
+
+def print_counts(dataset: Dataset, folds: np.ndarray, requested: dict[int, float]) -> None:
+    """Print a table of the samples per class and fold, and the fraction of each fold.
 
     Args:
         dataset: The data set.
         folds: The fold of each sample, shape (N,).
+        requested: The requested fraction for each fold, if there are any.
     """
     from rich.console import Console
     from rich.table import Table
@@ -158,6 +173,9 @@ def print_counts(dataset: Dataset, folds: np.ndarray) -> None:
     for name, chosen in rows.items():
         counts = [int((chosen & (folds == number)).sum()) for number in numbers]
         table.add_row(name, *[f"{count:,}" for count in [*counts, sum(counts)]])
+    if set(numbers) <= set(requested):  # not of a file with other folds, which --keep accepts
+        table.add_row("requested", *[f"{requested[number]:.1%}" for number in numbers], "")
+    table.add_row("actual", *[f"{(folds == number).mean():.1%}" for number in numbers], "")
     Console(width=max(160, Console().width), soft_wrap=True).print(table)  # wide enough that no number is truncated
 
 

@@ -13,8 +13,9 @@ from tyro.conf import Positional
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
 from batteries.core.tables import write_new_file
+from batteries.data.classes import describe_indices
 from batteries.evaluation.predictions import read_predictions
-from batteries.submission.submission_file import Values, make_submission, read_sample
+from batteries.submission.submission_file import Values, make_submission, match_ids, read_sample
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -37,12 +38,17 @@ class Options:
 def main(options: Options) -> None:
     """Write the submission."""
     check_options(options)
-    predictions = read_predictions(options.predictions)
+    predicted = read_predictions(options.predictions)
     sample = read_sample(options.sample)
+    predictions = match_ids(predicted, sample)
+    if predictions is not predicted:
+        print(f"note     ids are matched without directories and suffixes: {predicted.ids[0]} is {predictions.ids[0]}")
     threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
     submission = make_submission(predictions, sample, options.values, threshold, options.column_class)
     text = submission.to_csv(index=False, lineterminator="\n")
     write_new_file(options.output, text, overwrite=options.overwrite)
+    if options.values == "index":
+        print(f"classes  {describe_indices(predictions.classes)}")
     print(f"wrote    {options.output}: {len(submission):,} rows of {', '.join(submission.columns)}")
 
 

@@ -46,6 +46,7 @@ def average_checkpoints(paths: Sequence[str | Path]) -> dict[str, Any]:
         "optimizer_state_dict": None,
         "scheduler_state_dict": None,
         "ema_state_dict": None,
+        "ema_steps": None,
         "scaler_state_dict": None,
     }
 

@@ -1,20 +1,28 @@
 """Reading and writing one checkpoint file."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from batteries.checkpoint.manifest import AVERAGE, MANIFEST, read_average, read_manifest
+from batteries.checkpoint.plain_values import to_plain
 from batteries.core.errors import UserError
 from batteries.core.files import DiskFullError, is_disk_full, write_atomically
+from batteries.core.text import list_first
 from batteries.distributed.collectives import run_on_rank_zero
 from batteries.distributed.unwrap import unwrap_model
 
 FORMAT = 2
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is missing, or whose bytes are not those that were written."""
 
 
 class Scheduler(Protocol):
@@ -42,6 +50,8 @@ def make_checkpoint(
 ) -> dict[str, Any]:
     """Build a checkpoint of tensors and plain values. The tensors are those of the model, not copies.
 
+    Scalars of numpy become plain numbers.
+
     Args:
         stage: The name of the stage.
         epoch: The epoch, from 1.
@@ -53,8 +63,11 @@ def make_checkpoint(
         model_args: The arguments of build_model.
         step: The optimizer steps of the stage so far.
         extra: More entries.
+
+    Raises:
+        UserError: If a value cannot be read again with `weights_only=True`; the message has its place.
     """
-    return {
+    checkpoint = {
         "format": FORMAT,
         "stage": stage,
         "epoch": epoch,
@@ -67,6 +80,7 @@ def make_checkpoint(
         "model_args": dict(model_args or {}),
         **(extra or {}),
     }
+    return to_plain(checkpoint)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[int, str]:
@@ -80,13 +94,14 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> tuple[in
         The size of the file in bytes, and its sha256 in hexadecimal.
 
     Raises:
+        UserError: If a value cannot be read again with `weights_only=True`.
         DiskFullError: If the disk is full; a previous file at `path` is unchanged.
     """
     writer = _HashingWriter()
 
     def write(file: BinaryIO) -> None:
         writer.file = file
-        torch.save(dict(checkpoint), cast(IO[bytes], writer))
+        torch.save(to_plain(dict(checkpoint)), cast(IO[bytes], writer))
 
     try:
         write_atomically(Path(path), write)
@@ -157,6 +172,7 @@ def apply_checkpoint(
         UserError: If the checkpoint does not fit the architecture of the model; then nothing is loaded.
     """
     network = unwrap_model(model)
+    make_loadable(network)
     check_architecture(name, checkpoint["model_state_dict"], network)
     network.load_state_dict(checkpoint["model_state_dict"])
     if optimizer is not None:
@@ -165,24 +181,62 @@ def apply_checkpoint(
         scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
 
 
+def make_loadable(model: nn.Module) -> None:
+    """Make sure that values can be copied into every tensor of a model.
+
+    Raises:
+        UserError: If it has lazy modules, whose weights do not exist before the first forward pass.
+    """
+    lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
+    if lazy:
+        raise UserError(
+            f"build_model returns lazy modules, whose weights have no shape yet ({list_first(lazy, 3)}). Give their "
+            "sizes, or initialise them in build_model with one forward pass, such as "
+            "model.eval()(torch.zeros(1, 3, 32, 32))."
+        )
+    for module in model.modules():
+        materialize_buffers(module)
+
+
+def materialize_buffers(module: nn.Module) -> None:
+    """Give each buffer memory for all of its elements: those of an expanded tensor share it."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and _is_expanded(buffer):
+            module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU, after its sha256 was compared with the manifest next to it.
 
     Raises:
-        UserError: If the file is missing, damaged, or not a checkpoint.
+        DamagedCheckpoint: If the file is missing, or its sha256 is not in the manifest.
+        UserError: If it is not a checkpoint, or cannot be read as one.
     """
     if not path.is_file():
         problem = "is a directory" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {problem}; give the path of a checkpoint, such as logs/baseline/stage0/best.pth.")
+        raise DamagedCheckpoint(
+            f"{path} {problem}; give the path of a checkpoint, such as logs/baseline/stage0/best.pth."
+        )
     _verify_sha256(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint of tensors and plain values ({reason}).") from error
+        raise UserError(
+            f"{path} cannot be read as a checkpoint of tensors and plain values ({_describe_load_error(error)})."
+        ) from error
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
         raise UserError(f"{path} has no model_state_dict; give a file with the output of make_checkpoint.")
     return checkpoint
+
+
+def _describe_load_error(error: Exception) -> str:
+    """Return the type of an error of torch.load, and the type of the value that weights_only does not allow."""
+    forbidden = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+    return type(error).__name__ + (f": it holds a {forbidden[1]}" if forbidden else "")
 
 
 class _HashingWriter:
@@ -228,7 +282,7 @@ def count_bytes(value: Any) -> int:
 
 
 def _verify_sha256(path: Path) -> None:
-    """Raise UserError if the sha256 of a checkpoint is not in the manifest next to it.
+    """Raise DamagedCheckpoint if the sha256 of a checkpoint is not in the manifest next to it.
 
     The file name is not compared: best.pth and last.pth have the contents of some entry.
     """
@@ -243,7 +297,7 @@ def _verify_sha256(path: Path) -> None:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 not in expected:
-        raise UserError(
+        raise DamagedCheckpoint(
             f"{path} does not match the sha256 in {manifest.name} next to it: it is truncated or was changed; use "
             "another checkpoint."
         )

@@ -1,6 +1,8 @@
 """The command line: from arguments to a Config, and from an exception to a message and an exit code."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import multiprocessing
 import os
@@ -10,16 +12,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from batteries.core.config_io import take_config_file
-from batteries.core.errors import RunError, UserError, explain_dead_worker
+from batteries.core.code_errors import explain_code_error
+from batteries.core.config_io import flatten, take_config_file, to_json
+from batteries.core.errors import RunError, UserError, explain_dead_worker, explain_nondeterministic
 from batteries.core.project import ROOT
 from batteries.core.ranks import is_rank_zero, rank, world_size
 from batteries.core.signals import Preempted
-from batteries.core.text import did_you_mean
+from batteries.core.text import count_of, did_you_mean
 
 Config = TypeVar("Config")
 
@@ -66,7 +69,10 @@ def _exit_after(error: Exception) -> NoReturn:
         _exit(2, f"error: {error}")
     if isinstance(error, RunError):
         _exit(1, f"error: {error}")
-    explanation = explain_dead_worker(error)  # torch raises it wherever the signal reaches this process
+    if nondeterministic := explain_nondeterministic(error):
+        _exit(2, f"error: {nondeterministic}")
+    # torch raises the error of a dead worker wherever the signal reaches this process.
+    explanation = explain_dead_worker(error) or explain_code_error(error)
     _exit(1, traceback.format_exc() if explanation is None else f"error: {explanation}")
 
 
@@ -112,10 +118,11 @@ def parse(config_class: Any, arguments: list[str], *, repeats: bool = True, defa
     """
     import tyro  # imported here because worker processes that import train.py do not need it
 
+    arguments = [expand_home(argument) for argument in arguments]
+    _check_no_repeated_flag(arguments)
     if repeats:
         default, arguments = take_config_file(config_class, arguments)
     else:
-        _check_no_repeated_flag(arguments)
         default = tyro.MISSING_NONPROP if default is None else default
     panel = io.StringIO()
     try:
@@ -131,23 +138,61 @@ def parse(config_class: Any, arguments: list[str], *, repeats: bool = True, defa
         if not end.code:
             sys.stdout.flush()
             raise
-        raise UserError(_summarize_panel(panel.getvalue())) from None
+        raise UserError(_summarize_panel(panel.getvalue(), _list_flags(config_class, default))) from None
+
+
+def expand_home(argument: str) -> str:
+    """Expand `~` at the start of a value, also in `--logdir=~/x`, which a shell passes on unchanged."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return flag + equals + os.path.expanduser(value)
 
 
 def _check_no_repeated_flag(arguments: list[str]) -> None:
-    """Raise UserError if a flag is given twice: tyro would use the last one, and `--run a --run b` means both."""
-    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    for flag in flags:
-        if flags.count(flag) > 1:
+    """Raise UserError if an option is given twice: tyro would use the last one, and `--run a --run b` means both."""
+    given: dict[str, str] = {}  # the flag as it was written, by the name of its option
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        flag = argument.partition("=")[0]
+        name = re.sub(r"(^--|\.)no-", r"\1", flag.replace("_", "-"))  # --no-resume sets the option --resume
+        if name not in given:
+            given[name] = flag
+        elif given[name].replace("_", "-") == flag.replace("_", "-"):
             raise UserError(f"{flag} is given twice; give it once, with all its values.")
+        else:
+            raise UserError(f"{given[name]} and {flag} are both given; give one of them.")
 
 
-def _summarize_panel(panel: str) -> str:
-    """Return tyro's error panel as one line, with the closest flag or choice."""
+def _list_flags(config_class: Any, default: Any) -> list[str]:
+    """List the flags of a dataclass of options, with those of the stages in `default`; none for a union."""
+    if not dataclasses.is_dataclass(config_class):
+        return []
+    if isinstance(default, config_class):  # type: ignore[arg-type]
+        options = [("config", None), *flatten(to_json(default))]
+    else:
+        options = [(field.name, field.default) for field in dataclasses.fields(config_class)]
+    flags = ["--help"]
+    for name, value in options:
+        path, dot, last = name.replace("_", "-").rpartition(".")
+        flags.append(f"--{path}{dot}{last}")
+        if isinstance(value, bool):
+            flags.append(f"--{path}{dot}no-{last}")
+    return flags
+
+
+def _summarize_panel(panel: str, flags: Sequence[str]) -> str:
+    """Return tyro's error panel as one line, with the closest flag or choice.
+
+    Args:
+        panel: The output of tyro.
+        flags: The flags of the command, as far as they are known.
+    """
     see_help = f"See python {program_name()} --help."
     text = _text_of_panel(re.sub(r"\x1b\[[0-9;]*m", "", panel))
     if unknown := re.match(r"Unrecognized (?:or misplaced )?options: ([^\s,]+)", text):
-        return f"{_describe_unknown(unknown[1], panel)} {see_help}"
+        return f"{_describe_unknown(unknown[1], panel, flags)} {see_help}"
+    if missing := re.match(r"Missing value for argument '(.*)'", text):
+        return f"{missing[1]} needs a value. {see_help}"
     if missing := re.match(r"Missing from (.+?): (\S+) (.*?) ?\(required\)", text):
         return f"{missing[1]} needs {missing[2]}: {missing[3]}. {see_help}"
     if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text):
@@ -166,13 +211,48 @@ def _text_of_panel(plain: str) -> str:
     return " ".join(section).rstrip(".")
 
 
-def _describe_unknown(word: str, panel: str) -> str:
-    """Describe an unknown option or command, with the closest one that tyro lists."""
+def _describe_unknown(word: str, panel: str, flags: Sequence[str]) -> str:
+    """Describe an unknown option or command, with the closest ones of `flags` or of those that tyro lists."""
+    word = word.partition("=")[0]
     plain = re.sub(r"\x1b\[[0-9;]*m", "", panel)
-    known = re.findall(r"--[\w.-]+", plain.partition("Perhaps you meant")[2])
+    known = list(flags) or re.findall(r"--[\w.-]+", plain.partition("Perhaps you meant")[2])
     known += re.findall(r"\w+", "".join(re.findall(r"Available subcommands: ([\w, ]+)", plain)))
+    if word.lower() in ("true", "false"):
+        return f"unknown word {word}; an option that is on or off takes no value: give --flag or --no-flag."
+    if described := _describe_missing_item(word, known):
+        return described
     kind = "option" if word.startswith("-") else "command or option"
-    return f"unknown {kind} {word}{did_you_mean(word, known) or '.'}"
+    matches = _closest_flags(word, known)
+    hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else "."
+    return f"unknown {kind} {word}{hint}"
+
+
+def _describe_missing_item(word: str, known: Sequence[str]) -> str:
+    """Describe a flag such as --stages.2.lr if there are only two stages; otherwise return an empty string."""
+    parts = re.fullmatch(r"--([\w-]+)\.(\d+)\..+", word)
+    if parts is None:
+        return ""
+    option, number = parts.groups()
+    items = {match[1] for flag in known if (match := re.match(rf"--{option}\.(\d+)\.", flag))}
+    if not items or number in items:
+        return ""
+    count = count_of(len(items), "item")
+    return f"{word} does not exist: --{option} has {count}, from 0; add one in train.py, or in the file of --config."
+
+
+def _closest_flags(word: str, known: Sequence[str]) -> list[str]:
+    """Return the flag that is closest to `word`, or that of each stage: --stages.0.lr and --stages.1.lr for --lr."""
+    wanted = word.lstrip("-").replace("_", "-")
+    has_number = re.search(r"\.\d+\.", wanted)
+    if not has_number:
+        wanted = wanted.rpartition(".")[2]
+    flags: dict[str, list[str]] = {}  # by their name, without the stage if `word` has none
+    for flag in known:
+        name = flag.lstrip("-")
+        flags.setdefault(name if has_number else name.rpartition(".")[2], []).append(flag)
+    longer = [name for name in flags if name.startswith(f"{wanted}-")]
+    closest = difflib.get_close_matches(wanted, flags, n=1, cutoff=0.7)
+    return [flag for name in (closest or longer)[:1] for flag in flags[name]]
 
 
 def discard_output(stream: Any) -> None:

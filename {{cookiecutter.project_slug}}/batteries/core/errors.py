@@ -22,6 +22,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or on_cpu
 
 
+def explain_nondeterministic(error: BaseException) -> str | None:
+    """Name the option that allows an operation without a deterministic kernel; None if `error` is not about one."""
+    text = str(error)
+    if match := re.search(r"(\S+) does not have a deterministic implementation", text):
+        operation = match[1]
+    elif "CUBLAS_WORKSPACE_CONFIG" in text and "eterministic" in text:
+        operation = "cuBLAS"
+    else:
+        return None
+    return (
+        f"{operation} has no deterministic implementation on this device; use --no-deterministic, or replace the "
+        "operation in the model, the loss or the transforms."
+    )
+
+
 def explain_dead_worker(error: BaseException) -> str | None:
     """Explain why a DataLoader worker died and what helps; None if `error` is not about a worker."""
     text = str(error)

@@ -2,14 +2,22 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from batteries.core.errors import UserError
+
+logger = logging.getLogger("batteries")
+
+# What a file system (network mounts, FUSE) answers to an operation that it does not have.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_reported_missing: set[str] = set()  # operations
 
 
 class DiskFullError(UserError):
@@ -55,7 +63,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file.fileno(), path)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -102,7 +110,7 @@ def append_text(path: Path, text: str) -> None:
         try:
             while rest:  # a nearly full disk accepts a part, and raises at the next write
                 rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
+            flush_to_disk(file.fileno(), path)
         except OSError:
             os.truncate(path, size)
             raise
@@ -126,7 +134,7 @@ class DirectoryLock:
     """Keeps a second process out of a directory. The system releases the lock when its process ends, for any reason.
 
     It is a record lock, which DataLoader workers do not inherit: they outlive a killed parent by some seconds. Windows
-    has no record locks, so two processes can use the same directory there.
+    and some file systems have no record locks, so two processes can use the same directory there.
 
     Attributes:
         path: The lock file.
@@ -149,11 +157,15 @@ class DirectoryLock:
             raise UserError(f"--logdir {self.path.parent} cannot be written ({error.strerror}).") from None
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip()
-            file.close()
-            raise UserError(f"--logdir {self.path.parent} is in use by {owner}; wait for it, or use another.") from None
+        except OSError as error:
+            if is_locked_by_another(error):
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                file.close()
+                raise UserError(
+                    f"--logdir {self.path.parent} is in use by {owner}; wait for it, or use another."
+                ) from None
+            warn_of_missing_lock(self.path.parent, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -166,17 +178,64 @@ class DirectoryLock:
             self.file = None
 
 
+def is_locked_by_another(error: OSError) -> bool:
+    """Return whether another process has the lock; any other error means that the file system has no locks."""
+    return error.errno in (errno.EACCES, errno.EAGAIN)
+
+
+def warn_of_missing_lock(directory: Path, error: OSError) -> None:
+    """Warn once that nothing keeps a second process out of `directory`."""
+    _warn_once(
+        "locks",
+        f"The file system of {directory} has no locks ({error.strerror}): use it from one process at a time.",
+    )
+
+
+def flush_to_disk(descriptor: int, path: Path) -> None:
+    """Flush a file or directory to the disk. Warns once if the file system of `path` cannot do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_once(
+            "fsync",
+            f"The file system of {path} has no fsync ({error.strerror}): the last files can be lost if the machine "
+            "crashes.",
+        )
+
+
 def sync_directory(directory: Path) -> None:
     """Flush the names in `directory` to the disk. Windows cannot, and does not need it after os.replace."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush_to_disk(descriptor, directory)
     finally:
         os.close(descriptor)
+
+
+def _warn_once(missing: str, message: str) -> None:
+    """Log `message` as a warning if no message about `missing` was logged yet."""
+    if missing not in _reported_missing:
+        _reported_missing.add(missing)
+        logger.warning(message)
 
 
 def _copy(source: Path, file: BinaryIO) -> None:
     with source.open("rb") as original:
         shutil.copyfileobj(original, file)
+
+
+@contextmanager
+def without_empty_directories(path: Path) -> Iterator[None]:
+    """Remove the directories in `path` that an error leaves empty, unless they existed before."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        yield
+    except BaseException:
+        for directory in missing:
+            with suppress(OSError):  # it was not created, or is not empty
+                directory.rmdir()
+        raise

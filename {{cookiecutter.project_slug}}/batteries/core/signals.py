@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -21,7 +22,8 @@ class Preempted(Exception):
 class SignalHandler:
     """Records the first signal; a second one, at least MIN_SECONDS_APART later, ends the process immediately.
 
-    Use it as a context manager; the former handlers are restored at the end.
+    Use it as a context manager; the former handlers are restored at the end. Outside the main thread it does nothing,
+    because Python allows signal handlers only there.
 
     Attributes:
         received: The number of the first signal; 0 before it.
@@ -33,6 +35,8 @@ class SignalHandler:
         self._former_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalHandler":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._former_handlers[number] = signal.signal(number, self._record)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from batteries.core.errors import UserError
 from batteries.core.seeding import Stream, preserved_random_state, reseed, stream_seeds
+from batteries.data.collation import SampleNames, check_class_targets, check_sample, collate
 
 Transform = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -40,6 +40,7 @@ class Dataset(Samples, Protocol):
     - `get_batch(indices) -> (images, targets)` reads many samples at once. It is used without a transform, and must not
       draw random numbers.
     - `check(indices)` raises UserError if a file that training is going to read is missing or damaged.
+    - `read_image(path) -> image` reads one image file, as `__getitem__` does. tools/predict.py --images uses it.
     """
 
     @property
@@ -65,6 +66,9 @@ class DatasetInfo:
         folds: The fold of each sample, shape (N,), if the data set defines them; -1 for the test split.
         official_test: Whether each sample belongs to the official test split, shape (N,), bool, if there is one.
         left_out: The files that are not used, with their number, such as "3 .bmp"; empty if there are none.
+        labels: The label of each sample as it is in the data, such as "2.0" of the class "2"; None for the class names.
+        suffixes: The suffixes of image files, in lower case; None for the default.
+        read_image: The reader of one image file, from its path; None if there is none.
     """
 
     ids: Sequence[str] | None = None
@@ -74,6 +78,9 @@ class DatasetInfo:
     folds: Any = None
     official_test: Any = None
     left_out: str = ""
+    labels: Sequence[str] | None = None
+    suffixes: Sequence[str] | None = None
+    read_image: Callable[[Any], Any] | None = None
 
 
 def dataset_info(dataset: object) -> DatasetInfo:
@@ -86,6 +93,9 @@ def dataset_info(dataset: object) -> DatasetInfo:
         folds=getattr(dataset, "folds", None),
         official_test=getattr(dataset, "official_test", None),
         left_out=getattr(dataset, "left_out", ""),
+        labels=getattr(dataset, "labels", None),
+        suffixes=getattr(dataset, "suffixes", None),
+        read_image=getattr(dataset, "read_image", None),
     )
 
 
@@ -122,6 +132,9 @@ class SeededDataset:
     def __init__(self, dataset: Samples, transform: Transform | None) -> None:
         self.dataset = dataset
         self.transform = transform
+        info = dataset_info(dataset)
+        self.ids = info.ids
+        self.num_classes = len(info.classes or ())
         self._get_batch = getattr(dataset, "get_batch", None) if transform is None else None
 
     def __len__(self) -> int:
@@ -139,33 +152,23 @@ class SeededDataset:
             return WorkerError(str(error))
 
     def _load(self, request: SampleRequest) -> Any:
+        indices = request.indices.tolist()
+        names = SampleNames(self.ids, indices)
         if self._get_batch is not None:
-            return self._get_batch(request.indices)
-        assert request.seeds is not None
-        with preserved_random_state():
-            pairs = zip(request.indices.tolist(), request.seeds.tolist(), strict=True)
-            samples = [self._sample(index, seed) for index, seed in pairs]
-        self._check_shapes(samples, request.indices)
-        return default_collate(samples)
+            batch = self._get_batch(request.indices)
+        else:
+            assert request.seeds is not None
+            with preserved_random_state():
+                pairs = zip(indices, request.seeds.tolist(), strict=True)
+                samples = [self._sample(index, seed) for index, seed in pairs]
+            batch = collate(self.dataset, samples, names)
+        check_class_targets(self.dataset, batch[1], names, self.num_classes)
+        return batch
 
     def _sample(self, index: int, seed: int) -> tuple[Any, Any]:
         reseed(seed)
-        sample = self.dataset[index]
+        sample = check_sample(self.dataset, self.dataset[index], SampleNames(self.ids, [index]))
         return sample if self.transform is None else self.transform(*sample)
-
-    def _check_shapes(self, samples: Sequence[tuple[Any, Any]], indices: np.ndarray) -> None:
-        """Raise UserError if the images of a batch differ in shape."""
-        shapes = [tuple(getattr(image, "shape", ())) for image, _ in samples]
-        if len(set(shapes)) == 1:
-            return
-        ids = dataset_info(self.dataset).ids
-        names = range(len(self.dataset)) if ids is None else ids
-        other = next(position for position, shape in enumerate(shapes) if shape != shapes[0])
-        raise UserError(
-            f"images of one batch have different shapes: {shapes[0]} of {names[int(indices[0])]} and {shapes[other]} "
-            f"of {names[int(indices[other])]}; resize all to one size, such as with v2.Resize in "
-            "experiment/augmentations.py."
-        )
 
 
 def receive(loaded: Any, device: torch.device) -> tuple[Any, Any]:

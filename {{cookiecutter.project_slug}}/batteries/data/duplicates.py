@@ -9,7 +9,9 @@ from batteries.data.image_stats import ImageSignature
 
 MAX_HASH_DISTANCE = 8  # bits of the 64 in which the hashes of two candidates differ at most
 BAND = 7  # bits; of MAX_HASH_DISTANCE + 1 bands at least one is equal in two candidates
-MAX_THUMBNAIL_DIFFERENCE = 6.0  # mean absolute difference of two thumbnails, of 255 levels, up to which they are equal
+# Root mean square difference of two thumbnails, of 255 levels, up to which they are equal. A mean absolute difference
+# does not separate sparse images: two digits of MNIST differ in few pixels, but in these by far.
+MAX_THUMBNAIL_DIFFERENCE = 8.0
 MAX_NEIGHBOURS = 200  # candidates compared for each image within a band, so that a thousand blank images stay cheap
 
 
@@ -31,8 +33,9 @@ def find_duplicates(signatures: Sequence[ImageSignature], subsets: np.ndarray) -
     """Find pairs of equal or nearly equal images in different subsets.
 
     Of an image with several copies, each copy is paired with the first. Of 203 images (crops of three photographs of
-    scikit-learn and matplotlib, smooth noise) and their JPEGs, 97 % were found at quality 60, 92 % at 30, 89 % at 20
-    and 81 % at 10, without a false pair, and none among the digits. Cropped, mirrored or rotated copies are not found.
+    scikit-learn and matplotlib, smooth noise) and their JPEGs, 98 % were found at quality 60, 95 % at 30, 92 % at 20
+    and 80 % at 10, without a false pair; 4 pairs were found among the 10,000 test images of MNIST, and none among the
+    digits. Cropped, mirrored or rotated copies are not found.
 
     Args:
         signatures: The signature of each image.
@@ -75,5 +78,5 @@ def _find_similar(
 
 
 def _are_similar(signatures: Sequence[ImageSignature], first: int, second: int) -> bool:
-    difference = signatures[first].thumb.astype(np.int16) - signatures[second].thumb
-    return float(np.abs(difference).mean()) <= MAX_THUMBNAIL_DIFFERENCE
+    difference = signatures[first].thumb.astype(float) - signatures[second].thumb
+    return float(np.square(difference).mean()) <= MAX_THUMBNAIL_DIFFERENCE**2

@@ -21,7 +21,7 @@ def sample_grid(loader: TrainLoader, normalize: Callable[[torch.Tensor], torch.T
     """
     originals, images, _ = loader.epoch(0, 1).peek(SAMPLES)
     inputs = normalize(images).cpu()
-    if inputs.ndim != 4 or any(original.ndim != 3 for original in originals):
+    if inputs.ndim != 4 or any(getattr(original, "ndim", 0) != 3 for original in originals):
         return None
     return make_grid_of_samples(originals, inputs)
 

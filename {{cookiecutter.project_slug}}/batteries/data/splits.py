@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,14 @@ import numpy as np
 
 from batteries.core.errors import UserError
 from batteries.core.files import sync_directory, write_text
-from batteries.core.tables import KEYS
+from batteries.core.tables import KEYS, parse_table, read_table_text
 from batteries.core.text import count_of, find_repeated, list_first
 from batteries.data.dataset import UNKNOWN, Dataset, dataset_info, has_classes
+from batteries.data.get_batch import check_get_batch
 from batteries.distributed.collectives import run_on_rank_zero
 
 TEST = -1  # the fold of the held-out test split
+LIBRARIES = ("scikit-learn", "numpy")  # that experiment/splits.py uses: other versions may make other splits
 COLUMNS = ("id", "target", "fold", "group")  # of a split file
 MAX_LISTED = 5  # samples that an error message lists
 
@@ -50,6 +53,7 @@ class SplitFile:
         folds: The fold of each sample, shape (N,), in the order of the data set.
         sha256: The hash of the file.
         num_folds: The number of folds.
+        is_new: Whether the file did not exist, so that the split was made now.
 
     Raises:
         UserError: If the split does not fit the data set.
@@ -58,7 +62,7 @@ class SplitFile:
     def __init__(self, path: Path, dataset: Dataset, make_folds: Callable[[Any], np.ndarray]) -> None:
         self.path = Path(path)
         self.dataset = dataset
-        self.text, self.folds = run_on_rank_zero(lambda: self._open(make_folds))
+        self.text, self.folds, self.is_new = run_on_rank_zero(lambda: self._open(make_folds))
         self.sha256 = hashlib.sha256(self.text.encode()).hexdigest()
         self.num_folds = int(self.folds.max()) + 1
 
@@ -89,20 +93,19 @@ class SplitFile:
         run_on_rank_zero(lambda: write_once(self.path, self.text))
 
     def describe(self) -> dict[str, Any]:
-        """Return what run.json records of the split."""
-        return {"file": str(self.path), "sha256": self.sha256, "folds": self.num_folds}
+        """Return what run.json records of the split; `made_with` are the libraries, if the split was made now."""
+        made_with = {name: metadata.version(name) for name in LIBRARIES} if self.is_new else None
+        return {"file": str(self.path), "sha256": self.sha256, "folds": self.num_folds, "made_with": made_with}
 
-    def _open(self, make_folds: Callable[[Any], np.ndarray]) -> tuple[str, np.ndarray]:
-        text = read_split(self.path) if self.path.exists() else to_csv(self.dataset, make_folds(self.dataset))
-        return text, parse_folds(text, self.dataset, str(self.path))
+    def _open(self, make_folds: Callable[[Any], np.ndarray]) -> tuple[str, np.ndarray, bool]:
+        is_new = not self.path.exists()
+        text = to_csv(self.dataset, make_folds(self.dataset)) if is_new else read_split(self.path)
+        return text, parse_folds(text, self.dataset, str(self.path)), is_new
 
 
 def read_split(path: Path) -> str:
     """Return the text of a split file. Raises UserError if it cannot be read."""
-    try:
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a split file ({error}).") from None
+    return read_table_text(path, str(path))
 
 
 def write_once(path: Path, text: str) -> None:
@@ -181,9 +184,9 @@ def parse_folds(text: str, dataset: Dataset, name: str) -> np.ndarray:
         UserError: If ids are repeated or differ from those of the data set, targets or groups have changed, a group is
             in two folds, or the folds are not numbered from 0.
     """
-    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-    _check_columns(list(reader.fieldnames or []), dataset, name)
-    rows = [row for row in reader if any(row.values())]  # spreadsheets leave empty rows at the end
+    table = parse_table(text, name)
+    _check_columns(table.columns, dataset, name)
+    rows = table.records()
     order = _match_ids([row["id"] for row in rows], [str(sample) for sample in dataset.ids], name)
     rows = [rows[position] for position in order]
     folds = np.array([_parse_fold(row["fold"], row["id"], name) for row in rows], dtype=np.int64)
@@ -199,14 +202,22 @@ def parse_folds(text: str, dataset: Dataset, name: str) -> np.ndarray:
 
 
 def check_files(dataset: Dataset, split: Split) -> None:
-    """Call `check(indices)` of the data set, if it has that, for the files of the train and valid splits."""
-    if check := getattr(dataset, "check", None):
-        run_on_rank_zero(lambda: check(np.concatenate([split.train, split.valid])))
+    """Check that the samples of the train and valid splits can be read, and are the same read singly and in batches.
+
+    Raises:
+        UserError: If `check` of the data set raises it, or if `get_batch` and `__getitem__` differ.
+    """
+    indices = np.concatenate([split.train, split.valid])
+
+    def check() -> None:
+        if check_samples := getattr(dataset, "check", None):
+            check_samples(indices)
+        check_get_batch(dataset, indices)
+
+    run_on_rank_zero(check)
 
 
 def _check_columns(columns: Sequence[str], dataset: Dataset, name: str) -> None:
-    if repeated := find_repeated(columns):
-        raise UserError(f"{name} has more than one column {repeated[0]}; keep one.")
     for column in columns:
         meant = column.strip().lower()
         if column not in COLUMNS and meant in COLUMNS:
@@ -250,7 +261,7 @@ def _check_column(column: str, expected: Sequence[str] | None, rows: Sequence[di
     if expected is None:
         return
     for row, value in zip(rows, expected, strict=True):
-        if row[column] != value and not _are_equal_numbers(row[column] or "", value):
+        if row[column] != value and not _are_equal_numbers(row[column], value):
             raise UserError(
                 f"{name} has {column} {row[column]!r} for {row['id']}, but the data set has {value!r}: the data or "
                 f"the file changed; use another --split-file."
@@ -329,9 +340,9 @@ def _group_texts(dataset: Dataset) -> list[str] | None:
     return None if groups is None else [str(group) for group in groups]
 
 
-def _parse_fold(text: str | None, sample: str, name: str) -> int:
+def _parse_fold(text: str, sample: str, name: str) -> int:
     try:
-        number = int(text or "")
+        number = int(text)
     except ValueError:
         number = TEST - 1
     if number < TEST:

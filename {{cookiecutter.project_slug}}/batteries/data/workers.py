@@ -1,11 +1,16 @@
 """Worker processes of a loader."""
 
+import io
+import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -49,6 +54,8 @@ def make_loader(
         raise UserError(f"--num-workers {workers} must be 0 or more.")
     if workers == 0 and device.type != "cuda":
         return InProcessLoader(samples, requests)
+    if workers > 0 and multiprocessing.get_context(start_method).get_start_method() != "fork":
+        _check_picklable(samples, workers)
     return DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=requests,  # type: ignore[arg-type]
@@ -60,6 +67,41 @@ def make_loader(
         worker_init_fn=_WorkerInit() if workers else None,
         generator=torch.Generator(),  # without it each pass draws a seed from the global generator
     )
+
+
+def _check_picklable(samples: SeededDataset, workers: int) -> None:
+    """Raise UserError if the data set or its transform cannot be sent to workers that are not forked.
+
+    Tensors and arrays are left out, so that this takes neither time nor memory.
+    """
+    for name, value in (("transform", samples.transform), ("data set", samples.dataset)):
+        try:
+            _Pickler(_NullFile()).dump(value)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"--num-workers {workers}: the {name} cannot be sent to worker processes ({error}); replace a lambda "
+                "or a function inside a function by a function of a module or functools.partial, open files in "
+                "__getitem__, or give --num-workers 0."
+            ) from None
+        except RuntimeError:  # a lock of multiprocessing, which can be sent only while a process starts
+            continue
+
+
+class _NullFile(io.RawIOBase):
+    """A file that keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        """Return the size of `data`."""
+        return len(data)
+
+
+class _Pickler(ForkingPickler):
+    """The pickler of worker processes, without the contents of tensors and arrays."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        """Return a placeholder for a tensor or an array of numbers."""
+        is_array = isinstance(value, np.ndarray) and not value.dtype.hasobject
+        return "values" if is_array or isinstance(value, torch.Tensor) else None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Collective operations that also work in a single process."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,12 +11,33 @@ from batteries.core.ranks import is_rank_zero, local_rank, world_size
 
 Result = TypeVar("Result")
 
+# The process group of everything here, so that it is never matched with a bucket of DistributedDataParallel, which uses
+# the default group: buckets are reduced in the background, and a rank whose model skips a layer reduces fewer of them.
+# `process_group` creates it; None is the default group.
+_control_group: Any = None
+
+
+@contextmanager
+def control_group() -> Iterator[None]:
+    """Use a separate process group for the collectives of this module. Every rank must call it."""
+    global _control_group
+    _control_group = dist.new_group()
+    try:
+        yield
+    finally:
+        _control_group = None
+
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` (any shape) over all ranks in place and return it; the result is bit-identical on all ranks."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_control_group)
     return tensor
+
+
+def broadcast_from_rank_zero(tensor: torch.Tensor) -> None:
+    """Give all ranks the values that `tensor` has on rank 0."""
+    dist.broadcast(tensor, src=0, group=_control_group)
 
 
 class AsyncMaxReduce:
@@ -38,7 +60,7 @@ class AsyncMaxReduce:
             self._work.wait()
             previous = int(self._maximum)
         self._maximum = torch.tensor(value)
-        self._work = dist.all_reduce(self._maximum, op=dist.ReduceOp.MAX, async_op=True)
+        self._work = dist.all_reduce(self._maximum, op=dist.ReduceOp.MAX, group=_control_group, async_op=True)
         return previous
 
 
@@ -47,7 +69,7 @@ def gather_over_ranks(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     gathered: list = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_control_group)
     return gathered
 
 
@@ -93,7 +115,7 @@ def run_on_rank_zero(action: Callable[[], Result]) -> Result:
     if not dist.is_initialized():
         return action()
     outcome: list = list(_attempt(action)) if is_rank_zero() else [None, None]
-    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(outcome, src=0, group=_control_group, device=torch.device("cpu"))
     result, error = outcome
     if error is not None:
         raise error

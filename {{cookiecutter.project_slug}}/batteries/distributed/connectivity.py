@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import IO
 
 import torch
@@ -22,6 +23,29 @@ from batteries.distributed.collectives import sum_over_ranks
 from batteries.distributed.device import find_device
 from batteries.distributed.process_group import process_group
 
+START_TIMEOUT = 600.0  # seconds until all processes have imported torch: minutes on a busy machine
+DID_NOT_START = "did not start"
+
+
+@dataclass
+class Rank:
+    """One of the processes.
+
+    Attributes:
+        process: The process.
+        output: What it prints when it has started.
+        log: Its stderr.
+    """
+
+    process: subprocess.Popen
+    output: IO[bytes]
+    log: IO[bytes]
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the process has imported torch."""
+        return os.fstat(self.output.fileno()).st_size > 0
+
 
 def check_process_group(processes: int, device_type: str, seconds: float) -> str | None:
     """Start processes that join one process group and add numbers.
@@ -29,21 +53,22 @@ def check_process_group(processes: int, device_type: str, seconds: float) -> str
     Args:
         processes: Their number.
         device_type: cpu, cuda or mps.
-        seconds: The time limit; no process is left running after it.
+        seconds: The time limit from when all have started; no process is left running after it.
 
     Returns:
         None if they succeeded, else the reason in one line.
     """
+    port = find_free_port()
     with ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
-        port = find_free_port()
-        ranks = [_start(rank, processes, device_type, port, log) for rank, log in enumerate(logs)]
-        try:
-            return _wait(ranks, logs, seconds)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+        ranks: list[Rank] = []
+        for rank in range(processes):
+            output = stack.enter_context(tempfile.TemporaryFile())
+            log = stack.enter_context(tempfile.TemporaryFile())
+            process = _start(rank, processes, device_type, port, output, log)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            ranks.append(Rank(process, output, log))
+        return _wait(ranks, seconds)
 
 
 def main(device_type: str) -> None:
@@ -51,11 +76,14 @@ def main(device_type: str) -> None:
     device = find_device(device_type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    print("started", flush=True)
     with process_group(device):
         assert int(sum_over_ranks(torch.ones((), device=device))) == world_size()
 
 
-def _start(rank: int, processes: int, device_type: str, port: int, log: IO[bytes]) -> subprocess.Popen:
+def _start(
+    rank: int, processes: int, device_type: str, port: int, output: IO[bytes], log: IO[bytes]
+) -> subprocess.Popen:
     """Start one process with the variables that torchrun would set."""
     variables = {
         "RANK": rank,
@@ -71,25 +99,38 @@ def _start(rank: int, processes: int, device_type: str, port: int, log: IO[bytes
         cwd=ROOT,
         env=os.environ | {name: str(value) for name, value in variables.items()},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=output,
         stderr=log,
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen], logs: Sequence[IO[bytes]], seconds: float) -> str | None:
+def _wait(ranks: Sequence[Rank], seconds: float) -> str | None:
     """Wait until all processes succeeded, one failed, or the time is over; return what went wrong."""
-    end = time.monotonic() + seconds
-    while True:
-        codes = [process.poll() for process in ranks]
-        for rank, code in enumerate(codes):
-            if code:
-                return f"process {rank} of {len(ranks)} exited with code {code}: {_last_line(logs[rank])}"
-        if all(code == 0 for code in codes):
-            return None
-        if time.monotonic() > end:
-            waiting = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
+    begin = time.monotonic()
+    while not all(rank.has_started for rank in ranks):
+        if failure := _describe_failure(ranks):
+            return failure
+        if time.monotonic() - begin > START_TIMEOUT:
+            missing = ", ".join(str(number) for number, rank in enumerate(ranks) if not rank.has_started)
+            return f"process {missing} of {len(ranks)} {DID_NOT_START} in {START_TIMEOUT:g} s"
+        time.sleep(0.05)
+    begin = time.monotonic()
+    while any(rank.process.poll() is None for rank in ranks):
+        if failure := _describe_failure(ranks):
+            return failure
+        if time.monotonic() - begin > seconds:
+            waiting = ", ".join(str(number) for number, rank in enumerate(ranks) if rank.process.poll() is None)
             return f"no answer from process {waiting} of {len(ranks)} in {seconds:g} s"
         time.sleep(0.05)
+    return _describe_failure(ranks)
+
+
+def _describe_failure(ranks: Sequence[Rank]) -> str | None:
+    """Return why the first process that failed did so; None if none has failed."""
+    for number, rank in enumerate(ranks):
+        if code := rank.process.poll():
+            return f"process {number} of {len(ranks)} exited with code {code}: {_last_line(rank.log)}"
+    return None
 
 
 def _last_line(file: IO[bytes]) -> str:

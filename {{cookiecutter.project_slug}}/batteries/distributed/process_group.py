@@ -1,6 +1,7 @@
 """Joining and leaving the process group."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from batteries.core.errors import RunError, UserError
 from batteries.core.ranks import is_launched, world_size
-from batteries.distributed.collectives import sum_over_ranks
+from batteries.distributed.collectives import control_group, sum_over_ranks
 
 PR_SET_PDEATHSIG = 1  # see man 2 prctl
 
@@ -34,11 +35,15 @@ def process_group(device: torch.device) -> Iterator[None]:
     _exit_with_launcher()
     # gloo is used for objects and tensors on the CPU, NCCL for the gradients on GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    # Wait for all ranks: a rank that exits before another one has connected would make that one fail.
-    sum_over_ranks(torch.zeros(()))
-    if sys.version_info < (3, 11, 8) and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_wait_for_gloo_threads)
-    yield
+    with control_group():
+        # Wait for all ranks: a rank that exits before another one has connected would make that one fail.
+        sum_over_ranks(torch.zeros(()))
+        if sys.version_info < (3, 11, 8) and hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=_wait_for_gloo_threads)
+        yield
+    # A Reducer of DistributedDataParallel that outlives its group can hang (https://github.com/pytorch/pytorch/issues/56297),
+    # and a wrapper can be part of a reference cycle.
+    gc.collect()
     dist.destroy_process_group()  # not after an error: it would wait for ranks that have exited
 
 

@@ -11,8 +11,10 @@ from torch import nn
 
 from batteries.checkpoint.io import apply_checkpoint, read_checkpoint, scored_weights
 from batteries.core.errors import UserError
-from batteries.data.dataset import Dataset, Samples, Transform
+from batteries.core.text import count_of
+from batteries.data.dataset import Dataset, Samples, Transform, dataset_info
 from batteries.data.fingerprint import fingerprint
+from batteries.data.image_decoding import IMAGE_SUFFIXES
 from batteries.data.image_files import ImageFiles
 from batteries.data.loaders import EvalLoader
 from batteries.data.splits import Split, SplitFile
@@ -109,6 +111,21 @@ def check_training_data(
         )
 
 
+def open_images(source: Path, dataset: Dataset, channels: int) -> ImageFiles:
+    """Open images outside the data set, which are read as the data set reads its own; print what is left out.
+
+    Args:
+        source: A directory, or a table with a column `path`.
+        dataset: The data set.
+        channels: The channels of an image, if the data set has no reader of files.
+    """
+    info = dataset_info(dataset)
+    files = ImageFiles(source, channels, info.read_image, info.suffixes or IMAGE_SUFFIXES)
+    if files.left_out:
+        run_on_rank_zero(lambda: print(f"left out {files.left_out}"))
+    return files
+
+
 def predict_run(
     folder: Path,
     config: InferenceConfig,
@@ -141,12 +158,18 @@ def predict_run(
     def predict(source: Samples, indices: np.ndarray) -> Predictions:
         loader = EvalLoader(source, indices, transform, device, batch_size=batch_size, num_workers=options.num_workers)
         probabilities, targets = predict_loader(model, loader, options.tta, config.precision, experiment)
+        if probabilities.shape[1] != len(dataset.classes):
+            raise UserError(
+                f"the model returns {count_of(probabilities.shape[1], 'output')} per sample, but the data set has "
+                f"{count_of(len(dataset.classes), 'class')}; build_model in experiment/model.py must return one output "
+                "for each class."
+            )
         ids = tuple(str(source.ids[index]) for index in indices)
         known_targets = targets if (targets >= 0).all() else None
         return Predictions(str(folder), ids, tuple(dataset.classes), probabilities, known_targets)
 
     if options.images is not None:
-        files = ImageFiles(options.images, channels=experiment.channels)
+        files = open_images(options.images, dataset, experiment.channels)
         return {options.images.resolve().stem: predict(files, np.arange(len(files)))}
     indices_of = {"valid": split.valid, "test": split.test}
     wanted = [name for name, indices in indices_of.items() if options.split in (name, "all") and len(indices)]

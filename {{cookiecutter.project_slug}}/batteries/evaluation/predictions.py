@@ -1,6 +1,5 @@
 """Tables of predictions: reading, writing, validation and matching by id."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +72,12 @@ def read_predictions(path: Path) -> Predictions:
     if not path.is_file():
         problem = "is a directory" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {problem}; give a file of predictions, such as logs/baseline/predictions/test.csv.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
-            header = next(csv.reader(file), [])
-        _check_header(path, header)
-        table = read_table(path)
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a table ({str(error).strip()}).") from None
-    classes = tuple(name for name in header if name not in KEYS)
-    ids = tuple(table["id"])
-    columns = [_parse_numbers(path, ids, name, list(table[name])) for name in classes]
-    targets = _parse_targets(path, ids, list(table["target"]), classes) if "target" in header else None
+    table = read_table(path)
+    _check_header(path, table.columns)
+    classes = tuple(name for name in table.columns if name not in KEYS)
+    ids = tuple(table.column("id"))
+    columns = [_parse_numbers(path, ids, name, table.column(name)) for name in classes]
+    targets = _parse_targets(path, ids, table.column("target"), classes) if "target" in table.columns else None
     predictions = Predictions(str(path), ids, classes, np.stack(columns, axis=1), targets)
     check_predictions(predictions)
     return predictions

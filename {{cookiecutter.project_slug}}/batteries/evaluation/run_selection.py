@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from batteries.checkpoint.manifest import AVERAGE, read_average, read_manifest
-from batteries.core.config_io import from_json
+from batteries.core.config_io import from_json, update_saved
 from batteries.core.errors import UserError
 from batteries.core.text import did_you_mean
 
@@ -14,10 +14,10 @@ Config = TypeVar("Config")
 
 
 def read_config(directory: Path, config_class: type[Config]) -> Config:
-    """Read the Config of a run.
+    """Read the Config of a run; an option that this version of Config does not have is left out.
 
     Raises:
-        UserError: If the directory does not hold a run, or an option in config.json is unknown or invalid.
+        UserError: If the directory does not hold a run, or an option in config.json is invalid.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -29,6 +29,8 @@ def read_config(directory: Path, config_class: type[Config]) -> Config:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it.") from None
+    if isinstance(values, dict):
+        values = update_saved(config_class, values)
     return from_json(config_class, values, str(path))
 
 

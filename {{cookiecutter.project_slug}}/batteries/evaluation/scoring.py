@@ -17,8 +17,9 @@ def sample_scores(predictions: Predictions) -> dict[str, np.ndarray]:
     """Compute the scores that are means over samples. Add a custom metric of this kind here.
 
     Returns:
-        One number per sample, each (N,), float64: accuracy, and loss (cross-entropy) if rows sum to one. Empty if
-        targets are not known.
+        One number per sample, each (N,), float64: accuracy, and log_loss if rows sum to one. Empty if targets are not
+        known. The log loss is the cross-entropy of the probabilities, which is not the loss of a run with another loss
+        function.
     """
     if predictions.targets is None:
         return {}
@@ -27,7 +28,7 @@ def sample_scores(predictions: Predictions) -> dict[str, np.ndarray]:
     scores = {"accuracy": (values.argmax(1) == targets).astype(np.float64)}
     if predictions.sums_to_one():
         target_probabilities = values[np.arange(len(targets)), targets]
-        scores["loss"] = -np.log(np.maximum(target_probabilities, SMALLEST))
+        scores["log_loss"] = -np.log(np.maximum(target_probabilities, SMALLEST))
     return scores
 
 

@@ -13,7 +13,7 @@ import torch
 from batteries.checkpoint.io import count_bytes
 from batteries.core.errors import UserError
 from batteries.core.text import count_of, format_duration
-from batteries.distributed.connectivity import check_process_group
+from batteries.distributed.connectivity import DID_NOT_START, check_process_group
 from batteries.distributed.launch import count_processes
 from batteries.preflight.model_checks import nearest_directory
 from batteries.preflight.results import CheckResult
@@ -21,7 +21,7 @@ from batteries.run.directory import check_logdir, holds_run
 from batteries.training.state import TrainState
 
 MAX_SECONDS = 5.0  # of one measurement, plus the rest of the step that is running then
-CONNECT_TIMEOUT = 60.0  # seconds; each process imports torch first, which takes 2 to 20 s
+CONNECT_TIMEOUT = 60.0  # seconds from when all processes have started
 ALMOST_FULL = 0.8  # fraction of the free disk space
 
 
@@ -189,7 +189,12 @@ def check_processes(device: torch.device, accumulation_steps: int, batch_size: i
     name = f"{count_of(processes, 'process')} ({backend})"
     reason = check_process_group(processes, device.type, CONNECT_TIMEOUT)
     if reason:
-        hint = "check the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), the firewall and the host name"
+        if DID_NOT_START in reason:
+            hint = "repeat it when the machine is less busy; python must be able to import torch"
+        else:
+            hint = (
+                "check the network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), the firewall and the host name"
+            )
         details = f"{name} cannot form a process group: {reason}"
         if torch.cuda.device_count() > 1:
             return CheckResult("fail", details, hint)

@@ -61,24 +61,28 @@ class GradientMonitor:
 
     Attributes:
         reached: The names of the parameters that got a gradient.
+        missed: The names of those that got none in at least one step.
         nonzero: The names of those whose gradient was not zero at least once.
         nonfinite: The names of those whose gradient was not finite at least once.
     """
 
     def __init__(self) -> None:
         self.reached: set[str] = set()
+        self.missed: set[str] = set()
         self.nonzero: set[str] = set()
         self.nonfinite: set[str] = set()
+        self._reached_in_step: set[str] = set()
 
-    @contextmanager
-    def watch(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Record the gradients of `parameters` (name to parameter) while the context is open."""
+    def watch(self, parameters: Mapping[str, nn.Parameter], steps: Iterable[object]) -> None:
+        """Record the gradients of `parameters` (name to parameter) in each of `steps`, which trains when iterated."""
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(self._record, name))
             for name, parameter in parameters.items()
         ]
         try:
-            yield
+            for _ in steps:
+                self.missed |= parameters.keys() - self._reached_in_step
+                self._reached_in_step.clear()
         finally:
             for handle in handles:
                 handle.remove()
@@ -88,6 +92,7 @@ class GradientMonitor:
         if gradient is None:
             return
         self.reached.add(name)
+        self._reached_in_step.add(name)
         if gradient.any():
             self.nonzero.add(name)
         if not gradient.isfinite().all():
@@ -95,27 +100,32 @@ class GradientMonitor:
 
 
 def check_gradients(
-    model: nn.Module, trainable: Collection[str], train: Callable[[], object], *, scaled: bool
+    model: nn.Module,
+    trainable: Collection[str],
+    steps: Iterable[object],
+    *,
+    scaled: bool,
+    find_unused_parameters: bool,
 ) -> CheckResult:
     """Check that every trainable parameter gets a gradient that is finite and not always zero.
 
     Args:
         model: The model.
         trainable: The names of the parameters that at least one stage trains.
-        train: Trains some steps.
+        steps: Trains one step for each item.
         scaled: Whether the loss is scaled (fp16); the first gradients may then overflow.
+        find_unused_parameters: Whether DDP allows parameters without a gradient.
     """
     parameters = dict(unwrap_model(model).named_parameters())
     watched = {name: parameter for name, parameter in parameters.items() if name in trainable}
     monitor = GradientMonitor()
-    with monitor.watch(watched):
-        train()
+    monitor.watch(watched, steps)
     count = len(trainable)
     unreached = [name for name in watched if name not in monitor.reached]
     if unreached:
         details = f"no gradient for {len(unreached)} of {count} parameters: {list_first(unreached, MAX_LISTED)}"
         hint = "use them in forward, freeze them, or remove them; DDP raises an error for unused parameters"
-        return CheckResult("fail", details, hint)
+        return CheckResult("warning" if find_unused_parameters else "fail", details, hint)
     nonfinite = [name for name in watched if name in monitor.nonfinite]
     if nonfinite and not scaled:
         details = (
@@ -123,6 +133,10 @@ def check_gradients(
         )
         hint = "check the model and the loss for sqrt, log and division at 0; try --precision fp32"
         return CheckResult("fail", details, hint)
+    missed = [name for name in watched if name in monitor.missed]
+    if missed and not find_unused_parameters:
+        details = f"no gradient in some steps for {len(missed)} of {count} parameters: {list_first(missed, MAX_LISTED)}"
+        return CheckResult("warning", details, "give --find-unused-parameters when using scripts/train_ddp.sh")
     zero = [name for name in watched if name not in monitor.nonzero]
     if zero:
         details = f"only zero gradients for {len(zero)} of {count} parameters: {list_first(zero, MAX_LISTED)}"

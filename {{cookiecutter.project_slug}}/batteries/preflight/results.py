@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from batteries.core.errors import RunError, UserError, is_out_of_memory
-from batteries.core.project import ROOT
+from batteries.core.code_errors import explain_code_error
+from batteries.core.errors import RunError, UserError, explain_nondeterministic, is_out_of_memory
+from batteries.core.project import ROOT, is_user_code
 
 Outcome = Literal["pass", "warning", "fail"]
 STYLES: dict[Outcome, str] = {"pass": "green", "warning": "yellow", "fail": "bold red"}
@@ -73,6 +74,8 @@ def describe_error(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, UserError):
         return message
+    if explanation := explain_code_error(error):
+        return explanation
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_code(Path(frame.filename))]
     place = ""
     if frames:
@@ -80,15 +83,11 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {message[:MAX_MESSAGE_LENGTH] or '(no error message)'}{place}"
 
 
-def is_user_code(file: Path) -> bool:
-    """Return whether a file belongs to this repository, but not to batteries/ or a virtual environment in it."""
-    is_library = file.is_relative_to(ROOT / "batteries") or "site-packages" in file.parts
-    return file.is_relative_to(ROOT) and not is_library
-
-
 def suggest_fix(error: Exception) -> str:
     """Return a hint for an error with a known fix, otherwise an empty string."""
-    return "use more --accumulation-steps, or a smaller --batch-size" if is_out_of_memory(error) else ""
+    if is_out_of_memory(error):
+        return "use more --accumulation-steps, or a smaller --batch-size"
+    return "use --no-deterministic, or replace the operation" if explain_nondeterministic(error) else ""
 
 
 class ResultTable:

@@ -72,8 +72,8 @@ class RunHistory:
         return [_to_number(line.get(split, {}).get(metric)) for line in self.epochs]
 
     def learning_rates(self) -> list[float]:
-        """Return the learning rate at the end of each epoch."""
-        return [_to_number(line.get("lr")) for line in self.epochs]
+        """Return the highest learning rate of each epoch; of a run that did not record it, that of the last step."""
+        return [_to_number(line.get("max_lr", line.get("lr"))) for line in self.epochs]
 
     def best_epoch(self, span: StageSpan | None = None) -> int | None:
         """Return the best epoch of the run, or of one stage.

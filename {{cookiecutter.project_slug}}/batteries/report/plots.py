@@ -37,6 +37,7 @@ HEIGHT = 3.5  # inches
 DPI = 160  # pixels per inch: sharp at half the width of a report
 MAX_CLASSES = 24  # of a confusion matrix with readable names
 MAX_NARROW_CLASSES = 12  # of a confusion matrix that is readable at half the width of a report
+LABEL_CHARACTERS = 64  # that fit above a plot, for the names of the stages
 MAX_MARKED_EPOCHS = 40  # of a curve with a dot per epoch
 
 
@@ -134,6 +135,8 @@ def draw_curves(
             _draw_line(axes, line)
         if is_log:
             _use_log_scale(axes)
+        else:  # a common factor of the labels would be drawn over the name of the first stage
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.10g}")
         axes.set(title=title, xlabel="epoch, over all stages", ylabel=f"{label}, log scale" if is_log else label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         _draw_stage_boundaries(axes, spans)
@@ -170,10 +173,11 @@ def _draw_stage_boundaries(axes: Any, spans: Sequence[StageSpan]) -> None:
     if len(spans) < 2:
         return
     for span in spans:
+        room = LABEL_CHARACTERS * (span.last - span.first + 1) // spans[-1].last
         if span.first > 1:
             axes.axvline(span.first - 0.5, color=GREY, linewidth=0.8, linestyle=":")
         axes.annotate(
-            _shorten(span.name, 12),
+            _shorten(span.name, max(2, min(12, room))),
             ((span.first + span.last) / 2, 1.0),
             xycoords=axes.get_xaxis_transform(),
             ha="center",

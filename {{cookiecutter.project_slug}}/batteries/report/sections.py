@@ -25,7 +25,7 @@ from batteries.evaluation.error_analysis import (
     worst_errors,
 )
 from batteries.evaluation.predictions import Predictions
-from batteries.report.history import RunHistory, unique
+from batteries.report.history import RunHistory, StageSpan, unique
 from batteries.report.html import (
     Aside,
     Html,
@@ -86,9 +86,14 @@ def render_curves_section(run: RunHistory) -> Section:
     if not run.epochs:
         return Section("Curves", [tag("p", "Curves appear after the first complete epoch.")])
     plots = [_draw_metric(run, metric) for metric in run.metrics]
-    rates = Line("", run.learning_rates(), COLOURS[0])
-    plots.append(draw_curves("learning_rate", "learning rate", "at the end of each epoch", [rates], run.stage_spans()))
+    plots.append(_draw_learning_rates([run], [Line("", run.learning_rates(), COLOURS[0])], run.stage_spans()))
     return Section("Curves", plots)
+
+
+def _draw_learning_rates(runs: Sequence[RunHistory], lines: Sequence[Line], spans: Sequence[StageSpan] = ()) -> Plot:
+    is_highest = any("max_lr" in line for run in runs for line in run.epochs)  # earlier versions recorded the last one
+    label = "highest of each epoch" if is_highest else "at the end of each epoch"
+    return draw_curves("learning_rate", "learning rate", label, lines, spans)
 
 
 def _draw_metric(run: RunHistory, metric: str) -> Plot:
@@ -380,7 +385,7 @@ def render_curves_comparison(runs: Sequence[RunHistory]) -> Section:
                 title = f"{metric}, {split}"
                 plots.append(draw_curves(name, title, metric, lines, may_be_log=metric in LOWER_IS_BETTER))
     rates = [Line(run.name, run.learning_rates(), *_line_style(number)) for number, run in enumerate(runs)]
-    plots.append(draw_curves("learning_rate", "learning rate", "at the end of each epoch", rates))
+    plots.append(_draw_learning_rates(runs, rates))
     return Section("Curves", plots)
 
 

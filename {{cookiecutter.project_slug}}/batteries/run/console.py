@@ -21,7 +21,7 @@ SECONDS_BETWEEN_DRAWINGS = 0.5  # of the progress bar: drawing it takes some mil
 # ANSI escape sequences, and all other control characters.
 CONTROL_CHARACTERS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b-\x1f\x7f]")
 # The columns that a line of progress needs besides the bar.
-STATUS_WIDTH = 76
+STATUS_WIDTH = 80
 MIN_BAR_WIDTH = 4
 
 
@@ -133,9 +133,11 @@ class Console:
         """Return rich's progress bar. It is drawn on request: a thread that redraws would compete with the step."""
         from rich import progress
 
+        width = self.screen.width - STATUS_WIDTH
+        bar = [progress.BarColumn(bar_width=width)] if width >= MIN_BAR_WIDTH else []
         return progress.Progress(
             progress.TextColumn(label),
-            progress.BarColumn(bar_width=max(MIN_BAR_WIDTH, self.screen.width - STATUS_WIDTH)),
+            *bar,
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[status]}"),
             progress.TimeRemainingColumn(compact=True),

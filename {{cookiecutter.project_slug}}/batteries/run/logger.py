@@ -102,4 +102,4 @@ class RunLogger:
 
 def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
     """Replace numbers that are not finite by None, because JSON has none."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}

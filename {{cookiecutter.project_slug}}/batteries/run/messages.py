@@ -116,7 +116,7 @@ def describe_code(record: Mapping[str, Any]) -> str:
 
 def epoch_line(label: str, metrics: Metrics, seconds: float, comment: str) -> str:
     """Format one epoch as one line: each metric as `train/valid`, so that a gap between them shows."""
-    names = dict.fromkeys(name for values in metrics.values() for name in sorted(values))
+    names = sorted({name for values in metrics.values() for name in values})
     parts = [label]
     for name in names:
         values = [f"{values[name]:.4f}" for values in metrics.values() if name in values]
@@ -131,7 +131,7 @@ def describe_improvement(score: float, before: float | None, is_best: bool) -> s
     """Describe how a score compares with the best one before it."""
     if not is_best:
         return ""
-    return "best" if before is None else f"best, {score - before:+.4f}"
+    return "best" if before is None else f"best by {abs(score - before):.4f}"
 
 
 def end_lines(best: Mapping[str, Any], path: Path, logdir: Path, dashboards: Sequence[str]) -> list[str]:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from batteries.core.files import read_json, write_atomically, write_text
 from batteries.core.project import ROOT
@@ -25,6 +27,8 @@ from batteries.core.ranks import world_size
 
 logger = logging.getLogger("batteries")
 
+# Variables with which git, when it runs a hook, names its own repository.
+OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
 KEPT_ON_RESUME = ("id", "start", "best")  # entries of run.json that a resumed run takes over
 
 
@@ -77,14 +81,18 @@ class RunMetadata:
         resumed_at = self.values["start"]
         self.values |= {name: earlier[name] for name in KEPT_ON_RESUME if name in earlier}
         self.values["resumed"] = [*earlier.get("resumed", []), resumed_at]
+        if "split" in self.values:  # of the same file, which the first start may have made
+            made_with = earlier.get("split", {}).get("made_with")
+            self.values["split"] = {**self.values["split"], "made_with": made_with}
 
 
 def describe_process() -> dict[str, Any]:
     """Return the command, code, versions and machine of this process, as written to run.json."""
+    is_repository = _is_repository()
     return {
         "command": shlex.join(sys.argv),
-        "git_commit": _git_line("rev-parse", "HEAD"),
-        "git_branch": _git_line("symbolic-ref", "--short", "HEAD"),
+        "git_commit": _git_line("rev-parse", "HEAD") if is_repository else None,
+        "git_branch": _git_line("symbolic-ref", "--short", "HEAD") if is_repository else None,
         "versions": versions(),
         "driver": gpu_driver(),
         "host": socket.gethostname(),
@@ -157,6 +165,16 @@ def hash_code() -> dict[str, str]:
     }
 
 
+def describe_architecture(model: nn.Module) -> dict[str, Any]:
+    """Return the class, the number of parameters, and the sha256 of the names and shapes of all tensors of a model."""
+    shapes = {name: None if is_lazy(value) else list(value.shape) for name, value in model.state_dict().items()}
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)),
+        "sha256": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+    }
+
+
 def describe_code_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """Describe which files changed since a run was saved.
 
@@ -191,8 +209,16 @@ def describe_environment_changes(before: Mapping[str, Any]) -> list[str]:
     return [f"Changed since the run was saved: {', '.join(changes)}. {note}"]
 
 
+def _is_repository() -> bool:
+    """Return whether this project is a git repository, and not a subdirectory of another one."""
+    top = _git("rev-parse", "--show-toplevel")
+    return top is not None and Path(os.fsdecode(top.removesuffix(b"\n"))).resolve() == ROOT.resolve()
+
+
 def uncommitted_diff() -> bytes | None:
     """Return the diff between the last commit and the files now, with new files; None without git or a commit."""
+    if not _is_repository():
+        return None
     with tempfile.TemporaryDirectory() as directory:
         index = os.path.join(directory, "index")  # a separate index: the user's is not changed
         if _git("read-tree", "HEAD", index=index) is None:
@@ -209,7 +235,7 @@ def _git(*arguments: str, index: str | None = None) -> bytes | None:
         arguments: The arguments of git.
         index: The path of the index file; None for that of the repository.
     """
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name not in OTHER_REPOSITORY}
     if index is not None:
         environment["GIT_INDEX_FILE"] = index
     try:

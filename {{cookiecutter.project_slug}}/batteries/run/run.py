@@ -5,6 +5,7 @@ import math
 import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -15,8 +16,9 @@ from torch import nn
 from batteries.checkpoint.async_writer import AsyncWriter
 from batteries.checkpoint.io import load_weights
 from batteries.checkpoint.manager import CheckpointManager, best_of
+from batteries.checkpoint.plain_values import to_plain
 from batteries.core.config_io import replace_from_json, to_json
-from batteries.core.errors import RunError, UserError, is_out_of_memory
+from batteries.core.errors import RunError, UserError, explain_nondeterministic, is_out_of_memory
 from batteries.core.ranks import is_rank_zero
 from batteries.core.signals import Preempted
 from batteries.data.image_grid import read_png
@@ -26,7 +28,7 @@ from batteries.run.config import RunConfig
 from batteries.run.directory import RunDirectory
 from batteries.run.logger import RunLogger
 from batteries.run.messages import advise_out_of_memory, describe_exit, end_lines, header_lines
-from batteries.run.metadata import hash_code, hash_config, now, uncommitted_diff
+from batteries.run.metadata import describe_architecture, hash_code, hash_config, now, uncommitted_diff
 from batteries.run.report_hook import make_reports
 from batteries.run.resume import INITIAL_WEIGHT_OPTIONS, RunIdentity, find_resume_point
 from batteries.run.stage import RunParts, StageRun
@@ -77,16 +79,24 @@ class Run(Generic[ConfigT]):
 
         Raises:
             UserError: If the directory holds a run that is not to be resumed or a different one, is in use, or cannot
-                be written.
+                be written; or if a checkpoint cannot hold `model_args`.
         """
         check_trackers(config.tracker)
         directory = RunDirectory(Path(config.logdir))
         code = hash_code()
         self._difference = uncommitted_diff() if is_rank_zero() else None  # before this run adds a split file
-        identity = RunIdentity(_values(config), may_change, data, split, code)
+        identity = RunIdentity(
+            config_class=type(config),
+            config=_values(config),
+            may_change=may_change,
+            data=data,
+            split=split,
+            model=describe_architecture(model),
+            code=code,
+        )
         self._point = run_on_rank_zero(lambda: find_resume_point(directory, identity, model, resume=config.resume))
-        if self._point.checkpoint is not None:
-            before = self._point.checkpoint["experiment_args"]
+        before = self._point.config
+        if before:
             config = replace_from_json(config, {name: before.get(name) for name in INITIAL_WEIGHT_OPTIONS})
         self.config: ConfigT = config
         self.device = device
@@ -94,14 +104,14 @@ class Run(Generic[ConfigT]):
         self.logger = RunLogger(directory, config)
         self.writer = AsyncWriter()
         self._model = model
-        self._split = split
+        self._identity = identity
         self._directory = directory
         self._pretrained: PretrainedReport | None = None
         self._config_hash = hash_config(_values(config), without=[*set(may_change) - set(INITIAL_WEIGHT_OPTIONS)])
         self._parts = RunParts(
             config=config,
             values=_values(config),
-            model_args=dict(model_args),
+            model_args=to_plain(dict(model_args), "model_args"),
             data=data,
             code=code,
             device=device,
@@ -112,12 +122,18 @@ class Run(Generic[ConfigT]):
         )
 
     def __enter__(self) -> "Run[ConfigT]":
-        run_on_rank_zero(self._write_start)
-        self.logger.console.open()
-        self.logger.start_trackers(self._parts.values, self._resumed_at())
-        for message in self._point.messages:
-            logger.warning(message)
-        self._parts.policy.signals.__enter__()
+        with ExitStack() as undo:
+            undo.callback(self._directory.lock.release)
+            run_on_rank_zero(self._write_start)
+            undo.callback(self.logger.console.close)
+            self.logger.console.open()
+            undo.callback(self.logger.finish_trackers, failed=True)
+            self.logger.start_trackers(self._parts.values, self._resumed_at())
+            for message in self._point.messages:
+                logger.warning(message)
+            undo.callback(self._parts.policy.signals.__exit__)
+            self._parts.policy.signals.__enter__()
+            undo.pop_all()  # nothing failed: __exit__ ends the run
         return self
 
     def __exit__(
@@ -135,6 +151,8 @@ class Run(Generic[ConfigT]):
         signals.__exit__()  # last, so that another signal does not interrupt what is written here
         if error is not None and is_out_of_memory(error):
             raise UserError(advise_out_of_memory(self.config, self.device)) from error
+        if error is not None and (explanation := explain_nondeterministic(error)):
+            raise UserError(explanation) from error
         if kind not in (None, Preempted) and signals.received:
             signal.raise_signal(signals.received)  # torchrun's: another rank failed and reports the cause
 
@@ -167,6 +185,9 @@ class Run(Generic[ConfigT]):
 
         Returns:
             The stage; its `position` is where to begin.
+
+        Raises:
+            UserError: If a checkpoint cannot hold a value of the state.
         """
         stage = StageRun(self._parts, number, state, checkpoints)
         checkpoint, position = self._point.checkpoint, self._point.position
@@ -177,6 +198,7 @@ class Run(Generic[ConfigT]):
             stage.restore(checkpoint, self._point.name, position)
         else:
             checkpoints.discard()
+        stage.check_state()
         return stage
 
     def finish(self, stage_checkpoints: Sequence[CheckpointManager]) -> float:
@@ -227,8 +249,11 @@ class Run(Generic[ConfigT]):
         about = {
             "config_hash": self._config_hash,
             "device": str(self.device),
-            "split": dict(self._split),
+            "split": dict(self._identity.split),
             "seed": self.config.seed,
+            "data": self._identity.data,
+            "model": dict(self._identity.model),
+            "code": dict(self._identity.code),
         }
         self._directory.metadata.begin(about, self._difference, resumed=self.config.resume)
 

@@ -52,6 +52,7 @@ class RunParts:
         timing: The timing of the last epoch; empty before the first.
         stopped_early: Whether the last stage ended before its last epoch.
         is_profiled: Whether the steps of an epoch were profiled.
+        warnings: The warnings that were logged, and are not repeated.
     """
 
     config: RunConfig
@@ -68,6 +69,7 @@ class RunParts:
     timing: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
     is_profiled: bool = False
+    warnings: set[str] = field(default_factory=set)
 
 
 class StageRun:
@@ -88,6 +90,7 @@ class StageRun:
         self._state = state
         self._checkpoints = checkpoints
         self._lr = math.nan  # of the last step
+        self._max_lr = 0.0  # the highest of the epoch
         self._running_metrics: list[dict[str, Any]] = []  # of the epoch that is continued
 
     def restore(self, checkpoint: Mapping[str, Any], name: str, position: TrainingPosition) -> None:
@@ -97,11 +100,16 @@ class StageRun:
         self._checkpoints.restore(checkpoint)
         self.position = position
         self._lr = saved["lr"]
+        self._max_lr = saved.get("max_lr", saved["lr"])  # a checkpoint of an earlier version has none
         self._running_metrics = saved["running"]
         self._parts.guard.monitor.skipped = saved["skipped"]
         self._parts.guard.streak = saved["row"]
         self._parts.total_step = saved["total_step"]
         self.steps_before = saved["total_step"] - checkpoint["step"]
+
+    def check_state(self) -> None:
+        """Raise UserError if a checkpoint cannot hold a value of the state."""
+        self._make_checkpoint(1, 0, {}, self.position, running=[])
 
     def track(self, batches: EpochBatches, metrics: MeanMetrics) -> Iterator[Batch]:
         """Iterate over `batches`: show the progress, keep the time, and write the checkpoints within the epoch.
@@ -113,6 +121,8 @@ class StageRun:
         parts = self._parts
         if batches.first_step:
             metrics.restore(self._running_metrics)
+        else:
+            self._max_lr = 0.0
         watch = Stopwatch(batches, metrics)
         step = batches.first_step
         with profile_steps(self._profile_directory(), len(batches) - step) as profiler:
@@ -135,7 +145,14 @@ class StageRun:
             gradient_norm: The norm before clipping, shape ().
         """
         self._lr = lr
+        self._max_lr = max(self._max_lr, lr)
         self._parts.guard.monitor.add(gradient_norm)
+
+    def warn_once(self, text: str) -> None:
+        """Log a warning from rank 0, once in a run."""
+        if is_rank_zero() and text not in self._parts.warnings:
+            logger.warning(text)
+        self._parts.warnings.add(text)
 
     def log_epoch(
         self, epoch: int, step: int, metrics: Mapping[str, Mapping[str, float]], score: float, *, is_over: bool = False
@@ -157,7 +174,8 @@ class StageRun:
         parts.stopped_early = is_over
         if not is_rank_zero():
             return
-        line: dict[str, Any] = {"stage": self._stage.name, "epoch": epoch, "step": step, "lr": self._lr}
+        line: dict[str, Any] = {"stage": self._stage.name, "epoch": epoch, "step": step}
+        line |= {"lr": self._lr, "max_lr": self._max_lr}
         line |= {split: finite_or_none(values) for split, values in metrics.items()}
         parts.logger.log_epoch(line, parts.timing, parts.total_step)
         logger.info(epoch_line(self._label(epoch), metrics, parts.timing["seconds"], comment))
@@ -222,6 +240,7 @@ class StageRun:
             "skipped": parts.guard.monitor.skipped,
             "row": parts.guard.streak,
             "lr": self._lr,
+            "max_lr": self._max_lr,
         }
         return make_checkpoint(
             stage=self._stage.name,

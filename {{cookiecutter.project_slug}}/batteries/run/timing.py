@@ -67,10 +67,10 @@ class Stopwatch:
 
         It is short, because it has to fit into 80 columns together with the progress bar.
         """
-        means = " ".join(f"{name} {value:.3f}" for name, value in self.metrics.compute_local().items())
+        means = " ".join(f"{name} {value:.3f}" for name, value in sorted(self.metrics.compute_local().items()))
         wait = self._waited / (time.perf_counter() - self._begin)
         memory = peak_memory(self.batches.device) / 1e9
-        return f"{means} {self.samples_per_second():.0f}/s wait {wait:.0%} {memory:.1f} GB"
+        return f"{means} {self.samples_per_second():.0f} samples/s wait {wait:.0%} {memory:.1f} GB"
 
 
 class StepProfiler(Protocol):

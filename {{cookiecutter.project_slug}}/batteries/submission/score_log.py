@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batteries.core.errors import UserError
-from batteries.core.files import write_output
+from batteries.core.files import warn_of_missing_lock, write_output
+from batteries.core.tables import Row, parse_rows, read_table_text
 
 SCORE_COLUMNS = ("valid", "test", "public", "private")
 
@@ -160,23 +161,19 @@ def _conflicting_values(entries: Sequence[ScoreEntry]) -> list[str]:
     return conflicts
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """List (line number, cells) of each line except the header, which a merge may have repeated."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a score log ({error}).") from None
-    reader = csv.reader(io.StringIO(text, newline=""))
-    if next(reader, None) != COLUMNS:
+def _read_rows(path: Path) -> list[Row]:
+    """List the lines without the header, which a merge may have repeated."""
+    rows = parse_rows(read_table_text(path, str(path)), str(path))
+    if not rows or rows[0].cells != COLUMNS:
         raise UserError(f"{path} does not begin with {','.join(COLUMNS)}; restore that line.")
-    for row in reader:
-        if row and row != COLUMNS:
-            yield reader.line_num, row
+    return [row for row in rows if row.cells != COLUMNS]
 
 
 def _parse_entry(path: Path, number: int, row: Sequence[str]) -> ScoreEntry:
     if len(row) != len(COLUMNS):
-        raise UserError(f"{path}, line {number}: {len(row)} values for {len(COLUMNS)} columns.")
+        raise UserError(
+            f"{path}, line {number}: {len(row)} values for {len(COLUMNS)} columns; complete the line, or delete it."
+        )
     values: dict[str, str | float | None] = dict(zip(COLUMNS, row, strict=True))
     for name in SCORE_COLUMNS:
         values[name] = _parse_score(path, number, name, str(values[name]))
@@ -206,7 +203,7 @@ def _write(path: Path, entries: Sequence[ScoreEntry]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on the directory of `path`; it creates no file. Windows has no such lock.
+    """Hold a lock on the directory of `path`; it creates no file. Windows and some file systems have no such lock.
 
     Raises:
         UserError: If the directory does not exist.
@@ -220,7 +217,10 @@ def _locked(path: Path) -> Iterator[None]:
 
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            warn_of_missing_lock(path.parent, error)
         yield
     finally:
         os.close(descriptor)

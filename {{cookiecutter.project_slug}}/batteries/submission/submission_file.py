@@ -1,7 +1,8 @@
 """Submission files: predictions in the columns, ids and order of a competition's sample submission."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 Values = Literal["label", "index", "probability", "binary", "labels"]
 PER_ROW = ("label", "index", "labels")  # these describe the whole row; the others describe one class
-SEPARATORS = {";": ";", "\t": "tabs", "|": "|"}  # that are not commas, with their names
 
 
 def read_sample(path: Path) -> "pd.DataFrame":
@@ -25,27 +25,43 @@ def read_sample(path: Path) -> "pd.DataFrame":
     Raises:
         UserError: If it is not a table, has only one column, or repeats an id.
     """
-    try:
-        table = read_table(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--sample {path} cannot be read as a table ({str(error).strip()}).") from None
-    if len(table.columns) == 1:
-        _check_separator(path, table.columns[0])
-    if len(table.columns) < 2 or not len(table):
+    import pandas as pd
+
+    table = read_table(path, f"--sample {path}")
+    if len(table.columns) < 2 or not table.rows:
         raise UserError(f"--sample {path} needs a column of ids, a column to fill in, and rows.")
-    if repeated := find_repeated(table.iloc[:, 0]):
+    if repeated := find_repeated(row.cells[0] for row in table.rows):
         raise UserError(f"--sample {path} has more than one row of {summarize_names('id', repeated)}.")
-    return table
+    return pd.DataFrame([row.cells for row in table.rows], columns=table.columns, dtype=str)
 
 
-def _check_separator(path: Path, header: str) -> None:
-    """Raise UserError if the only column seems to be several, with another separator than a comma."""
-    for separator, name in SEPARATORS.items():
-        if separator in header:
-            raise UserError(
-                f"--sample {path} has one column, {header}, which looks like several columns separated by {name}; save "
-                "it with commas."
-            )
+def match_ids(predictions: Predictions, sample: "pd.DataFrame") -> Predictions:
+    """Return the predictions with the ids of the sample, if those are the same without directories or suffixes.
+
+    Nothing changes unless each id of the sample is then that of one prediction, and none is left over: `images/t0.jpg`
+    becomes `t0`.
+    """
+    ids = list(sample.iloc[:, 0])
+    if set(ids) == set(predictions.ids):
+        return predictions
+    for shorten in (_without_suffix, _without_directory, _without_both):
+        in_sample = {shorten(name): name for name in ids}
+        shortened = [shorten(name) for name in predictions.ids]
+        if len(in_sample) == len(ids) == len(shortened) and in_sample.keys() == set(shortened):
+            return replace(predictions, ids=tuple(in_sample[name] for name in shortened))
+    return predictions
+
+
+def _without_suffix(name: str) -> str:
+    return name.removesuffix(PurePosixPath(name).suffix)
+
+
+def _without_directory(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _without_both(name: str) -> str:
+    return _without_suffix(_without_directory(name))
 
 
 def make_submission(

@@ -56,7 +56,7 @@ class TrackerBackend(Protocol):
         """Log one point for each value; `step` counts the optimizer steps of the run."""
 
     def image(self, name: str, array: Any, step: int) -> None:
-        """Log an image, a uint8 tensor (3, H, W)."""
+        """Log an image: a tensor (1, 3 or 4, H, W) on the CPU, of bytes or of floats from 0 to 1."""
 
     def finish(self, score: float | None, best: Path | None, failed: bool) -> None:
         """Write what is pending.

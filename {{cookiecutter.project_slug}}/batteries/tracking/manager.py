@@ -57,7 +57,7 @@ class Trackers:
                 guard.run(lambda backend: backend.log(points, step))
 
     def image(self, name: str, make: Callable[[], Any], step: int) -> None:
-        """Log an image to each tracker that does not have the step yet.
+        """Log an image to each tracker that does not have the step yet; warn of one of another shape or type.
 
         Args:
             name: The name of the image.
@@ -68,8 +68,12 @@ class Trackers:
         array = make() if missing else None
         if array is None:
             return
+        image = _to_image(array)
+        if image is None:
+            logger.warning(f"image {name} is not logged: it is {_describe(array)}; give a uint8 tensor (3, H, W).")
+            return
         for guard in missing:
-            guard.run(lambda backend: backend.image(name, array, step))
+            guard.run(lambda backend: backend.image(name, image, step))
 
     def finish(self, score: float | None = None, best: Path | None = None, failed: bool = False) -> None:
         """Finish each tracker, with the arguments of TrackerBackend.finish; wait SECONDS_TO_FINISH at most for each."""
@@ -90,6 +94,28 @@ class Trackers:
     def dashboards(self) -> list[str]:
         """Return the distinct dashboards of the trackers that work."""
         return list(dict.fromkeys(guard.backend.dashboard for guard in self._guards if guard.backend is not None))
+
+
+def _to_image(array: Any) -> Any:
+    """Return a tensor or an array as an image that every tracker can log, (1, 3 or 4, H, W); None if it is not one."""
+    import torch
+
+    try:
+        image = torch.as_tensor(array).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
+        return None
+    if image.is_floating_point():
+        return image.float()
+    return image if image.min() >= 0 and image.max() <= 255 else None
+
+
+def _describe(array: Any) -> str:
+    """Describe a value that is not an image."""
+    shape = getattr(array, "shape", None)
+    kind = type(array).__name__
+    return f"of type {kind}" if shape is None else f"a {kind} {tuple(shape)} of {array.dtype}"
 
 
 class _GuardedTracker:

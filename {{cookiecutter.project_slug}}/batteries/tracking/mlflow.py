@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batteries.core.command_line import shell_command
+from batteries.core.errors import RunError
 from batteries.core.project import ROOT
 from batteries.tracking.base import TrackedRun, describe_run
 
@@ -67,9 +68,9 @@ class MLflow:
             logging.getLogger(name).setLevel(logging.WARNING)  # they log each table that they create
         directory = logdir.absolute().parent
         server = os.environ.get("MLFLOW_TRACKING_URI")
-        file = f"sqlite:///{logdir.parent / 'mlflow.db'}"
-        self.dashboard = server or shell_command("mlflow", "ui", "--backend-store-uri", file)
-        self._client = library.MlflowClient(server or f"sqlite:///{directory / 'mlflow.db'}")
+        shown = [] if server else ["--backend-store-uri", _database_url(logdir.parent / "mlflow.db")]
+        self.dashboard = server or shell_command("mlflow", "ui", *shown)
+        self._client = library.MlflowClient(server or _database_url(directory / "mlflow.db"))
         experiment = self._client.get_experiment_by_name(ROOT.name)
         if experiment is not None:
             return experiment.experiment_id
@@ -92,3 +93,19 @@ class MLflow:
         self._has_score = self._metric in names
         points = [point for name in names for point in self._client.get_metric_history(self._id, name)]
         self._last_step = max((point.step for point in points), default=-1)
+
+
+def _database_url(file: Path) -> str:
+    """Return the URL of an SQLite file, with a path that SQLAlchemy and mlflow read as it is.
+
+    A path with ? or % must be quoted, which SQLAlchemy undoes from 2.1 on. For URLs that begin with sqlite:/// mlflow
+    creates the directory without undoing it; with the name of the driver it does not.
+    """
+    from sqlalchemy.engine import URL, make_url
+
+    plain = f"sqlite:///{file}"
+    quoted = URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
+    for url in (plain, quoted):
+        if make_url(url).database == str(file):
+            return url
+    raise RunError(f"{file} has a ? in its path; use another --logdir, or update sqlalchemy")

@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from batteries.core.text import did_you_mean
 from batteries.distributed.collectives import gather_over_ranks, interleave_over_ranks, sum_over_ranks, union_over_ranks
 
 logger = logging.getLogger("batteries")
+
+USUAL_METRICS = ("loss", "accuracy")  # what valid_fn reports in a new project
 
 
 class MeanMetrics:
@@ -145,29 +148,82 @@ class PredictionCollector:
         return np.concatenate(outputs), np.concatenate(targets)
 
 
-def check_metrics(names: Sequence[str], scores: Iterable[str], main_metric: str, *, minimize: bool) -> None:
-    """Check the names of metrics and the direction of the main metric.
+def check_metrics(names: Iterable[str], scores: Iterable[str], main_metric: str, *, minimize: bool) -> None:
+    """Check the names of additional metrics, and the direction of the main metric.
 
     Args:
-        names: The metrics that are requested.
-        scores: The metrics that exist besides loss and accuracy.
-        main_metric: The main metric, one of `names`.
+        names: The metrics that are requested with `--scores`.
+        scores: The metrics that exist besides those that valid_fn reports.
+        main_metric: The main metric; `check_main_metric` checks its name.
         minimize: Whether `--minimize-metric` was given.
 
     Raises:
         UserError: If a metric is unknown, or the direction of a known main metric is wrong.
     """
-    known = ("loss", "accuracy", *scores)
+    known = (*USUAL_METRICS, *scores)
     for name in names:
         if name not in known:
-            flag = "--main-metric" if name == main_metric else "--scores"
-            raise UserError(
-                f"{flag} {name} is not a known metric{did_you_mean(name, known) or '.'} Use one of: {', '.join(known)}."
-            )
+            raise _unknown_metric("--scores", name, known)
     if main_metric in LOWER_IS_BETTER and not minimize:
         raise UserError(f"--main-metric {main_metric}: lower is better. Add --minimize-metric.")
     if main_metric in HIGHER_IS_BETTER and minimize:
         raise UserError(f"--main-metric {main_metric}: higher is better. Remove --minimize-metric.")
+
+
+class ValidationConfig(Protocol):
+    """The options of validation."""
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that ranks checkpoints."""
+        ...
+
+
+ConfigT = TypeVar("ConfigT", bound=ValidationConfig)
+
+
+def check_main_metric(
+    config: ConfigT, scores: Iterable[str], validate: Callable[[ConfigT], Mapping[str, float]]
+) -> None:
+    """Check the name of the main metric before training. A custom name is one that valid_fn must report.
+
+    Args:
+        config: The options.
+        scores: The metrics that exist besides those that valid_fn reports.
+        validate: Calls valid_fn with other options, those for one sample; only called for a custom name. Every rank
+            must call it.
+
+    Raises:
+        UserError: If valid_fn does not report it.
+    """
+    known = [*USUAL_METRICS, *scores]
+    if config.main_metric in known:
+        return
+    one_sample: Any = {"scores": (), "valid_batch_size": 1, "limit_batches": 1, "num_workers": 0}
+    reported = validate(replace(config, **one_sample))  # type: ignore[type-var]
+    if config.main_metric not in reported:
+        usual = [name for name in USUAL_METRICS if name in reported]
+        raise _unknown_metric("--main-metric", config.main_metric, [*usual, *reported, *scores])
+
+
+def main_score(metrics: Mapping[str, float], main_metric: str) -> float:
+    """Return the main metric of an epoch, which ranks it.
+
+    NaN outputs can still have an accuracy, but their epoch must never be the best one: the score of an epoch whose loss
+    is not finite is NaN.
+
+    Raises:
+        UserError: If `metrics`, which valid_fn returned, does not have it.
+    """
+    if main_metric not in metrics:
+        raise _unknown_metric("--main-metric", main_metric, metrics)
+    return float(metrics[main_metric]) if math.isfinite(metrics.get("loss", 0.0)) else math.nan
+
+
+def _unknown_metric(flag: str, name: str, known: Iterable[str]) -> UserError:
+    known = list(dict.fromkeys(known))
+    hint = did_you_mean(name, known) or "."
+    return UserError(f"{flag} {name} is not a known metric{hint} Use one of: {', '.join(known)}.")
 
 
 def _score(name: str, function: ScoreFunction, metrics: Any, targets: np.ndarray, outputs: np.ndarray) -> float:

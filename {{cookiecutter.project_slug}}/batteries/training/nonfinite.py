@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from batteries.checkpoint.io import materialize_buffers
 from batteries.core.errors import RunError
 from batteries.core.files import write_text
 from batteries.core.text import list_first
@@ -107,40 +108,76 @@ class NonFiniteGuard:
 class BufferSnapshot:
     """The buffers of a model (batch norm's running statistics) before a step, restored if the step is skipped.
 
-    A forward pass over an input that is not finite has already overwritten them. Buffers of one dtype are kept in one
-    tensor: a network has hundreds, and on a GPU starting a copy takes longer than the copy.
+    A forward pass over an input that is not finite has already overwritten them, in place or by assignment
+    (`self.mean = ...`), so they are found by module and name. Buffers of one device and dtype are kept in one tensor: a
+    network has hundreds, and on a GPU starting a copy takes longer than the copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._groups: dict[torch.dtype, list[torch.Tensor]] = {}
-        for buffer in unwrap_model(model).buffers():
-            self._groups.setdefault(buffer.dtype, []).append(buffer)
+        self._modules = list(unwrap_model(model).modules())
+        self._places: list[tuple[nn.Module, str, torch.Tensor | None]] = []
+        self._ids: list[int] = []  # of the buffers at these places
+        self._groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         self.save()
 
     def save(self) -> None:
         """Copy the present values."""
-        self._saved = {dtype: _flatten(buffers) for dtype, buffers in self._groups.items()}
+        self._find()
+        self._saved = {kind: _flatten(buffers) for kind, buffers in self._groups.items()}
 
     def restore_if_nonfinite(self, norm: torch.Tensor) -> None:
         """Restore the saved values if the gradient `norm`, shape (), is not finite; otherwise save the present ones.
 
-        Does not wait for a GPU.
+        Does not wait for a GPU, unless a module has assigned a buffer.
         """
-        if norm.device.type == "cpu" and math.isfinite(norm):
+        if norm.device.type != "cpu" and self._ids == [id(buffer) for _, _, buffer in self._present()]:
+            self._select(norm)
+        elif math.isfinite(norm):
             self.save()
         else:
-            self._select(norm)
+            self._restore()
 
     @torch.no_grad()
     def _select(self, norm: torch.Tensor) -> None:
-        for dtype, buffers in self._groups.items():
-            kept = torch.where(torch.isfinite(norm), _flatten(buffers), self._saved[dtype])
-            pieces = kept.split([buffer.numel() for buffer in buffers])
-            values = [piece.view_as(buffer) for piece, buffer in zip(pieces, buffers, strict=True)]
-            torch._foreach_copy_(buffers, values)  # type: ignore[attr-defined]
-            self._saved[dtype] = kept
+        for kind, buffers in self._groups.items():
+            kept = torch.where(torch.isfinite(norm), _flatten(buffers), self._saved[kind])
+            torch._foreach_copy_(buffers, _split(kept, buffers))  # type: ignore[attr-defined]
+            self._saved[kind] = kept
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Put the buffers of the last save back into their modules, with the saved values."""
+        for module in self._modules:
+            module._buffers.clear()  # also of those that the step has added
+        for module, name, buffer in self._places:
+            module._buffers[name] = buffer
+        for kind, buffers in self._groups.items():
+            torch._foreach_copy_(buffers, _split(self._saved[kind], buffers))  # type: ignore[attr-defined]
+
+    def _find(self) -> None:
+        """Note the present buffers, in groups of one device and dtype."""
+        if self._ids == [id(buffer) for _, _, buffer in self._present()]:
+            return
+        for module in self._modules:
+            materialize_buffers(module)
+        self._places = self._present()
+        self._ids = [id(buffer) for _, _, buffer in self._places]
+        self._groups = {}
+        for _, _, buffer in self._places:
+            if buffer is not None:
+                self._groups.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+
+    def _present(self) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+        """List the module, the name and the tensor of each buffer; None for one that is registered without a value."""
+        return [(module, name, buffer) for module in self._modules for name, buffer in module._buffers.items()]
 
 
 def _flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return all numbers of `tensors` in one dimension."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def _split(numbers: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return views of `numbers` with the shapes of `like`: the inverse of `_flatten`."""
+    pieces = numbers.split([tensor.numel() for tensor in like])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]

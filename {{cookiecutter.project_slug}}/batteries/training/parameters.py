@@ -73,7 +73,8 @@ def check_module_names(model: nn.Module, stages: Sequence[FrozenStage]) -> None:
 def freeze(model: nn.Module, names: Sequence[str]) -> None:
     """Freeze the modules with these names (`layer1`, `layer4.0`) and unfreeze all others.
 
-    Parameters for which build_model set `requires_grad = False` stay frozen.
+    Parameters for which build_model set `requires_grad = False` stay frozen. A module that has only such parameters is
+    treated like one with a frozen name, see `train_mode`.
     """
     for parameter in model.parameters():
         if not hasattr(parameter, "is_fixed"):  # the first call: as build_model set it
@@ -86,12 +87,18 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 def train_mode(model: nn.Module, frozen: Sequence[str]) -> None:
     """Set the model to training mode, and frozen modules to evaluation mode.
 
-    The batch norm of frozen modules keeps its statistics, and their dropout is off.
+    The batch norm of frozen modules keeps its statistics, and their dropout is off. A module is frozen by its name, or
+    because none of its parameters requires a gradient.
 
     Args:
         model: The model; it can be wrapped.
         frozen: The names of the frozen modules.
     """
+    network = unwrap_model(model)
     model.train()
     for name in frozen:
-        unwrap_model(model).get_submodule(name).eval()
+        network.get_submodule(name).eval()
+    for module in network.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()

@@ -12,7 +12,8 @@ from batteries.core.errors import UserError
 from batteries.core.text import list_first
 from batteries.distributed.collectives import run_on_rank_zero
 
-DATA_PARALLEL_PREFIX = "module."
+# Parts that wrappers add to the names of weights: DataParallel, torch.compile, FSDP, activation checkpointing, Fabric.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
 class PretrainedReport(NamedTuple):
@@ -41,7 +42,7 @@ def load_pretrained(model: nn.Module, source: str) -> PretrainedReport:
     """
     expected = model.state_dict()
     weights = run_on_rank_zero(lambda: _read_weights(source))
-    weights = _remove_data_parallel_prefix(weights, expected)
+    weights = _match_wrapped_names(weights, expected)
     fitting = {
         name: value for name, value in weights.items() if name in expected and value.shape == expected[name].shape
     }
@@ -56,15 +57,20 @@ def load_pretrained(model: nn.Module, source: str) -> PretrainedReport:
     return PretrainedReport(missing, unused)
 
 
-def _remove_data_parallel_prefix(
+def _match_wrapped_names(
     weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """Remove the prefix `module.` if all weights have it, because they were saved inside DataParallel."""
-    prefix = DATA_PARALLEL_PREFIX
-    has_prefix = all(name.startswith(prefix) for name in weights)
-    if not has_prefix or any(name.startswith(prefix) for name in expected):
-        return weights
-    return {name.removeprefix(prefix): value for name, value in weights.items()}
+) -> dict[str, torch.Tensor]:
+    """Rename weights that were saved inside wrappers, such as `module._orig_mod.fc.bias`, to the names of the model."""
+    name_without_wrappers = {_remove_wrappers(name): name for name in expected}
+    renamed: dict[str, torch.Tensor] = {}
+    for name, value in weights.items():
+        plain = _remove_wrappers(name)
+        renamed[name if name in expected else name_without_wrappers.get(plain, plain)] = value
+    return renamed
+
+
+def _remove_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _read_weights(source: str) -> Mapping[str, torch.Tensor]:

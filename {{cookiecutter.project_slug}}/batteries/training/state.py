@@ -34,6 +34,9 @@ class StepLogger(Protocol):
     def log_step(self, lr: float, gradient_norm: torch.Tensor) -> None:
         """Record one optimizer step: its learning rate, and the gradient norm, shape (), before clipping."""
 
+    def warn_once(self, text: str) -> None:
+        """Log a warning, once in a run."""
+
 
 class SilentLogger:
     """A StepLogger that shows, logs and saves nothing: for checks, averaging and tests."""
@@ -46,6 +49,9 @@ class SilentLogger:
         return iter(batches)
 
     def log_step(self, lr: float, gradient_norm: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def warn_once(self, text: str) -> None:
         """Do nothing."""
 
 
@@ -80,6 +86,7 @@ class TrainState:
         return {
             "scaler_state_dict": self.scaler.state_dict(),
             "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
+            "ema_steps": None if self.ema is None else self.ema.steps,
             "stopping_state_dict": self.stopping.state_dict(),
         }
 
@@ -101,3 +108,5 @@ class TrainState:
             if checkpoint["ema_state_dict"] is None:
                 raise UserError(f"{name} has no averaged weights; leave --ema-decay out.")
             self.ema.load_state_dict(checkpoint["ema_state_dict"])
+            # Older checkpoints have no ema_steps. Each optimizer step of a stage updates the EMA, so it equals `step`.
+            self.ema.steps = checkpoint.get("ema_steps", checkpoint["step"])

@@ -1,7 +1,10 @@
 """Placing a model on its device, wrapping it for several devices, and the contexts of its forward passes."""
 
+import inspect
+import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,11 +13,19 @@ from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from batteries.core.errors import UserError
+from batteries.checkpoint.io import make_loadable
+from batteries.core.errors import RunError, UserError
 from batteries.core.ranks import world_size
 from batteries.core.seeding import reseed, reseed_devices
+from batteries.core.text import list_first
 from batteries.data.loaders import Batch, TrainLoader
+from batteries.distributed.collectives import broadcast_from_rank_zero
 from batteries.distributed.sync_batchnorm import convert_sync_batchnorm
+
+# Buffers are broadcast once per epoch (see `eval_mode`), not before each forward pass.
+_arguments = inspect.signature(DistributedDataParallel).parameters
+_buffers_flag = "forward_sync_buffers" if "forward_sync_buffers" in _arguments else "broadcast_buffers"  # torch 2.11
+WITHOUT_BUFFERS: dict[str, Any] = {_buffers_flag: False}
 
 
 def prepare_model(
@@ -29,8 +40,12 @@ def prepare_model(
         channels_last: Use the channels-last memory format.
 
     Returns:
-        The model; under DDP its batch norm modules can be replaced.
+        The model; under DDP the class of its batch norm modules can be another one.
+
+    Raises:
+        UserError: If the model has lazy modules.
     """
+    make_loadable(model)
     if dist.is_initialized() and sync_batchnorm:
         model = convert_sync_batchnorm(model, device)
     model = model.to(device)
@@ -38,7 +53,12 @@ def prepare_model(
 
 
 def wrap_model(
-    model: nn.Module, device: torch.device, *, data_parallel: bool = False, compiled: bool = False
+    model: nn.Module,
+    device: torch.device,
+    *,
+    data_parallel: bool = False,
+    compiled: bool = False,
+    find_unused_parameters: bool = False,
 ) -> nn.Module:
     """Wrap a model for several devices, and compile it. Call it in each stage, after freezing.
 
@@ -48,11 +68,13 @@ def wrap_model(
         data_parallel: Use DataParallel in a single process; it has no effect without GPUs. In a process group,
             DistributedDataParallel is used.
         compiled: Use torch.compile.
+        find_unused_parameters: Under DDP, allow steps in which some parameters get no gradient.
     """
     if dist.is_initialized():
         device_ids = [device.index] if device.type == "cuda" else None
-        # Buffers are broadcast once per epoch (see `eval_mode`), not before each forward pass.
-        model = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        model = DistributedDataParallel(
+            model, device_ids=device_ids, find_unused_parameters=find_unused_parameters, **WITHOUT_BUFFERS
+        )
     elif data_parallel:
         model = DataParallel(model)
     return torch.compile(model) if compiled else model  # type: ignore[return-value]
@@ -85,8 +107,9 @@ def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool
         )
 
 
-def accumulate(model: nn.Module, batch: Batch) -> AbstractContextManager:
-    """Return the context for the forward and backward pass of one micro-batch.
+@contextmanager
+def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Open the context for the forward and backward pass of one micro-batch.
 
     It seeds the random numbers that the model draws. Ranks exchange gradients only in the last micro-batch of a step;
     DistributedDataParallel decides that in its forward pass, so the forward pass belongs inside too.
@@ -94,13 +117,36 @@ def accumulate(model: nn.Module, batch: Batch) -> AbstractContextManager:
     Args:
         model: The output of `wrap_model`.
         batch: The micro-batch.
+
+    Raises:
+        RunError: If a parameter got no gradient, for which the other ranks would wait.
     """
     reseed(batch.seed)
     reseed_devices(batch.seed)
     wrapped = _uncompiled(model)
-    if isinstance(wrapped, DistributedDataParallel) and not batch.ends_step:
-        return wrapped.no_sync()
-    return nullcontext()
+    if not isinstance(wrapped, DistributedDataParallel):
+        yield
+    elif not batch.ends_step:
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
+        _check_gradients_are_exchanged(wrapped)
+
+
+def _check_gradients_are_exchanged(model: DistributedDataParallel) -> None:
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError as error:
+        names = [name for name, parameter in model.module.named_parameters() if parameter.requires_grad]
+        unused = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        if unused is None:
+            raise
+        parameters = list_first([names[int(index)] for index in unused[1].split()], 5)
+        raise RunError(
+            f"these parameters got no gradient in a step, for which DistributedDataParallel waits: {parameters}. Give "
+            "--find-unused-parameters if the model skips them in some steps; otherwise freeze or remove them."
+        ) from error
 
 
 @contextmanager
@@ -121,7 +167,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         _broadcast_buffers(network)  # also those of an EMA model
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference_mode, tensors that a module keeps could not be used in training
             yield network
     finally:
         model.train(was_training)
@@ -134,4 +180,4 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 def _broadcast_buffers(model: nn.Module) -> None:
     """Give all ranks the running statistics of rank 0. With synchronised batch norm they are equal already."""
     for buffer in model.buffers():
-        dist.broadcast(buffer, src=0)
+        broadcast_from_rank_zero(buffer)

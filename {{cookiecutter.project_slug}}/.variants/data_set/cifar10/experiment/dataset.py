@@ -14,6 +14,7 @@ import torch
 from torchvision.datasets import CIFAR10
 
 from batteries.core.errors import UserError
+from batteries.core.files import without_empty_directories
 
 TEST_SIZE = 10_000  # images of the official test split
 
@@ -75,10 +76,12 @@ class Cifar10:
 
     def _read(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         try:  # the first download includes the test files
-            files = (TrainFiles if train else CIFAR10)(str(self.data_dir), train=train, download=train)
+            with without_empty_directories(self.data_dir):
+                files = (TrainFiles if train else CIFAR10)(str(self.data_dir), train=train, download=train)
         except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"--data-dir {self.data_dir} has no valid CIFAR-10 files, or they cannot be downloaded ({error}); put "
+                f"--data-dir {self.data_dir} has no valid CIFAR-10 files, or they cannot be downloaded ({reason}); put "
                 "the directory cifar-10-batches-py there."
             ) from error
         return torch.from_numpy(np.ascontiguousarray(files.data.transpose(0, 3, 1, 2))), torch.tensor(files.targets)

@@ -7,9 +7,7 @@
 If there is a column `fold` (0, 1, …, and -1 for test), it is the split; otherwise experiment/splits.py makes one.
 """
 
-import csv
 import hashlib
-import io
 import os
 from pathlib import Path
 
@@ -17,13 +15,17 @@ import numpy as np
 import torch
 
 from batteries.core.errors import UserError
-from batteries.core.text import count_of, find_repeated
+from batteries.core.tables import read_table
+from batteries.core.text import count_of
+from batteries.data.classes import class_name, sort_classes
 from batteries.data.dataset import UNKNOWN
-from experiment.images import file_size, find_invalid_files, read_image
+from batteries.data.table_paths import strip_invisible, suggest_path
+from experiment.images import SUFFIXES, file_size, find_invalid_files, read_image
 
 TABLE = "samples.csv"
 COLUMNS = ("path", "label", "group", "fold")  # those that are read
 MAX_LISTED = 5  # files that an error message lists
+FIX = "fix these rows"
 
 
 class Table:
@@ -38,34 +40,43 @@ class Table:
         UserError: If the table is invalid, or a file is missing or empty.
     """
 
+    suffixes = SUFFIXES
+
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = Path(data_dir)
-        rows = read_table(self.data_dir / TABLE)
+        rows = read_rows(self.data_dir / TABLE)
         self.ids = [row["path"] for row in rows]
-        labels = [row["label"].strip() for row in rows]
-        self.classes = tuple(sorted(set(labels) - {""}, key=sort_key))
+        self.labels = [strip_invisible(row["label"]) for row in rows]
+        labels = [class_name(label) for label in self.labels]
+        self.classes = sort_classes(label for label in labels if label)
         target_of = {label: target for target, label in enumerate(self.classes)} | {"": UNKNOWN}
         self.targets = np.array([target_of[label] for label in labels])
-        self.groups = [row["group"].strip() or row["path"] for row in rows] if "group" in rows[0] else None
+        self.groups = [strip_invisible(row["group"]) or row["path"] for row in rows] if "group" in rows[0] else None
         self.lines = [int(row["line"]) for row in rows]
         self.folds = np.array([parse_fold(row) for row in rows]) if "fold" in rows[0] else None
         self.official_test = self.targets == UNKNOWN if (self.targets == UNKNOWN).any() else None
+        self._check_classes()
         self._check_groups()
         self._check_paths()
         self.sizes = [file_size(self.data_dir / name) for name in self.ids]
-        self._raise_for([index for index, size in enumerate(self.sizes) if size <= 0], "missing or empty file")
+        self._check_sizes()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Return one image (3, H, W) and its target."""
-        return read_image(self.data_dir / self.ids[index]), int(self.targets[index])
+        return self.read_image(self.data_dir / self.ids[index]), int(self.targets[index])
+
+    def read_image(self, path: Path) -> torch.Tensor:
+        """Return the image (3, H, W) of a file; tools/predict.py --images reads with it too."""
+        return read_image(path)
 
     def check(self, indices: np.ndarray) -> None:
-        """Raise UserError with the rows among `indices` whose files are truncated or not images."""
-        invalid = find_invalid_files([self.data_dir / self.ids[index] for index in indices])
-        self._raise_for([int(indices[position]) for position in invalid], "truncated or invalid file")
+        """Raise UserError with the rows among `indices` whose files cannot be read."""
+        errors = find_invalid_files([self.data_dir / self.ids[index] for index in indices], self.read_image)
+        fix = f"{FIX}. The first error: {next(iter(errors.values()), '').rstrip('.')}"
+        self._raise_for([int(indices[position]) for position in errors], "truncated or invalid file", fix)
 
     def fingerprint(self) -> str:
         """Return a hash of the rows and of the sizes of the files; no file is opened."""
@@ -73,6 +84,15 @@ class Table:
         for name, target, size in zip(self.ids, self.targets.tolist(), self.sizes, strict=True):
             digest.update(f"{name}\0{target}\0{size}\n".encode())
         return digest.hexdigest()
+
+    def _check_classes(self) -> None:
+        """Raise UserError with fewer than two classes."""
+        if not self.classes:
+            raise UserError(f"{self.data_dir / TABLE} has no row with a label; write the class of each image.")
+        if len(self.classes) == 1:
+            raise UserError(
+                f"{self.data_dir / TABLE} has only one class, {self.classes[0]}; add rows of other classes."
+            )
 
     def _check_groups(self) -> None:
         """Raise UserError if a group is in two folds, or has rows with and without a label."""
@@ -99,11 +119,24 @@ class Table:
                     f"{self.lines[index]}); keep one of them."
                 )
 
-    def _raise_for(self, indices: list[int], noun: str) -> None:
-        """Raise UserError with the rows `indices`, if there are any; `noun` describes one of their files."""
+    def _check_sizes(self) -> None:
+        """Raise UserError with the rows whose files are missing or empty, and a correction of the first path."""
+        missing = [name for name, size in zip(self.ids, self.sizes, strict=True) if size < 0]
+        fix = suggest_path(self.data_dir, missing[0]) if missing else ""
+        indices = [index for index, size in enumerate(self.sizes) if size <= 0]
+        self._raise_for(indices, "missing or empty file", fix or FIX)
+
+    def _raise_for(self, indices: list[int], noun: str, fix: str = FIX) -> None:
+        """Raise UserError with the rows `indices`, if there are any.
+
+        Args:
+            indices: The rows.
+            noun: What their files are, in the singular.
+            fix: How to correct them.
+        """
         if indices:
             listed = ", ".join(f"{self.ids[index]} (line {self.lines[index]})" for index in indices[:MAX_LISTED])
-            raise UserError(f"{self.data_dir / TABLE} lists {count_of(len(indices), noun)}: {listed}; fix these rows.")
+            raise UserError(f"{self.data_dir / TABLE} lists {count_of(len(indices), noun)}: {listed}; {fix}.")
 
 
 def describe_folds(rows: list[tuple[int, int]]) -> str:
@@ -121,40 +154,29 @@ def describe_labels(rows: list[tuple[int, int]]) -> str:
     )
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     """Read the rows of a table, with the number of each as `line`. Raises UserError if it is invalid."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it must be a table with the columns path, label.") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = list(reader.fieldnames or [])
-    check_columns(path, columns)
-    rows = []
-    for row in reader:
-        if None in row.values() or None in row or not row["path"]:
-            raise UserError(f"{path} line {reader.line_num} does not have a value for each of {', '.join(columns)}.")
-        rows.append(row | {"line": str(reader.line_num)})
+    if not path.exists():
+        raise UserError(f"{path} cannot be read: it does not exist; make this table, with the columns path and label.")
+    table = read_table(path)
+    check_columns(path, table.columns)
+    rows = [record | {"line": str(row.line)} for record, row in zip(table.records(), table.rows, strict=True)]
+    for row in rows:
+        if not strip_invisible(row["path"]):
+            raise UserError(f"{path} line {row['line']} has no path; write the path of an image, or delete the line.")
     if not rows:
         raise UserError(f"{path} has no rows; add one for each image.")
     return rows
 
 
 def check_columns(path: Path, columns: list[str]) -> None:
-    """Raise UserError if a column is repeated, misspelt or missing."""
-    if repeated := find_repeated(columns):
-        raise UserError(f"{path} has more than one column {repeated[0]}; keep one.")
+    """Raise UserError if a column is misspelt or missing."""
     for name in columns:
-        meant = name.strip().lower()
+        meant = strip_invisible(name).lower()
         if meant in COLUMNS and name != meant:
             raise UserError(f"{path} has a column {name!r}, which is not read; rename it to {meant!r}, or remove it.")
     if missing := [name for name in ("path", "label") if name not in columns]:
         raise UserError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}.")
-
-
-def sort_key(label: str) -> tuple[float, str]:
-    """Return the sort key of a label: 2 comes before 10, and words come after numbers."""
-    return (float(label), label) if label.isdecimal() else (float("inf"), label)
 
 
 def parse_fold(row: dict[str, str]) -> int:

@@ -12,6 +12,7 @@ from small_runs import assert_rejected, train_on
 from torchvision.io import write_jpeg
 
 from batteries.data.splits import TEST, SplitFile
+from batteries.data.summary import find_unusual, summary_lines
 from experiment.dataset import TABLE, Table
 from experiment.splits import make_folds
 
@@ -82,18 +83,30 @@ def test_rows_without_a_label_are_the_test_split_and_are_not_opened(tmp_path):
     assert end.code == 0, end.err
 
 
-def test_numeric_classes_are_sorted_by_value(tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (("0", "5", "10", "15"), ("0", "5", "10", "15")),
+        (tuple(f"{number}.0" for number in range(12)), tuple(map(str, range(12)))),
+        (("10", "9", "10.0", "9.00", "x", "-1", "0.5", "b2", "b10"), ("-1", "0.5", "9", "10", "b10", "b2", "x")),
+    ],
+)
+def test_numeric_classes_are_sorted_by_value_and_2_0_is_2(tmp_path, labels, classes):
     def number(rows: list[dict[str, str]]) -> None:
         for index, row in enumerate(rows):
-            row["label"] = str(index % 4 * 5)
+            row["label"] = labels[index % len(labels)]
 
-    assert Table(write_data(tmp_path / "data", number)).classes == ("0", "5", "10", "15")
+    dataset = Table(write_data(tmp_path / "data", number))
+    assert dataset.classes == classes
+    for target, label in zip(dataset.targets[: len(labels)], labels, strict=True):
+        assert dataset.classes[target] == (label.rstrip("0").rstrip(".") if "." in label else label)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows.clear() or rows.append({"path": "", "label": ""}), "line 2 does not have a value for each"),
+        (lambda rows: rows[0].update(path=" "), "line 2 has no path; write the path of an image, or delete the line."),
+        (lambda rows: rows.clear() or rows.append({"path": "", "label": ""}), "samples.csv has no rows; add one for"),
         (lambda rows: [row.pop("label") for row in rows], "samples.csv has no column label; it has path, group."),
         (
             lambda rows: rows[3].update(path="nowhere.jpg"),
@@ -133,9 +146,30 @@ def test_numeric_classes_are_sorted_by_value(tmp_path):
         ),
         (lambda rows: [row.update(group="all") for row in rows], "1 group cannot be divided into"),
         (
-            lambda rows: [row.update(fold=str(index // 4 % 2), label="") for index, row in enumerate(rows)],
+            lambda rows: [
+                row.update(fold=str(index // 4 % 2), label=row["label"] * (index > 0)) for index, row in enumerate(rows)
+            ],
             "has samples without a target in folds: 00.jpg",
         ),
+        (lambda rows: [row.update(label=" ") for row in rows], "samples.csv has no row with a label; write the class"),
+        (lambda rows: [row.update(label="cat") for row in rows], "has only one class, cat; add rows of other classes."),
+        (
+            lambda rows: [row.update(label="cat" * (index > 8)) for index, row in enumerate(rows)],
+            "has only one class, cat; add rows of other classes.",
+        ),
+        (
+            lambda rows: [row.update(path=f"data\\{row['path']}") for row in rows],
+            "lists 40 missing or empty files: data\\00.jpg (line 2), data\\01.jpg (line 3)",
+        ),
+        (
+            lambda rows: [row.update(path=f"data\\{row['path']}") for row in rows],
+            "; for data\\00.jpg, write 00.jpg (with / for \\, relative to",
+        ),
+        (
+            lambda rows: rows[3].update(path="03.jpg\u200b"),
+            "for 03.jpg\u200b, write 03.jpg (without invisible characters at its ends).",
+        ),
+        (lambda rows: rows[3].update(path="03"), "for 03, write 03.jpg (with its suffix)."),
     ],
 )
 def test_an_invalid_table_is_rejected_with_the_row(tmp_path, change, message):
@@ -159,7 +193,58 @@ def test_a_short_row_is_rejected_with_its_line(tmp_path):
     root = write_data(tmp_path / "data")
     with (root / TABLE).open("a") as file:
         file.write("00.jpg\n")
-    assert_rejected(train_on(root, tmp_path), "line 42 does not have a value for each of path, label, group", tmp_path)
+    assert_rejected(train_on(root, tmp_path), "line 42 has 1 cell for 3 columns (path, label, group)", tmp_path)
+
+
+def test_an_open_quotation_mark_is_rejected_with_its_line(tmp_path):
+    root = write_data(tmp_path / "data", lambda rows: [row.update(note="good") for row in rows])
+    lines = (root / TABLE).read_text().splitlines()
+    lines[21] = lines[21].replace("good", '"5 inch lens')
+    (root / TABLE).write_text("\n".join(lines) + "\n")
+    message = "samples.csv line 22 has a quotation mark that does not enclose a whole cell; remove it, or enclose"
+    assert_rejected(train_on(root, tmp_path), message, tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_table_in_another_encoding_is_rejected_with_the_fix(tmp_path, encoding):
+    root = write_data(tmp_path / "data", lambda rows: rows[3].update(label="K\u00e4fer"))
+    (root / TABLE).write_text((root / TABLE).read_text(), encoding=encoding)
+    fix = (
+        "is encoded as UTF-16; save it as UTF-8"
+        if encoding == "utf-16"
+        else "line 5 has the byte 0xe4, which is not UTF-8"
+    )
+    assert_rejected(train_on(root, tmp_path), f"samples.csv {fix}", tmp_path)
+
+
+def test_a_table_with_semicolons_is_rejected_with_the_fix(tmp_path):
+    root = write_data(tmp_path / "data")
+    (root / TABLE).write_text((root / TABLE).read_text().replace(",", ";"))
+    message = "which looks like several columns separated by semicolons; save it with commas."
+    assert_rejected(train_on(root, tmp_path), message, tmp_path)
+
+
+def test_what_was_understood_is_summarized(tmp_path):
+    def change(rows: list[dict[str, str]]) -> None:
+        for index, row in enumerate(rows):
+            row["label"] = ("0", "1.0", "0.0", "red green")[index % 4] if index >= 4 else ""
+        for row, label in zip(rows[4:8], ("red", "green", "green", "red"), strict=True):
+            row["label"] = label
+        for row in rows:
+            row["fold"] = str(-1 if row["label"] == "" else int(row["group"].removeprefix("owner")) % 2)
+
+    dataset = Table(write_data(tmp_path / "data", change))
+    assert dataset.classes == ("0", "1", "green", "red", "red green")
+    assert summary_lines(dataset) == [
+        "classes  5, with samples: 0: 16, 1: 8, green: 2, red: 2, red green: 8",
+        "unknown  4 samples without a label, which can only be in the test split",
+        "groups   10 groups; the largest, owner0, has 4 samples",
+    ]
+    merged, several = find_unusual(dataset, dataset.folds)
+    assert merged == "labels '0' (8 samples) and '0.0' (8 samples) are read as one class, 0."
+    assert several.startswith(
+        "label 'red green' (8 samples) is one class, but looks like several labels, red and green;"
+    )
 
 
 def test_a_missing_table_is_reported_by_its_path(tmp_path):

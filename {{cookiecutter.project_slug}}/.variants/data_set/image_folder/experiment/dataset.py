@@ -3,25 +3,28 @@
     data/cats/1.jpg  data/dogs/1.jpg                          split by experiment/splits.py
     data/train/cats/1.jpg  data/test/cats/2.jpg               with an official test split
     data/train/…  data/valid/…  data/test/…                   with an official validation split too, which is --fold 0
+    data/train/…  data/test/unknown/1.jpg                     with test images whose classes are not known
 
 `--data-dir` is the directory of the classes, or of train, valid and test.
 """
 
 import hashlib
-import os
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from batteries.core.errors import UserError
-from batteries.core.text import count_of
-from batteries.data.image_decoding import IMAGE_SUFFIXES
-from experiment.images import file_size, find_invalid_files, read_image
+from batteries.core.text import count_of, list_first
+from batteries.data.classes import class_name, sort_classes
+from batteries.data.dataset import UNKNOWN
+from batteries.data.image_files import check_names, count_suffixes, find_files, is_image
+from experiment.images import SUFFIXES, file_size, find_invalid_files, read_image
 
 FOLD_OF = {"train": 1, "valid": 0, "val": 0, "test": -1}  # directories of official splits, and their folds
 SPLIT_NAMES = {*FOLD_OF, "training", "testing", "validation"}  # names that are not accepted as classes
+UNKNOWN_CLASS = "unknown"  # the directory in test/ with images whose classes are not known
 MAX_LISTED = 5  # files that an error message lists
 
 
@@ -38,6 +41,8 @@ class ImageFolder:
         UserError: If there are fewer than two classes, or a directory is neither a class nor a split.
     """
 
+    suffixes = SUFFIXES
+
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = Path(data_dir)
         check_split_directories(self.data_dir)
@@ -47,14 +52,15 @@ class ImageFolder:
         files = [
             (root, target, path)
             for root in roots
-            for target, name in enumerate(self.classes)
-            for path in files_in(self.data_dir / root / name)
+            for target, directory in class_directories(self.data_dir / root, self.classes)
+            for path in find_files(directory, SUFFIXES)
         ]
-        self.left_out = describe_left_out([path for *_, path in files], [self.data_dir / root for root in roots])
-        images = [file for file in files if is_image(file[2])]
+        images = [file for file in files if is_image(file[2], SUFFIXES)]
+        others = [path for *_, path in files if not is_image(path, SUFFIXES)]
+        self.left_out = describe_left_out(others, [self.data_dir / root for root in roots])
         check_not_empty(self.data_dir, roots[0], len(images), self.classes, self.left_out)
         self.ids = [path.relative_to(self.data_dir).as_posix() for _, _, path in images]
-        check_ids(self.data_dir, self.ids)
+        check_names(f"--data-dir {self.data_dir}", self.ids)
         self.targets = np.array([target for _, target, _ in images])
         folds = np.array([FOLD_OF.get(root, 0) for root, _, _ in images])
         self.official_test = folds == -1 if "test" in roots else None
@@ -65,15 +71,20 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Return one image (3, H, W) and its target."""
-        return read_image(self.data_dir / self.ids[index]), int(self.targets[index])
+        return self.read_image(self.data_dir / self.ids[index]), int(self.targets[index])
+
+    def read_image(self, path: Path) -> torch.Tensor:
+        """Return the image (3, H, W) of a file; tools/predict.py --images reads with it too."""
+        return read_image(path)
 
     def check(self, indices: np.ndarray) -> None:
-        """Raise UserError with the names of files among `indices` that are truncated or not images."""
-        if invalid := find_invalid_files([self.data_dir / self.ids[index] for index in indices]):
-            names = ", ".join(self.ids[indices[position]] for position in invalid[:MAX_LISTED])
+        """Raise UserError with the names of files among `indices` that cannot be read."""
+        errors = find_invalid_files([self.data_dir / self.ids[index] for index in indices], self.read_image)
+        if errors:
+            names = list_first((self.ids[indices[position]] for position in errors), MAX_LISTED)
             raise UserError(
-                f"--data-dir {self.data_dir} has {count_of(len(invalid), 'truncated or invalid file')}: {names}; fix "
-                "or remove them."
+                f"--data-dir {self.data_dir} has {count_of(len(errors), 'truncated or invalid file')}: {names}; fix "
+                f"or remove them. The first error: {next(iter(errors.values()))}"
             )
 
     def fingerprint(self) -> str:
@@ -95,9 +106,7 @@ def check_split_directories(data_dir: Path) -> None:
             )
         return
     invalid = [
-        name
-        for name in names
-        if name not in FOLD_OF and (name.lower() in FOLD_OF or any(map(is_image, files_in(data_dir / name))))
+        name for name in names if name not in FOLD_OF and (name.lower() in FOLD_OF or has_images(data_dir / name))
     ]
     if invalid:
         raise UserError(
@@ -113,7 +122,7 @@ def check_not_empty(data_dir: Path, root: str, num_images: int, classes: tuple[s
         others = f"; left out: {left_out}" if left_out else ""
         raise UserError(
             f"--data-dir {data_dir} has no images in directories of classes, such as {data_dir / root}/cats/1.jpg"
-            f"{others} (supported: {', '.join(IMAGE_SUFFIXES)})."
+            f"{others} (supported: {', '.join(SUFFIXES)})."
         )
     if len(classes) == 1:
         raise UserError(
@@ -122,27 +131,35 @@ def check_not_empty(data_dir: Path, root: str, num_images: int, classes: tuple[s
         )
 
 
-def check_ids(data_dir: Path, ids: list[str]) -> None:
-    """Raise UserError if a split file cannot contain an id, because it is not UTF-8 or has a carriage return."""
-    for name in ids:
-        if not is_utf8(name) or "\r" in name:
+def find_classes(data_dir: Path, roots: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes: the names of the directories in the first of `roots`.
+
+    Raises:
+        UserError: If the directory of another split has images of another class, except test/unknown.
+    """
+    first, *others = roots
+    classes = sort_classes(directory.name for directory in directories_in(data_dir / first))
+    for root in others:
+        allowed = {*classes, UNKNOWN_CLASS} if root == "test" else set(classes)
+        names = {path.name for path in directories_in(data_dir / root) if class_name(path.name) not in allowed}
+        if invalid := sorted(name for name in names if has_images(data_dir / root / name)):
+            fix = f", or move images whose classes are not known to {root}/{UNKNOWN_CLASS}" if root == "test" else ""
             raise UserError(
-                f"--data-dir {data_dir} has a file named {name!r}, which a table cannot contain; rename it."
+                f"--data-dir {data_dir} has {list_first((f'{root}/{name}' for name in invalid), MAX_LISTED)}, but "
+                f"{first} has no directory of that name, so the class has 0 samples for training; rename it to one of "
+                f"{list_first(classes, MAX_LISTED)}{fix}."
             )
+    return classes
 
 
-def is_utf8(name: str) -> bool:
-    """Return whether a file name can be encoded as UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def class_directories(root: Path, classes: Sequence[str]) -> list[tuple[int, Path]]:
+    """Return the directories in `root` with the index of the class of each, in the order of the classes.
 
-
-def find_classes(data_dir: Path, roots: list[str]) -> tuple[str, ...]:
-    """Return the names of the directories in `roots`, sorted."""
-    return tuple(sorted({directory.name for root in roots for directory in directories_in(data_dir / root)}))
+    UNKNOWN, for test/unknown, comes last.
+    """
+    index_of = {name: index for index, name in enumerate(classes)}
+    found = [(index_of.get(class_name(path.name), UNKNOWN), path) for path in directories_in(root)]
+    return sorted(found, key=lambda item: (item[0] == UNKNOWN, item))
 
 
 def directories_in(directory: Path) -> list[Path]:
@@ -152,41 +169,22 @@ def directories_in(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
-def files_in(directory: Path) -> list[Path]:
-    """List the files in `directory` and below it, sorted, without hidden files and directories.
-
-    Symbolic links are followed; a directory that is reached twice is read once.
-    """
-    found: list[Path] = []
-    visited: set[str] = set()
-    for parent, directories, names in os.walk(directory, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited:
-            directories.clear()
-            continue
-        visited.add(real)
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        paths = [Path(parent, name) for name in (*names, *directories) if not name.startswith(".")]
-        found += [path for path in paths if is_image(path) or path.is_file()]
-    return sorted(found)
-
-
-def is_image(path: Path) -> bool:
-    """Return whether a file has the suffix of an image."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+def has_images(directory: Path) -> bool:
+    """Return whether there is an image in `directory` or below it."""
+    return any(is_image(path, SUFFIXES) for path in find_files(directory, SUFFIXES))
 
 
 def suggest_subdirectory(directory: Path) -> str:
     """Suggest another --data-dir if `directory` has directories of images itself."""
-    below = [path.name for path in directories_in(directory) if any(map(is_image, files_in(path)))]
+    below = [path.name for path in directories_in(directory) if has_images(path)]
     return f", or use --data-dir {directory} if its directories are the classes" if len(below) > 1 else ""
 
 
-def describe_left_out(paths: list[Path], roots: list[Path]) -> str:
-    """Count the files of other types among `paths`, and the images in `roots` that are in no class directory."""
-    counts = Counter(path.suffix.lower() or path.name for path in paths if not is_image(path))
-    counts["in no class directory"] = sum(is_image(path) for root in roots for path in root.glob("[!.]*"))
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+def describe_left_out(others: Sequence[Path], roots: Sequence[Path]) -> str:
+    """Count the files of other types, and the images in `roots` that are in no class directory."""
+    outside = sum(is_image(path, SUFFIXES) for root in roots for path in root.glob("[!.]*"))
+    parts = [count_suffixes(others), f"{outside} in no class directory" if outside else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def load_dataset(data_dir: Path) -> ImageFolder:

@@ -2,26 +2,27 @@
 
 import os
 import stat
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.io import ImageReadMode, read_file
 
 from batteries.core.errors import UserError
-from batteries.data.image_decoding import PNG_SIGNATURE, decode_file
+from batteries.data.image_decoding import IMAGE_SUFFIXES, PNG_SIGNATURE, decode_file
 
-# The first and the last bytes of files. WebP files begin with RIFF and their length.
-ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", PNG_SIGNATURE: b"IEND\xaeB`\x82", b"GIF87a": b";", b"GIF89a": b";"}
-BEGINNINGS = (*ENDINGS, b"RIFF")
+SUFFIXES = IMAGE_SUFFIXES  # of the files in a directory that are read, in training and prediction
+BEGINNINGS = (b"\xff\xd8\xff", PNG_SIGNATURE, b"GIF87a", b"GIF89a", b"RIFF")  # the first bytes of files
 
 
 def read_image(path: str | Path) -> torch.Tensor:
     """Read an image and apply its EXIF orientation (not that of a WebP).
 
-    Grey images get three channels, CMYK becomes RGB, alpha is dropped, 16 bits become 8, and the first frame of an
-    animation is taken.
+    Grey images get three channels, CMYK becomes RGB, alpha is dropped, 16 bits become 8, and the first frame of a GIF
+    or PNG animation is taken. Training, the check before it, and tools/predict.py --images read with this function.
 
     Returns:
         The image, shape (3, H, W), uint8, 0 to 255.
@@ -44,36 +45,36 @@ def explain(path: str | Path, error: RuntimeError) -> str:
         return "it is empty"
     if not begins_like_an_image(path):
         return "it is not a JPEG, PNG, WebP or GIF file"
-    return str(error).splitlines()[0].rsplit(", ", 1)[-1].strip(" .") or "it is damaged"
+    reason = str(error).splitlines()[0].rsplit(", ", 1)[-1].strip(" .")
+    if reason.startswith("Animated webp"):
+        return "it is an animated WebP, which cannot be decoded; save its first frame"
+    return reason or "it is damaged"
 
 
-def find_invalid_files(paths: Sequence[str | Path]) -> list[int]:
-    """Return the positions in `paths` of files that are missing, empty, truncated or not images.
+def find_invalid_files(paths: Sequence[str | Path], read: Callable[[Any], torch.Tensor] = read_image) -> dict[int, str]:
+    """Return the errors of the files that cannot be read, by their positions in `paths`.
 
-    Only the first and last bytes of most files are read; a file with additional bytes at its end is decoded.
+    Each file is decoded, because no part of a file shows whether all of it can be decoded: 2 ms for a JPEG of 500x375
+    pixels on one core.
+
+    Args:
+        paths: The files.
+        read: The function that reads them.
     """
-    with ThreadPoolExecutor(8) as pool:
-        return [position for position, valid in enumerate(pool.map(is_complete, paths)) if not valid]
 
+    def error_of(path: str | Path) -> str | None:
+        try:
+            read(path)
+        except (UserError, OSError, RuntimeError, ValueError) as error:
+            return str(error) or type(error).__name__
+        return None
 
-def is_complete(path: str | Path) -> bool:
-    """Return whether a file begins and ends like an image, or else can be decoded."""
-    if not begins_like_an_image(path):
-        return False
-    with open(path, "rb") as file:
-        first = file.read(8)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        last = file.read()
-    if first.startswith(b"RIFF"):
-        return size >= int.from_bytes(first[4:], "little") + 8
-    if last.endswith(next(end for beginning, end in ENDINGS.items() if first.startswith(beginning))):
-        return True
-    try:
-        read_image(path)
-    except UserError:
-        return False
-    return True
+    from rich.progress import track
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # torchvision decodes without the interpreter lock
+        is_hidden = not sys.stdout.isatty()
+        found = track(pool.map(error_of, paths), "images", total=len(paths), transient=True, disable=is_hidden)
+        return {position: error for position, error in enumerate(found) if error is not None}
 
 
 def begins_like_an_image(path: str | Path) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from unittest import mock
 
+from flags import override
 from models import tiny_network
 from processes import End, run_train
 
@@ -14,7 +15,7 @@ def train_on(data_dir: Path, tmp_path: Path, *flags: str) -> End:
     fixed = ["--tracker", "none", "--device", "cpu", "--stages.0.epochs", "1", "--stages.1.epochs", "1"]
     fixed += ["--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run"), "--batch-size", "8"]
     with mock.patch.object(train, "build_model", tiny_network):
-        return run_train(train.main, train.Config, "--data-dir", str(data_dir), *fixed, *flags)
+        return run_train(train.main, train.Config, "--data-dir", str(data_dir), *override(fixed, flags))
 
 
 def assert_rejected(end: End, message: str, tmp_path: Path) -> None:

@@ -126,16 +126,36 @@ def test_invalid_files_are_rejected_with_the_reason(tmp_path, content, message):
     assert "/__w/" not in str(error.value)
 
 
-def test_invalid_files_are_found_without_decoding_all(tmp_path):
+def test_files_that_cannot_be_read_are_found_with_their_errors(tmp_path):
     names = ["a.jpg", "b.png", "c.webp", "d.gif"]
     for name in names:
         save(tmp_path / name)
-        (tmp_path / f"truncated_{name}").write_bytes((tmp_path / name).read_bytes()[:-20])
-        (tmp_path / f"extended_{name}").write_bytes((tmp_path / name).read_bytes() + b"notes of a camera")
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / f"truncated_{name}").write_bytes(data[:-20])
+        (tmp_path / f"closed_{name}").write_bytes(data[: len(data) // 2] + data[-12:])
+        (tmp_path / f"extended_{name}").write_bytes(data + b"notes of a camera")
+    frames = [Image.fromarray(make_image()).rotate(angle) for angle in (0, 90)]
+    frames[0].save(tmp_path / "animated.webp", save_all=True, append_images=frames[1:])
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "directory.jpg").mkdir()
     valid = [tmp_path / f"{kind}{name}" for kind in ("", "extended_") for name in names]
-    invalid = [tmp_path / f"truncated_{name}" for name in names]
-    invalid += [tmp_path / name for name in ("text.jpg", "empty.jpg", "directory.jpg", "missing.jpg")]
-    assert find_invalid_files([*valid, *invalid]) == list(range(8, 16))
+    invalid = [tmp_path / f"{kind}_{name}" for kind in ("truncated", "closed") for name in names]
+    invalid += [tmp_path / f"{name}.jpg" for name in ("text", "empty", "directory", "missing")]
+    errors = find_invalid_files([*valid, *invalid, tmp_path / "animated.webp"])
+    assert list(errors) == list(range(8, 21))
+    for position, path in enumerate([*invalid, tmp_path / "animated.webp"], 8):
+        with pytest.raises(UserError) as error:
+            read_image(path)
+        assert errors[position] == str(error.value)
+    assert "animated.webp cannot be read as an image (it is an animated WebP, which cannot be decoded" in errors[20]
+
+
+@pytest.mark.parametrize("error", [UserError("no"), OSError("no"), ValueError("no"), RuntimeError()])
+def test_errors_of_any_reader_are_found(error):
+    def read(path: str) -> torch.Tensor:
+        if path == "b":
+            raise error
+        return torch.zeros(3, 2, 2)
+
+    assert find_invalid_files(["a", "b"], read) == {1: str(error) or "RuntimeError"}

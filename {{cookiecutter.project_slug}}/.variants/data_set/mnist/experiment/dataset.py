@@ -13,6 +13,7 @@ import torch
 from torchvision.datasets import MNIST
 
 from batteries.core.errors import UserError
+from batteries.core.files import without_empty_directories
 
 TEST_SIZE = 10_000  # images of the official test split
 
@@ -67,11 +68,13 @@ class Mnist:
 
     def _read(self, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         try:  # the first download includes the test files
-            files = MNIST(str(self.data_dir), train=train, download=train)
+            with without_empty_directories(self.data_dir / "MNIST/raw"):
+                files = MNIST(str(self.data_dir), train=train, download=train)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:  # the last two for truncated files
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"--data-dir {self.data_dir} has no valid MNIST files, or they cannot be downloaded ({error}); put the "
-                "directory MNIST/raw there."
+                f"--data-dir {self.data_dir} has no valid MNIST files, or they cannot be downloaded ({reason}); put "
+                "the directory MNIST/raw there."
             ) from error
         return files.data[:, None], files.targets
 
