@@ -297,6 +297,10 @@ def single_sample_class(index: int, size: int = 80) -> torch.Tensor:
             Samples(folds=np.arange(80) % 5, targets=np.full(80, 9)),
             "has target 9; with 4 classes it must be an integer",
         ),
+        (
+            Samples(targets=np.arange(80) % 4 + 1),
+            "has target 4; with 4 classes it must be an integer from 0 to 3: correct targets of Samples in tests/test_",
+        ),
         (Samples(folds=np.arange(80) % 5, targets=np.full(80, 0.5)), "has target 0.5; with 4 classes it must be"),
         (Samples(folds=np.arange(80) % 5, targets=np.full(80, -1)), "has samples without a target in folds: image 0"),
         (

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import to_pil_image
 
 import train
+from batteries.core import command_line
 from batteries.core.command_line import parse
 from batteries.core.config_io import from_json, to_json
 from batteries.core.errors import UserError
@@ -484,6 +485,40 @@ def test_options_with_the_same_last_part_or_prefix_are_not_repeats():
     config = parse(Config, [*flags, "--scores", "roc_auc", "macro_f1", "--stages.0.freeze", "a", "b"])
     assert [stage.lr for stage in config.stages] == [1, 2]
     assert (config.scores, config.stages[0].freeze) == (("roc_auc", "macro_f1"), ("a", "b"))
+
+
+def make_project(directory: Path) -> Path:
+    """Make the files by which the command line recognises a project."""
+    for name in ("train.py", "tools/predict.py", "batteries/core/project.py"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).touch()
+    return directory
+
+
+def test_scripts_of_another_project_are_rejected(monkeypatch, tmp_path):
+    installed, other = make_project(tmp_path / "installed"), make_project(tmp_path / "other")
+    (tmp_path / "link").symlink_to(other)
+    monkeypatch.setattr(command_line, "ROOT", installed)
+    for script, module in (("train.py", "train"), ("tools/predict.py", "tools.predict")):
+        for directory in (other, tmp_path / "link"):
+            with pytest.raises(UserError, match=rf"start it in {other} with python -m {module}\.$"):
+                command_line.check_installed_project(str(directory / script))
+
+
+def test_scripts_of_the_installed_project_are_accepted(monkeypatch, tmp_path):
+    project = make_project(tmp_path / "batteries")  # a project may have the name of the package
+    (tmp_path / "link").symlink_to(project)
+    (tmp_path / "train.py").symlink_to(project / "train.py")
+    (tmp_path / "start.py").touch()
+    paths = [tmp_path / "train.py", tmp_path / "start.py"]
+    paths += [root / name for root in (project, tmp_path / "link") for name in ("train.py", "tools/predict.py")]
+    for root in (project, tmp_path / "link"):
+        monkeypatch.setattr(command_line, "ROOT", root)
+        for path in paths:
+            command_line.check_installed_project(str(path))
+        monkeypatch.chdir(root)
+        for program in ("train.py", "tools/predict.py", "-c", ""):
+            command_line.check_installed_project(program)
 
 
 def test_config_file_with_an_unknown_option_suggests_the_closest(start, tmp_path):

@@ -83,11 +83,13 @@ def check_installed_project(program: str) -> None:
     projects in one environment that can be another project.
     """
     script = Path(program).resolve()
-    root = script.parent.parent if script.parent.name == "tools" else script.parent
-    if (root / "batteries").is_dir() and root != ROOT.resolve():
+    is_tool = script.parent.name == "tools"
+    root = script.parent.parent if is_tool else script.parent
+    if (root / "batteries/core/project.py").is_file() and not root.samefile(ROOT):
+        module = f"tools.{script.stem}" if is_tool else script.stem
         raise UserError(
             f"{script} belongs to the project {root}, but the installed one is {ROOT}: run pip install -e {root}, or "
-            f"start it in {root} with python -m tools.{script.stem}."
+            f"start it in {root} with python -m {module}."
         )
 
 

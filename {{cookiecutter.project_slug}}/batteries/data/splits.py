@@ -14,6 +14,7 @@ import numpy as np
 
 from batteries.core.errors import UserError
 from batteries.core.files import sync_directory, write_text
+from batteries.core.project import source_of
 from batteries.core.tables import KEYS, parse_table, read_table_text
 from batteries.core.text import count_of, find_repeated, list_first
 from batteries.data.dataset import UNKNOWN, Dataset, dataset_info, has_classes
@@ -98,6 +99,7 @@ class SplitFile:
         return {"file": str(self.path), "sha256": self.sha256, "folds": self.num_folds, "made_with": made_with}
 
     def _open(self, make_folds: Callable[[Any], np.ndarray]) -> tuple[str, np.ndarray, bool]:
+        _check_class_indices(self.dataset)
         is_new = not self.path.exists()
         text = to_csv(self.dataset, make_folds(self.dataset)) if is_new else read_split(self.path)
         return text, parse_folds(text, self.dataset, str(self.path)), is_new
@@ -276,7 +278,7 @@ def _check_groups(groups: Sequence[str], folds: np.ndarray, name: str) -> None:
 
 
 def _check_targets(dataset: Dataset, folds: np.ndarray, name: str) -> None:
-    """Check that only test samples have an unknown target, and that others are indices into the classes."""
+    """Check that only test samples have an unknown target."""
     targets = dataset_info(dataset).targets
     if targets is None or np.ndim(targets) != 1:
         return
@@ -286,14 +288,20 @@ def _check_targets(dataset: Dataset, folds: np.ndarray, name: str) -> None:
     if len(used):
         names = list_first((dataset.ids[int(index)] for index in used), MAX_LISTED)
         raise UserError(f"{name} has samples without a target in folds: {names}; set their fold to {TEST}, for test.")
+
+
+def _check_class_indices(dataset: Dataset) -> None:
+    """Check that targets are indices into the classes, before other checks that count samples by class."""
     if not has_classes(dataset):
         return
+    values = np.asarray(dataset_info(dataset).targets)
     classes = len(dataset.classes)
     invalid = np.flatnonzero((values != np.round(values)) | (values < UNKNOWN) | (values >= classes))
     if len(invalid):
         raise UserError(
             f"sample {dataset.ids[int(invalid[0])]} has target {values[invalid[0]]}; with {classes} classes it must be "
-            f"an integer from 0 to {classes - 1}."
+            f"an integer from 0 to {classes - 1}: correct targets of {type(dataset).__name__} in "
+            f"{source_of(type(dataset))}."
         )
 
 

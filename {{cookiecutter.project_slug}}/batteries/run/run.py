@@ -83,7 +83,6 @@ class Run(Generic[ConfigT]):
         """
         check_trackers(config.tracker)
         directory = RunDirectory(Path(config.logdir))
-        code = hash_code()
         self._difference = uncommitted_diff() if is_rank_zero() else None  # before this run adds a split file
         identity = RunIdentity(
             config_class=type(config),
@@ -92,7 +91,7 @@ class Run(Generic[ConfigT]):
             data=data,
             split=split,
             model=describe_architecture(model),
-            code=code,
+            code=hash_code(),
         )
         self._point = run_on_rank_zero(lambda: find_resume_point(directory, identity, model, resume=config.resume))
         before = self._point.config
@@ -108,18 +107,7 @@ class Run(Generic[ConfigT]):
         self._directory = directory
         self._pretrained: PretrainedReport | None = None
         self._config_hash = hash_config(_values(config), without=[*set(may_change) - set(INITIAL_WEIGHT_OPTIONS)])
-        self._parts = RunParts(
-            config=config,
-            values=_values(config),
-            model_args=to_plain(dict(model_args), "model_args"),
-            data=data,
-            code=code,
-            device=device,
-            directory=directory,
-            logger=self.logger,
-            policy=CheckpointPolicy(config.checkpoint_every_minutes, config.checkpoint_every_steps),
-            guard=NonFiniteGuard(directory.path / "skipped.json", fp16=config.precision == "fp16"),
-        )
+        self._parts = self._make_parts(to_plain(dict(model_args), "model_args"))
 
     def __enter__(self) -> "Run[ConfigT]":
         with ExitStack() as undo:
@@ -240,6 +228,22 @@ class Run(Generic[ConfigT]):
     def _write_metadata(self, **values: Any) -> None:
         skipped = self._parts.guard.monitor.skipped
         self._directory.metadata.write(**values, end=now(), skipped_steps=skipped)
+
+    def _make_parts(self, model_args: Mapping[str, Any]) -> RunParts:
+        """Collect what the stages of the run share."""
+        config = self.config
+        return RunParts(
+            config=config,
+            values=_values(config),
+            model_args=model_args,
+            data=self._identity.data,
+            code=self._identity.code,
+            device=self.device,
+            directory=self._directory,
+            logger=self.logger,
+            policy=CheckpointPolicy(config.checkpoint_every_minutes, config.checkpoint_every_steps),
+            guard=NonFiniteGuard(self.logdir / "skipped.json", fp16=config.precision == "fp16"),
+        )
 
     def _write_start(self) -> None:
         """Make the directory and write the files that describe the run."""
