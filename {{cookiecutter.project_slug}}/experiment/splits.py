@@ -161,9 +161,14 @@ def check_classes(
     *,
     is_test_held_out: bool = False,
 ) -> None:
-    """Raise UserError if a class has fewer samples among `indices` than there are subsets."""
+    """Raise UserError if a class has fewer samples among `indices` than there are subsets, or a sample has no class."""
     if labels is None:
         return
+    if unknown := int((labels[indices] < 0).sum()):
+        raise UserError(
+            f"{count_of(unknown, 'sample')} without a target can only be in the test split; set `official_test` of the "
+            "data set to True for them, or leave them out."
+        )
     counts = np.bincount(labels[indices], minlength=len(dataset.classes)).tolist()
     for name, count in zip(dataset.classes, counts, strict=True):
         if count >= num_subsets:

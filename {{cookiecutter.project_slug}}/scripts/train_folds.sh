@@ -36,6 +36,7 @@ while [[ $# -gt 0 ]]; do
     shift
 done
 logdir=${logdir:-logs/folds}
+# shellcheck disable=SC2088  # the tilde is compared here, not expanded
 case $logdir in "~/"*) logdir=$HOME/${logdir#"~/"} ;; esac  # as train.py does; the shell leaves it in --logdir=~/x
 
 if [[ -z $train ]]; then  # train.py only prints

@@ -729,6 +729,7 @@ def test_scores_equal_those_of_scikit_learn_for_any_world_size(world_size):
 def test_collected_predictions_are_in_split_order_for_any_world_size(world_size):
     dataset = RandomImages(101, CHANNELS)
     dataset.targets = torch.arange(101)
+    dataset.classes = [str(number) for number in range(101)]
 
     def gather() -> np.ndarray:
         collector = PredictionCollector()

@@ -283,6 +283,7 @@ def single_sample_class(index: int, size: int = 80) -> torch.Tensor:
             Samples(targets=single_sample_class(7)),
             "class west has 1 sample, too few for 6 subsets (folds and test split); add samples until",
         ),
+        (Samples(targets=torch.arange(80) % 5 - 1), "16 samples without a target can only be in the test split; set"),
         (Samples(targets=torch.arange(80) % 3), "class west has 0 samples, too few for 6 subsets"),
         (Samples(groups=["one"] * 80), "1 group cannot be divided into 6 subsets (folds and test split); add"),
         (Samples(3, classes=None), "2 samples cannot be divided into 5 subsets; add samples, or"),
