@@ -33,7 +33,7 @@ from batteries.data.loaders import EpochBatches, EvalLoader, TrainLoader
 from batteries.data.splits import Split, SplitFile, check_files
 from batteries.data.summary import log_new_split
 from batteries.distributed.collectives import local_rank_zero_first
-from batteries.run.directory import check_stages
+from batteries.run.directory import check_stages, is_resumed
 from batteries.run.run import Run
 from batteries.tracking.base import TrackerName
 from batteries.tracking.manager import default_trackers
@@ -161,7 +161,8 @@ def main(config: Config) -> float:
         dataset = local_rank_zero_first(lambda: load_dataset(config.data_dir))
         split_file = SplitFile(config.split_file, dataset, make_folds)
         split = split_file.select(config.fold)
-        check_files(dataset, split)
+        if not is_resumed(config):  # its files were checked at the first start
+            check_files(dataset, split)
         train_loader, _ = make_loaders(config.stages[0], dataset, split, device, config)
         if config.show_schedule:
             return print_schedule(config.stages, len(train_loader))

@@ -967,3 +967,16 @@ def test_resumed_run_keeps_its_initial_weight_options(config):
     finish(dataclasses.replace(first, logdir=config.logdir, init_from=best))
     finish(dataclasses.replace(first, logdir=config.logdir))
     assert json.loads((config.logdir / "config.json").read_text())["init_from"] == str(best)
+
+
+def test_files_are_checked_at_the_first_start_and_not_at_a_resume(config, monkeypatch, tmp_path):
+    checked = tmp_path / "checked.txt"
+
+    def check_files(*_) -> None:
+        with checked.open("a") as file:
+            file.write("checked\n")
+
+    monkeypatch.setattr(train, "check_files", check_files)
+    finish(config)
+    finish(dataclasses.replace(config, resume=True))
+    assert checked.read_text() == "checked\n"

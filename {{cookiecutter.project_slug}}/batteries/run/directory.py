@@ -12,7 +12,8 @@ from batteries.core.files import DirectoryLock, read_json, write_text
 from batteries.core.jsonl import JsonlWriter
 from batteries.core.project import ROOT
 from batteries.core.text import find_repeated
-from batteries.run.config import StageConfig
+from batteries.distributed.collectives import run_on_rank_zero
+from batteries.run.config import RunConfig, StageConfig
 from batteries.run.metadata import RunMetadata
 from batteries.run.position import TrainingPosition, truncate_jsonl
 from batteries.training.schedules import check_warmup
@@ -66,6 +67,11 @@ class RunDirectory:
 def holds_run(logdir: Path) -> bool:
     """Return whether a run was started in `logdir`, or checkpoints were put there."""
     return any((logdir / name).exists() for name in SIGNS_OF_A_RUN) or any(logdir.glob("*/*.pth"))
+
+
+def is_resumed(config: RunConfig) -> bool:
+    """Return whether `--resume` was given and the logdir holds a run. Every rank must call it."""
+    return config.resume and run_on_rank_zero(lambda: holds_run(config.logdir))
 
 
 def check_stages(stages: Sequence[StageConfig]) -> None:
