@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ import train
 from batteries.core.errors import UserError
 from batteries.data.image_files import ImageFiles
 from batteries.data.splits import Split
+from batteries.distributed import launch
 from batteries.evaluation.inference import load_split
 from batteries.evaluation.predictions import read_predictions
 from batteries.evaluation.run_selection import find_checkpoint, read_config
@@ -262,12 +264,14 @@ def call_predict(*flags: object):
             ["--run", "nowhere"],
             "--run nowhere does not hold a run (config.json is missing); give a run directory, such as logs/baseline.",
         ),
+        (["--run", "{0}/one"], "--run {0}/one does not hold a run (config.json is missing); give the run, {0}."),
+        (["--run", "{0}/.."], "(config.json is missing); give one of its runs, such as {0}/../"),
         (["--run", "{0}", "{1}"], "several runs need --output, a directory for their common predictions."),
         (
             ["--run", "{0}", "--stage", "tow"],
             "--stage tow is not a stage of {0}; did you mean 'two'? Its stages: one, two.",
         ),
-        (["--run", "{0}", "--checkpoint", "swa"], "--checkpoint swa: {0} has no swa.pth; run tools/average.py first."),
+        (["--run", "{0}", "--checkpoint", "swa"], "{0} has no swa.pth; run tools/average.py first."),
         (["--run", "{0}", "--checkpoint", "no.pth"], "no.pth does not exist; give the path of a checkpoint"),
         (["--run", "{0}", "--checkpoint", "{0}"], " is a directory; give the path of a checkpoint"),
         (["--run", "{0}", "--split", "train"], "--split train is not a valid choice"),
@@ -282,6 +286,27 @@ def test_invalid_options_are_rejected_without_side_effects(runs, flags, message,
     assert (end.code, end.err.count("\n")) == (2, 1), end
     assert message.format(*runs) in end.err
     assert not any((run / "predictions").exists() for run in runs)
+
+
+def test_launcher_without_a_python_file_is_rejected(capsys):
+    for command, given in (([], "no argument"), (["trian.py", "--seed", "1"], "trian.py")):
+        assert launch.main(command) == 2
+        assert capsys.readouterr().err == f"error: the launcher needs a Python file, such as train.py, not {given}.\n"
+
+
+def test_run_without_a_checkpoint_is_rejected_with_what_to_do(runs, tmp_path):
+    for name in ("config.json", "run.json"):
+        shutil.copy(runs[0] / name, tmp_path)
+    hint = "has no best.pth; it has no checkpoint yet; continue it with --resume."
+    assert f"error: {tmp_path} {hint}" in call_predict("--run", tmp_path).err
+    assert_rejected(
+        call_average("--run", tmp_path),
+        f"{tmp_path} has no best.pth, from a complete epoch with a finite score; train it first",
+    )
+    (tmp_path / "one").mkdir()
+    shutil.copy(runs[0] / "one/last.pth", tmp_path / "one/last.pth")
+    hint = "has no best.pth; no complete epoch has a finite score; use --checkpoint last."
+    assert f"error: {tmp_path} {hint}" in call_predict("--run", tmp_path).err
 
 
 @pytest.mark.slow

@@ -553,7 +553,7 @@ def test_a_run_interrupted_in_its_first_epoch_has_a_report(copied_run):
     assert (end.code, end.err) == (0, ""), end
     made = Report((copied_run / "report.html").read_text())
     [note] = made.notes()
-    prefix = "The sections on classes, calibration and samples are omitted: --checkpoint best: "
+    prefix = "The sections on classes, calibration and samples are omitted: "
     assert note.startswith(f"{prefix}{copied_run} has no best.pth; ")
     assert f"note     {note}\n" in end.out
     assert "not ended: still running, or killed" in made.text

@@ -259,7 +259,9 @@ def test_model_that_skips_layers_at_random_is_reported_and_can_be_allowed(data_f
 
 def test_launcher_makes_the_project_importable_for_scripts_in_tools(tmp_path):
     project = copy_project(tmp_path)  # not installed, so only PYTHONPATH can lead to its packages
-    text = "import os\nimport batteries\nprint(batteries.__file__, os.environ['PYTHONPATH'], flush=True)\n"
+    # One write per rank: torchrun starts them unbuffered, and print would write the end of the line separately.
+    line = "f'{batteries.__file__} {os.environ[\"PYTHONPATH\"]}\\n'"
+    text = f"import os\nimport batteries\nos.write(1, {line}.encode())\n"
     (project / "tools/probe.py").write_text(text)
     command = [sys.executable, "-m", "batteries.distributed.launch", "tools/probe.py"]
     done = run_in(project, *command, PYTHONPATH="before")

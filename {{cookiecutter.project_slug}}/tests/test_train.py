@@ -318,7 +318,12 @@ def test_flags_take_precedence_over_a_config_file(tmp_path):
             ["--tracker", "tensorbord"],
             "--tracker tensorbord is not a valid choice; did you mean 'tensorboard'? Use one of: ",
         ),
-        (["--batch-size", "many"], "--batch-size: invalid literal for int()"),
+        (["--batch-size", "many"], "--batch-size many must be an integer. See python train.py --help."),
+        (["--seed", "1.5"], "--seed 1.5 must be an integer."),
+        (["--stages.0.lr", "1e-3,1e-4"], "--stages.0.lr 1e-3,1e-4 must be a number."),
+        (["logs/baseline"], "unknown command or option logs/baseline; a value must follow its option."),
+        (["resume"], "unknown command or option resume; did you mean '--resume'?"),
+        (["--stages.0.freeze", "layer1"], "--stages.0.freeze 'layer1' is not a module of the model; it has 0, 1."),
         (
             ["--batch-size", "33", "--accumulation-steps", "2"],
             "--batch-size 33 must be a multiple of 2 (1 process x 2 ",

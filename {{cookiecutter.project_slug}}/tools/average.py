@@ -107,6 +107,10 @@ def find_run_and_stage(options: Options) -> tuple[Path, Config]:
     if is_stage:
         return directory, config
     stages = [stage.name for stage in config.stages]
+    if not any((run / stage / "best.pth").is_file() for stage in stages):
+        raise UserError(
+            f"{run} has no best.pth, from a complete epoch with a finite score; train it first, with --resume."
+        )
     best = find_checkpoint(run, stages, None, "best", minimize=config.minimize_metric)
     return best.parent, config
 

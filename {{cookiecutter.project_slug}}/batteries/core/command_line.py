@@ -140,7 +140,7 @@ def parse(config_class: Any, arguments: list[str], *, repeats: bool = True, defa
         if not end.code:
             sys.stdout.flush()
             raise
-        raise UserError(_summarize_panel(panel.getvalue(), _list_flags(config_class, default))) from None
+        raise UserError(_summarize_panel(panel.getvalue(), _list_flags(default))) from None
 
 
 def expand_home(argument: str) -> str:
@@ -165,16 +165,12 @@ def _check_no_repeated_flag(arguments: list[str]) -> None:
             raise UserError(f"{given[name]} and {flag} are both given; give one of them.")
 
 
-def _list_flags(config_class: Any, default: Any) -> list[str]:
-    """List the flags of a dataclass of options, with those of the stages in `default`; none for a union."""
-    if not dataclasses.is_dataclass(config_class):
+def _list_flags(config: Any) -> list[str]:
+    """List the flags of a Config, those of its stages included; none if `config` is not a dataclass."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return []
-    if isinstance(default, config_class):  # type: ignore[arg-type]
-        options = [("config", None), *flatten(to_json(default))]
-    else:
-        options = [(field.name, field.default) for field in dataclasses.fields(config_class)]
-    flags = ["--help"]
-    for name, value in options:
+    flags = ["--config", "--help"]
+    for name, value in flatten(to_json(config)):
         path, dot, last = name.replace("_", "-").rpartition(".")
         flags.append(f"--{path}{dot}{last}")
         if isinstance(value, bool):
@@ -201,6 +197,9 @@ def _summarize_panel(panel: str, flags: Sequence[str]) -> str:
         known = re.findall(r"'([^']*)'", choice[3])
         hint = did_you_mean(choice[1], known) or "."
         return f"{choice[2]} {choice[1]} is not a valid choice{hint} Use one of: {', '.join(known)}."
+    if invalid := re.match(r"Error parsing (\S+): (invalid literal|could not convert).*?: '(.*)'", text):
+        kind = "an integer" if invalid[2] == "invalid literal" else "a number"
+        return f"{invalid[1]} {invalid[3]} must be {kind}. {see_help}"
     return f"{text.removeprefix('Error parsing ')}. {see_help}"
 
 
@@ -223,9 +222,12 @@ def _describe_unknown(word: str, panel: str, flags: Sequence[str]) -> str:
         return f"unknown word {word}; an option that is on or off takes no value: give --flag or --no-flag."
     if described := _describe_missing_item(word, known):
         return described
-    kind = "option" if word.startswith("-") else "command or option"
+    is_flag = word.startswith("-")
+    kind = "option" if is_flag else "command or option"
     matches = _closest_flags(word, known)
-    hint = f"; did you mean {' or '.join(map(repr, matches))}?" if matches else "."
+    hint = "." if is_flag else "; a value must follow its option."
+    if matches:
+        hint = f"; did you mean {' or '.join(map(repr, matches))}?"
     return f"unknown {kind} {word}{hint}"
 
 

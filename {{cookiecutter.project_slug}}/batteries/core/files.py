@@ -130,6 +130,16 @@ def link_atomically(source: Path, link: Path) -> None:
     sync_directory(link.parent)
 
 
+def describe_missing_run(directory: Path) -> str:
+    """Describe a directory that is not that of a run, with the closest one that is."""
+    fix = "give a run directory, such as logs/baseline"
+    if runs := sorted(path.parent for path in directory.glob("*/config.json")):
+        fix = f"give one of its runs, such as {runs[0]}"
+    elif (directory.parent / "config.json").is_file():
+        fix = f"give the run, {directory.parent}"
+    return f"{directory} does not hold a run (config.json is missing); {fix}."
+
+
 class DirectoryLock:
     """Keeps a second process out of a directory. The system releases the lock when its process ends, for any reason.
 

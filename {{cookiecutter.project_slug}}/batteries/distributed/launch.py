@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -29,6 +30,7 @@ from batteries.core.project import ROOT
 def main(command: list[str]) -> int:
     """Run `command`, a Python file and its flags, in every process; return the exit code."""
     try:
+        check_script(command)
         processes = count_processes()
         # After --, because torchrun would take --run of predict.py for an abbreviation of its option --run-path.
         arguments = [*rendezvous_arguments(), f"--nproc-per-node={processes}", "--", *command]
@@ -49,6 +51,13 @@ def main(command: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def check_script(command: list[str]) -> None:
+    """Raise UserError if the command does not begin with a file."""
+    if not command or not Path(command[0]).is_file():
+        given = command[0] if command else "no argument"
+        raise UserError(f"the launcher needs a Python file, such as train.py, not {given}.")
 
 
 def count_processes() -> int:

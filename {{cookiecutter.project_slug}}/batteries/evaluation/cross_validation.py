@@ -61,7 +61,9 @@ def read_record(directory: Path) -> dict[str, Any]:
     """Read run.json of a finished run. Raises UserError if it is missing or the run is not finished."""
     path = directory / "run.json"
     if not path.is_file():
-        raise UserError(f"{directory} does not hold a run; start scripts/train_folds.sh again.")
+        raise UserError(
+            f"{directory} does not hold a run; start scripts/train_folds.sh again, or give the directory of the folds."
+        )
     record = json.loads(path.read_text())
     if record["exit"] not in COMPLETE or "best" not in record:
         raise UserError(f"{directory} is not finished ({record['exit']}); start scripts/train_folds.sh again.")

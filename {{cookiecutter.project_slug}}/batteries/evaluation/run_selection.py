@@ -8,6 +8,7 @@ from typing import TypeVar
 from batteries.checkpoint.manifest import AVERAGE, read_average, read_manifest
 from batteries.core.config_io import from_json, update_saved
 from batteries.core.errors import UserError
+from batteries.core.files import describe_missing_run
 from batteries.core.text import did_you_mean
 
 Config = TypeVar("Config")
@@ -21,10 +22,7 @@ def read_config(directory: Path, config_class: type[Config]) -> Config:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"--run {directory} does not hold a run (config.json is missing); give a run directory, such as "
-            "logs/baseline."
-        )
+        raise UserError(f"--run {describe_missing_run(directory)}")
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -59,7 +57,7 @@ def find_checkpoint(directory: Path, stages: Sequence[str], stage: str | None, w
     if not present:
         searched = directory if stage is None else directory / stage
         hint = _hint_for_missing(directory, candidates, which)
-        raise UserError(f"--checkpoint {which}: {searched} has no {name}; {hint}.")
+        raise UserError(f"{searched} has no {name}; {hint}.")
     if which == "last":
         return directory / present[-1] / name
     score_of = average_score if which == "swa" else best_score
@@ -70,8 +68,8 @@ def _hint_for_missing(directory: Path, stages: Sequence[str], which: str) -> str
     if which == "swa":
         return "run tools/average.py first"
     if any((directory / stage / "last.pth").is_file() for stage in stages):
-        return "use --checkpoint last"
-    return "train it first"
+        return "no complete epoch has a finite score; use --checkpoint last"
+    return "it has no checkpoint yet; continue it with --resume"
 
 
 def best_score(stage_directory: Path) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batteries.core.errors import UserError
-from batteries.core.files import read_json
+from batteries.core.files import describe_missing_run, read_json
 from batteries.core.jsonl import read_jsonl
 from batteries.core.text import find_repeated
 
@@ -154,10 +154,7 @@ def find_runs(directories: Sequence[Path]) -> list[Path]:
     for directory in directories:
         found = [directory] if is_run(directory) else [path for path in sorted(directory.glob("*")) if is_run(path)]
         if not found:
-            raise UserError(
-                f"{directory} does not hold a run (config.json is missing); give a run directory, such as "
-                "logs/baseline."
-            )
+            raise UserError(describe_missing_run(directory))
         runs += found
     if repeated := find_repeated(str(run.resolve()) for run in runs):
         raise UserError(f"{repeated[0]} is given twice; give each run once.")

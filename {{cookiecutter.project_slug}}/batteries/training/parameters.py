@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from batteries.core.errors import UserError
-from batteries.core.text import did_you_mean
+from batteries.core.text import did_you_mean, list_first
 from batteries.distributed.unwrap import unwrap_model
 
 
@@ -64,7 +64,8 @@ def check_module_names(model: nn.Module, stages: Sequence[FrozenStage]) -> None:
         flag = f"--stages.{number}.freeze"
         for name in stage.freeze:
             if name not in names:
-                raise UserError(f"{flag} {name!r} is not a module of the model{did_you_mean(name, names) or '.'}")
+                hint = did_you_mean(name, names) or f"; it has {list_first(name for name in names if '.' not in name)}."
+                raise UserError(f"{flag} {name!r} is not a module of the model{hint}")
         freeze(model, stage.freeze)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError(f"{' '.join((flag, *stage.freeze))} leaves no trainable parameter.")
