@@ -66,7 +66,7 @@ class DatasetInfo:
         folds: The fold of each sample, shape (N,), if the data set defines them; -1 for the test split.
         official_test: Whether each sample belongs to the official test split, shape (N,), bool, if there is one.
         left_out: The files that are not used, with their number, such as "3 .bmp"; empty if there are none.
-        labels: The label of each sample as it is in the data, such as "2.0" of the class "2"; None for the class names.
+        raw_labels: The label of each sample as it is in the data, such as "2.0" of the class "2"; None for class names.
         suffixes: The suffixes of image files, in lower case; None for the default.
         read_image: The reader of one image file, from its path; None if there is none.
     """
@@ -78,7 +78,7 @@ class DatasetInfo:
     folds: Any = None
     official_test: Any = None
     left_out: str = ""
-    labels: Sequence[str] | None = None
+    raw_labels: Sequence[str] | None = None
     suffixes: Sequence[str] | None = None
     read_image: Callable[[Any], Any] | None = None
 
@@ -93,7 +93,7 @@ def dataset_info(dataset: object) -> DatasetInfo:
         folds=getattr(dataset, "folds", None),
         official_test=getattr(dataset, "official_test", None),
         left_out=getattr(dataset, "left_out", ""),
-        labels=getattr(dataset, "labels", None),
+        raw_labels=getattr(dataset, "raw_labels", None),
         suffixes=getattr(dataset, "suffixes", None),
         read_image=getattr(dataset, "read_image", None),
     )

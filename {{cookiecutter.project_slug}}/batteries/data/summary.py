@@ -68,17 +68,17 @@ def find_unusual(dataset: Dataset, folds: np.ndarray) -> list[str]:
 def _count_labels(dataset: Dataset) -> Counter[str]:
     """Count the samples of each label as it is in the data, such as 2.0 of the class 2."""
     info = dataset_info(dataset)
-    if info.labels is not None:
-        return Counter(str(label) for label in info.labels if label != "")
+    if info.raw_labels is not None:
+        return Counter(str(label) for label in info.raw_labels if label != "")
     return Counter(str(dataset.classes[target]) for target in np.asarray(info.targets).tolist() if target >= 0)
 
 
 def _class_of_labels(dataset: Dataset) -> dict[str, str]:
     """Return the class of each label as it is in the data."""
     info = dataset_info(dataset)
-    if info.labels is None:
+    if info.raw_labels is None:
         return {str(name): str(name) for name in dataset.classes}
-    pairs = zip(info.labels, np.asarray(info.targets).tolist(), strict=True)
+    pairs = zip(info.raw_labels, np.asarray(info.targets).tolist(), strict=True)
     return {str(label): str(dataset.classes[target]) for label, target in pairs if target >= 0}
 
 

@@ -46,8 +46,8 @@ class Table:
         self.data_dir = Path(data_dir)
         rows = read_rows(self.data_dir / TABLE)
         self.ids = [row["path"] for row in rows]
-        self.labels = [strip_invisible(row["label"]) for row in rows]
-        labels = [class_name(label) for label in self.labels]
+        self.raw_labels = [strip_invisible(row["label"]) for row in rows]
+        labels = [class_name(label) for label in self.raw_labels]
         self.classes = sort_classes(label for label in labels if label)
         target_of = {label: target for target, label in enumerate(self.classes)} | {"": UNKNOWN}
         self.targets = np.array([target_of[label] for label in labels])
