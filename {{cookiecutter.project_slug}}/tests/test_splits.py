@@ -623,10 +623,10 @@ def test_unusual_labels_are_named_with_their_counts(counts, warnings):
 
 
 def test_labels_that_are_read_as_one_class_are_named():
-    dataset = labelled({"0": 7, "1": 3}, labels=["0"] * 4 + ["0.0"] * 3 + ["1"] * 3)
+    dataset = labelled({"0": 7, "1": 3}, raw_labels=["0"] * 4 + ["0.0"] * 3 + ["1"] * 3)
     [warning] = find_unusual(dataset, np.zeros(10, int))
     assert warning == "labels '0' (4 samples) and '0.0' (3 samples) are read as one class, 0."
-    assert find_unusual(labelled({"0": 7, "1": 3}, labels=["0.0"] * 7 + ["1.0"] * 3), np.zeros(10, int)) == []
+    assert find_unusual(labelled({"0": 7, "1": 3}, raw_labels=["0.0"] * 7 + ["1.0"] * 3), np.zeros(10, int)) == []
 
 
 def test_samples_without_a_label_are_counted():
