@@ -289,7 +289,7 @@ def test_invalid_options_are_rejected_without_side_effects(runs, flags, message,
 
 
 def test_launcher_without_a_python_file_is_rejected(capsys):
-    for command, given in (([], "no argument"), (["trian.py", "--seed", "1"], "trian.py")):
+    for command, given in (([], "no argument"), (["no_such.py", "--seed", "1"], "no_such.py")):
         assert launch.main(command) == 2
         assert capsys.readouterr().err == f"error: the launcher needs a Python file, such as train.py, not {given}.\n"
 
