@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import multiprocessing
 import os
 import random
 import signal
@@ -544,8 +545,13 @@ class Damaged(RandomImages):
         return super().__getitem__(index)
 
 
+def make_eval_loader(dataset: RandomImages | None = None, *, num_workers: int) -> EvalLoader:
+    dataset = dataset or RandomImages(20)
+    return EvalLoader(dataset, range(20), None, torch.device("cpu"), batch_size=4, num_workers=num_workers)
+
+
 def read_all(dataset: RandomImages, num_workers: int) -> None:
-    list(EvalLoader(dataset, range(20), None, torch.device("cpu"), batch_size=4, num_workers=num_workers))
+    list(make_eval_loader(dataset, num_workers=num_workers))
 
 
 @pytest.mark.parametrize(("cores", "ranks", "workers"), [(64, 1, 8), (16, 4, 4), (4, 8, 1), (1, 1, 1)])
@@ -570,6 +576,42 @@ def test_a_killed_worker_ends_the_run_with_an_explanation():
     assert "was ended by signal Killed" in end.err or "exited unexpectedly" in end.err  # torch detects it in two ways
     for word in ("usually because RAM ran out", "--num-workers", "--sharing-strategy"):
         assert word in end.err
+
+
+def kill_worker() -> None:
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="the system has no waitid")
+def test_a_connection_that_a_killed_worker_breaks_is_explained_by_its_death():
+    def main(_) -> None:
+        batches = iter(make_eval_loader(num_workers=2).batches)
+        next(batches)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the signal comes too late
+        kill_worker()
+        raise ConnectionResetError("Connection reset by peer")
+
+    end = run_train(main, NoOptions)
+    assert (end.code, end.err.count("\n")) == (1, 1)
+    assert "was ended by signal Killed" in end.err
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="the system has no waitid")
+def test_a_worker_that_dies_after_an_error_does_not_hide_the_error():
+    class Damage(UserError):
+        def __str__(self) -> str:
+            kill_worker()
+            return "image 11 is damaged."
+
+    def main(_) -> None:
+        batches = iter(make_eval_loader(num_workers=2).batches)
+        next(batches)
+        raise Damage
+
+    end = run_train(main, NoOptions)
+    assert (end.code, end.err) == (2, "error: image 11 is damaged.\n")
 
 
 @pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the system has no alarm signal")

@@ -646,6 +646,10 @@ class WrongData:
         return self.change(*self.dataset[index])
 
 
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    return images.float().mul_(torch.ones(5, 1, 1))
+
+
 MODEL = "what build_model in experiment/model.py returns"
 LOSS = "what build_criterion in experiment/model.py returns"
 
@@ -676,8 +680,8 @@ LOSS = "what build_criterion in experiment/model.py returns"
         ),
         (
             "normalize",
-            lambda images: images.float().mul_(torch.ones(5, 1, 1)),
-            f"fails on (32, {CHANNELS}, ",
+            normalize,
+            f"normalize in tests/test_train.py fails on (32, {CHANNELS}, ",
             "MEAN and STD in experiment/augmentations.py need one value for each channel of the images.",
         ),
         (

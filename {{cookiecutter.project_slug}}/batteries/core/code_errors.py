@@ -14,26 +14,51 @@ from batteries.core.project import ROOT, is_user_code
 BUILDERS = {"model": "build_model", "network": "build_model", "criterion": "build_criterion"}  # by name of a variable
 MODEL_FILE = "experiment/model.py"
 
-# Patterns of the messages of torch, and what is expected.
-EXPECTATIONS = {
-    r"Target -?\d+ is out of bounds": (
+class Expectation(NamedTuple):
+    """What a called function expects.
+
+    Attributes:
+        function: A pattern of the name of the function; the empty one fits each.
+        message: A pattern of the message of torch.
+        hint: What is expected.
+    """
+
+    function: str
+    message: str
+    hint: str
+
+
+EXPECTATIONS = (
+    Expectation(
+        "",
+        r"Target -?\d+ is out of bounds",
         "build_model in experiment/model.py must return one output for each class, and __getitem__ in "
-        "experiment/dataset.py targets from 0"
+        "experiment/dataset.py targets from 0",
     ),
-    r"dtype to be Long|scalar type Long": (
-        "__getitem__ in experiment/dataset.py must return class targets as int or torch.int64"
+    Expectation(
+        "",
+        r"dtype to be Long|scalar type Long",
+        "__getitem__ in experiment/dataset.py must return class targets as int or torch.int64",
     ),
-    r"to have \d+ channels, but got": (
-        "the first layer must take the channels of the images, which experiment/dataset.py returns"
+    Expectation(
+        "",
+        r"to have \d+ channels, but got",
+        "the first layer must take the channels of the images, which experiment/dataset.py returns",
     ),
-    r"broadcast shape": "MEAN and STD in experiment/augmentations.py need one value for each channel of the images",
-    r"mat1 and mat2 shapes": "a linear layer in experiment/model.py must take the size of its input",
-    r"should be the same|same dtype": "normalize in experiment/augmentations.py must return float32",
-    r"size|shape": (
+    Expectation("", r"mat1 and mat2 shapes", "a linear layer in experiment/model.py must take the size of its input"),
+    Expectation(
+        "^normalize ",
+        r"broadcast shape|size of tensor",  # the first one for images of one channel
+        "MEAN and STD in experiment/augmentations.py need one value for each channel of the images",
+    ),
+    Expectation("", r"should be the same|same dtype", "normalize in experiment/augmentations.py must return float32"),
+    Expectation(
+        "build_criterion",
+        r"size|shape",
         "the outputs of build_model in experiment/model.py, and the targets of __getitem__ in experiment/dataset.py, "
-        "must have the shapes that the loss takes"
+        "must have the shapes that the loss takes",
     ),
-}
+)
 DEVICE_ASSERT = (
     "a value was out of bounds on the GPU, usually a target: build_model in experiment/model.py must return one output "
     "for each class, and __getitem__ in experiment/dataset.py targets from 0; --device cpu shows where."
@@ -68,8 +93,15 @@ def explain_code_error(error: BaseException) -> str | None:
     if call is None or not _has_tensor(call.arguments) or not text or raised_by_user:
         return None
     inputs = ", ".join(_describe(value) for value in call.arguments)
-    expected = next((f"; {hint}" for pattern, hint in EXPECTATIONS.items() if re.search(pattern, text)), "")
-    return f"{call.name} fails on {inputs}: {text.splitlines()[0].rstrip('.')}{expected}."
+    return f"{call.name} fails on {inputs}: {text.splitlines()[0].rstrip('.')}{_hint(call.name, text)}."
+
+
+def _hint(function: str, text: str) -> str:
+    """Return what the function expects, after a semicolon; an empty string if that is not known."""
+    for expectation in EXPECTATIONS:
+        if re.search(expectation.function, function) and re.search(expectation.message, text):
+            return f"; {expectation.hint}"
+    return ""
 
 
 def _is_about_processes(error: BaseException) -> bool:

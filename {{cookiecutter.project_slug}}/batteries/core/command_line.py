@@ -30,6 +30,8 @@ Config = TypeVar("Config")
 # a second, reports the rank with the cause.
 SECONDS_BEFORE_FAILING = 4
 
+SECONDS_OF_A_DEATH = 0.2  # for a process that was killed to be gone
+
 
 def run_command(
     main: Callable[[Config], object], config_class: Any, *, repeats: bool = True, default: Any = None
@@ -57,6 +59,7 @@ def run_command(
         moment = " before the first step" if repeats else ""
         _exit(130, f"stopped by SIGINT{moment}.", only_rank_zero=True)
     except Exception as error:  # noqa: BLE001 (a bug is shown with its traceback)
+        _ignore_dead_workers()
         _exit_after(error)
 
 
@@ -71,8 +74,7 @@ def _exit_after(error: Exception) -> NoReturn:
         _exit(1, f"error: {error}")
     if nondeterministic := explain_nondeterministic(error):
         _exit(2, f"error: {nondeterministic}")
-    # torch raises the error of a dead worker wherever the signal reaches this process.
-    explanation = explain_dead_worker(error) or explain_code_error(error)
+    explanation = explain_dead_worker(_find_dead_worker(error) or error) or explain_code_error(error)
     _exit(1, traceback.format_exc() if explanation is None else f"error: {explanation}")
 
 
@@ -287,10 +289,30 @@ def _exit(code: int, message: str, *, only_rank_zero: bool = False) -> NoReturn:
     sys.exit(code)
 
 
-def _kill_workers() -> None:
-    """Kill the DataLoader workers of an interrupted epoch; torch would report their death as an error."""
+def _ignore_dead_workers() -> None:
+    """Let no DataLoader worker that ends from now on raise an error: torch raises it wherever this process is."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _find_dead_worker(error: Exception) -> Exception | None:
+    """Return the error that torch raises for a killed worker; None if no worker was killed.
+
+    A worker that is killed while this process takes a batch from it first breaks their connection.
+    """
+    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return None
+    for worker in multiprocessing.active_children():
+        worker.join(SECONDS_OF_A_DEATH)
+        if worker.exitcode is not None and worker.exitcode < 0:
+            name = signal.strsignal(-worker.exitcode)
+            return RuntimeError(f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}")
+    return None
+
+
+def _kill_workers() -> None:
+    """Kill the DataLoader workers of an interrupted epoch; torch would report their death as an error."""
+    _ignore_dead_workers()
     for worker in multiprocessing.active_children():
         worker.kill()
 
