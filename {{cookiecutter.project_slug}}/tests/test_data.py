@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -585,12 +586,13 @@ def kill_worker() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "waitid"), reason="the system has no waitid")
-def test_a_connection_that_a_killed_worker_breaks_is_explained_by_its_death():
+def test_a_connection_that_a_killed_worker_breaks_is_explained_by_its_death(monkeypatch):
+    monkeypatch.setattr("batteries.core.command_line.SECONDS_OF_A_DEATH", SECONDS)  # which the signal interrupts
+
     def main(_) -> None:
         batches = iter(make_eval_loader(num_workers=2).batches)
         next(batches)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the signal comes too late
-        kill_worker()
+        threading.Timer(0.1, kill_worker).start()
         raise ConnectionResetError("Connection reset by peer")
 
     end = run_train(main, NoOptions)

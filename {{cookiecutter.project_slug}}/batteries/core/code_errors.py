@@ -14,6 +14,7 @@ from batteries.core.project import ROOT, is_user_code
 BUILDERS = {"model": "build_model", "network": "build_model", "criterion": "build_criterion"}  # by name of a variable
 MODEL_FILE = "experiment/model.py"
 
+
 class Expectation(NamedTuple):
     """What a called function expects.
 

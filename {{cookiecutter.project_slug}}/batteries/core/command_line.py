@@ -59,8 +59,7 @@ def run_command(
         moment = " before the first step" if repeats else ""
         _exit(130, f"stopped by SIGINT{moment}.", only_rank_zero=True)
     except Exception as error:  # noqa: BLE001 (a bug is shown with its traceback)
-        _ignore_dead_workers()
-        _exit_after(error)
+        _exit_after(_settle_workers(error))
 
 
 def _exit_after(error: Exception) -> NoReturn:
@@ -74,7 +73,7 @@ def _exit_after(error: Exception) -> NoReturn:
         _exit(1, f"error: {error}")
     if nondeterministic := explain_nondeterministic(error):
         _exit(2, f"error: {nondeterministic}")
-    explanation = explain_dead_worker(_find_dead_worker(error) or error) or explain_code_error(error)
+    explanation = explain_dead_worker(error) or explain_code_error(error)
     _exit(1, traceback.format_exc() if explanation is None else f"error: {explanation}")
 
 
@@ -289,25 +288,24 @@ def _exit(code: int, message: str, *, only_rank_zero: bool = False) -> NoReturn:
     sys.exit(code)
 
 
+def _settle_workers(error: Exception) -> Exception:
+    """Return the error to report, and let no DataLoader worker that dies from now on raise another one.
+
+    torch raises the death of a worker wherever this process is. A worker that is killed while this process takes a
+    batch from it breaks their connection before its death is known.
+    """
+    try:
+        if isinstance(error, ConnectionError | EOFError | FileNotFoundError) and multiprocessing.active_children():
+            time.sleep(SECONDS_OF_A_DEATH)
+    except RuntimeError as death:
+        error = death
+    _ignore_dead_workers()
+    return error
+
+
 def _ignore_dead_workers() -> None:
-    """Let no DataLoader worker that ends from now on raise an error: torch raises it wherever this process is."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _find_dead_worker(error: Exception) -> Exception | None:
-    """Return the error that torch raises for a killed worker; None if no worker was killed.
-
-    A worker that is killed while this process takes a batch from it first breaks their connection.
-    """
-    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
-        return None
-    for worker in multiprocessing.active_children():
-        worker.join(SECONDS_OF_A_DEATH)
-        if worker.exitcode is not None and worker.exitcode < 0:
-            name = signal.strsignal(-worker.exitcode)
-            return RuntimeError(f"DataLoader worker (pid {worker.pid}) is killed by signal: {name}")
-    return None
 
 
 def _kill_workers() -> None:

@@ -50,7 +50,7 @@ def explain_dead_worker(error: BaseException) -> str | None:
             "DataLoader workers ran out of shared memory (/dev/shm, which is small in containers). Use fewer "
             "--num-workers, another --sharing-strategy, or a larger /dev/shm (docker run --shm-size)."
         )
-    death = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\) (is killed by signal: ([\w ]+\w)|exited unexpectedly)", text)
+    death = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\) (is killed by signal: (\w+)|exited unexpectedly)", text)
     if death is None:
         return None
     how = f"was ended by signal {death[3]}" if death[3] else "exited unexpectedly"
