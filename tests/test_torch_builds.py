@@ -21,7 +21,7 @@ import pytest
 from options import CHOICES
 
 PYTORCH = "https://download.pytorch.org"
-PYTORCH_PACKAGES = ("torch", "torchvision", "triton-rocm")
+PYTORCH_PACKAGES = ("torch", "torchcodec", "torchvision", "triton-rocm")
 pytestmark = pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not on the PATH; make test installs it")
 
 
@@ -86,6 +86,8 @@ def test_only_torch_comes_from_the_chosen_index(render, server, tmp_path, build)
             assert found == {default}, name
         elif name == "triton-rocm":
             assert found == {chosen}, name
+        elif name == "torchcodec":
+            assert found == {"/pytorch/whl/cpu", default}, name
         else:
             assert found == {chosen, default}, name  # the default on systems without this build
     assert ("triton-rocm" in indexes) == build.startswith("rocm")
@@ -97,4 +99,6 @@ def test_the_index_of_a_build_has_pytorchs_address(render):
         if build == "default":
             assert uv is None
         else:
-            assert uv["index"] == [{"name": "pytorch", "url": f"{PYTORCH}/whl/{build}", "explicit": True}]
+            of_cpu = {"name": "pytorch-cpu", "url": f"{PYTORCH}/whl/cpu", "explicit": True}
+            of_torch = {"name": "pytorch", "url": f"{PYTORCH}/whl/{build}", "explicit": True}
+            assert uv["index"] == [of_torch] if build == "cpu" else [of_torch, of_cpu]

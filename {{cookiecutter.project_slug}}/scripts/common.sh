@@ -17,7 +17,7 @@ if sys.version_info < (3, 11):
     problem = "is Python %d.%d; use Python 3.11 or newer." % sys.version_info[:2]
 else:
     from importlib.util import find_spec
-    packages = "matplotlib numpy pandas rich sklearn torch torchvision tyro"
+    packages = "matplotlib numpy pandas rich sklearn torch torchcodec torchvision tyro"
     missing = [package for package in packages.split() if find_spec(package) is None]
     if missing:
         problem = "has no %s; install the dependencies: %s -m pip install -e ." % (", ".join(missing), sys.argv[1])

@@ -5,6 +5,7 @@ It imports little, because each spawned worker imports it.
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,20 @@ def patterned_images(labels: Sequence[int], channels: int, size: int) -> np.ndar
     patterns = np.concatenate([half, half[..., ::-1]], axis=-1).repeat(size // 4, 2).repeat(size // 4, 3)
     noise = generator.normal(0, 15, size=(len(labels), channels, size, size))
     return (patterns[np.asarray(labels)] + noise).clip(0, 255).astype(np.uint8)
+
+
+def write_jpeg(image: torch.Tensor, path: Path) -> None:
+    """Write an image (C, H, W), uint8, as a JPEG file."""
+    from torchcodec.encoders import JpegEncoder
+
+    JpegEncoder(image).to_file(path)
+
+
+def write_png(image: torch.Tensor, path: Path) -> None:
+    """Write an image (C, H, W), uint8, as a PNG file."""
+    from torchcodec.encoders import PngEncoder
+
+    PngEncoder(image).to_file(path)
 
 
 class RandomNoise:

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from flags import override
-from image_data import patterned_images
+from image_data import patterned_images, write_jpeg
 from models import CHANNELS
 from processes import run_ranks, run_train
 from small_data import make_data
 from torch import nn
-from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 
 import train
 from batteries.checkpoint.io import count_bytes, make_checkpoint, save_checkpoint
@@ -25,6 +24,7 @@ from batteries.checkpoint.manager import CheckpointManager
 from batteries.core.errors import RunError, UserError
 from batteries.core.project import ROOT
 from batteries.core.text import format_duration
+from batteries.data.image_decoding import decode_file
 from batteries.data.splits import SplitFile, to_csv
 from batteries.distributed import connectivity
 from batteries.preflight import machine_checks
@@ -146,10 +146,10 @@ class Files(Samples):
         super().__init__()
         self.folder = folder
         for name, image in zip(self.ids, patterned_images(LABELS, 3, 32), strict=True):
-            write_jpeg(torch.from_numpy(image), str(folder / name))
+            write_jpeg(torch.from_numpy(image), folder / name)
 
     def __getitem__(self, index):
-        return decode_image(read_file(str(self.folder / self.ids[index])), ImageReadMode.RGB), int(LABELS[index])
+        return decode_file(self.folder / self.ids[index], "RGB"), int(LABELS[index])
 
 
 def test_truncated_file_is_reported_with_its_id(make_context, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_data import write_png
 from models import CHANNELS, tiny_network
 from processes import SECONDS, run_ranks, run_train
 from sklearn.metrics import f1_score
@@ -17,7 +18,6 @@ from small_data import make_data
 from tables import assert_rejected
 from test_scripts import environment
 from torch import nn
-from torchvision.io import write_png
 
 import train
 from batteries.core.errors import UserError
@@ -193,7 +193,7 @@ def test_images_of_a_directory_or_table_are_predicted_like_the_split(runs, tmp_p
     folder.mkdir()
     ids = [dataset.ids[index] for index in split["valid"]]
     for name, index in zip(ids, split["valid"], strict=True):
-        write_png(dataset[index][0], str(folder / f"{name}.png"))
+        write_png(dataset[index][0], folder / f"{name}.png")
     (folder / ".ipynb_checkpoints").mkdir()
     (folder / ".ipynb_checkpoints/1.png").write_bytes(b"rubbish")
     if listed:
@@ -217,10 +217,10 @@ def test_a_table_of_images_with_an_empty_id_is_rejected(tmp_path):
 @pytest.mark.parametrize("position", [20, 60, -30])
 def test_a_damaged_png_is_rejected_with_its_path(tmp_path, position):
     file = tmp_path / "a.png"
-    write_png(torch.arange(3 * 64, dtype=torch.uint8).view(3, 8, 8), str(file))
+    write_png(torch.arange(3 * 64, dtype=torch.uint8).view(3, 8, 8), file)
     assert ImageFiles(tmp_path, 3)[0][0].shape == (3, 8, 8)
     data = bytearray(file.read_bytes())
-    data[position] ^= 0xFF  # torchvision crashes on some of these files
+    data[position] ^= 0xFF
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.png cannot be read as an image: it is empty, damaged or not an image\."):
         ImageFiles(tmp_path, 3)[0]
@@ -229,7 +229,7 @@ def test_a_damaged_png_is_rejected_with_its_path(tmp_path, position):
 @UNSIZED
 def test_images_of_different_sizes_are_rejected_with_their_names(runs, tmp_path):
     for size in (8, 9):
-        write_png(torch.zeros(CHANNELS, size, size, dtype=torch.uint8), str(tmp_path / f"{size}.png"))
+        write_png(torch.zeros(CHANNELS, size, size, dtype=torch.uint8), tmp_path / f"{size}.png")
     end = call_predict("--run", runs[0], "--images", tmp_path, "--output", tmp_path / "out")
     shapes = f"({CHANNELS}, 8, 8) of 8.png and ({CHANNELS}, 9, 9) of 9.png"
     assert_rejected_after_loading(end, f"images of one batch have different shapes: {shapes}; resize all to one size")

@@ -9,8 +9,8 @@ import torch
 from image_data import RandomImages, RandomNoise
 from processes import End, run_train
 from small_data import make_data
-from torchvision.io import ImageReadMode, decode_image, read_file
 
+from batteries.data.image_decoding import decode_file
 from batteries.data.image_grid import make_grid_of_samples, sample_grid
 from batteries.data.loaders import TrainLoader
 from experiment.augmentations import train_transform
@@ -32,7 +32,7 @@ def test_the_image_is_drawn_and_the_range_of_values_printed(data_dir, tmp_path, 
     sheet = tmp_path / "logs/sheet.png"
     end = run_preview(data_dir, tmp_path, "--sheet", str(sheet), "--samples", "3", "--epochs", "2", *mixing)
     assert end.code == 0, end.err
-    image = decode_image(read_file(str(sheet)), ImageReadMode.RGB)
+    image = decode_file(sheet, "RGB")
     assert image.shape[2] > image.shape[1] > 300
     assert len(image.flatten(1).unique(dim=1)[0]) > 20
     assert "batch    (3, " in end.out

@@ -22,13 +22,13 @@ from processes import End, run_ranks, run_train
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 from small_data import make_data
 from tables import assert_rejected, call_tool, random_predictions
-from torchvision.io import ImageReadMode, decode_image
 
 import experiment.dataset
 import experiment.model
 import train
 from batteries.core.config_io import flatten
 from batteries.core.errors import UserError
+from batteries.data.image_decoding import decode_file
 from batteries.data.image_grid import thumbnail, to_rgb
 from batteries.evaluation import error_analysis
 from batteries.evaluation.predictions import Predictions, read_predictions
@@ -356,7 +356,7 @@ def decode(image: ElementTree.Element | None) -> torch.Tensor:
     """Decode the image of an <img> element, uint8 (3, H, W)."""
     assert image is not None
     data = base64.b64decode(str(image.get("src")).removeprefix("data:image/png;base64,"))
-    decoded = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    decoded = decode_file(data, "RGB")
     assert (image.get("width"), image.get("height")) == (str(decoded.shape[2]), str(decoded.shape[1]))
     return decoded
 
@@ -373,7 +373,7 @@ def test_a_thumbnail_is_small_and_keeps_the_aspect_ratio(shape):
 
 def test_a_thumbnail_of_floats_is_scaled_to_their_range():
     image = torch.tensor([-2.0, 0.0, 2.0]).reshape(1, 1, 3)
-    decoded = decode_image(torch.frombuffer(bytearray(thumbnail(image)), dtype=torch.uint8))
+    decoded = decode_file(thumbnail(image), "RGB")
     assert decoded[0, 0].tolist() == [0, 128, 255]
 
 

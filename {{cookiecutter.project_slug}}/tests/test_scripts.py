@@ -185,7 +185,7 @@ def test_device_variable_overrides_the_config_file_only_if_set(tmp_path):
 def test_python_without_the_dependencies_is_reported_in_one_line(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = str(tmp_path / "venv/bin/python")
-    names = ["matplotlib", "numpy", "pandas", "rich", "sklearn", "torch", "torchvision", "tyro"]
+    names = ["matplotlib", "numpy", "pandas", "rich", "sklearn", "torch", "torchcodec", "torchvision", "tyro"]
     clean = {"PYTHON": python, "PYTHONPATH": ""}
     for script in ("train_device.sh", "train_ddp.sh", "train_folds.sh"):
         done = run_script(script, "--logdir", str(tmp_path / "run"), directory=tmp_path, **clean)

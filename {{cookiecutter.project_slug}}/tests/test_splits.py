@@ -500,11 +500,16 @@ def photo(seed: int, size: int = 64) -> torch.Tensor:
     return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")[0].clamp(0, 255).to(torch.uint8)
 
 
-def test_duplicates_in_two_subsets_are_found_without_false_pairs():
-    from torchvision.io import decode_jpeg, encode_jpeg
+def recompress(image: torch.Tensor, quality: int) -> torch.Tensor:
+    from torchcodec.decoders import decode_jpeg
+    from torchcodec.encoders import JpegEncoder
 
+    return decode_jpeg(JpegEncoder(image).to_tensor(quality=quality))
+
+
+def test_duplicates_in_two_subsets_are_found_without_false_pairs():
     photos = [photo(seed) for seed in range(100)]
-    recompressed = decode_jpeg(encode_jpeg(photos[3], quality=60))
+    recompressed = recompress(photos[3], quality=60)
     smaller = torch.nn.functional.interpolate(photos[4][None].float(), size=48, mode="area")[0].to(torch.uint8)
     brighter = (photos[5].float() * 0.95 + 5).to(torch.uint8)
     dark = (photos[7].float() * 0.4).to(torch.uint8)  # another image with the same hash
@@ -529,10 +534,8 @@ def test_sparse_images_are_not_duplicates_because_most_pixels_are_black():
 
 
 def test_strong_compression_hides_few_duplicates():
-    from torchvision.io import decode_jpeg, encode_jpeg
-
     photos = [photo(seed) for seed in range(60)]
-    images = photos + [decode_jpeg(encode_jpeg(image, quality=15)) for image in photos]
+    images = photos + [recompress(image, quality=15) for image in photos]
     pairs = find_duplicates([image_signature(image) for image in images], np.repeat([0, 1], 60))
     assert all(pair.second == pair.first + 60 for pair in pairs)
     assert len(pairs) > 45

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_data import write_png
 from models import tiny_network
 from processes import SECONDS, run_ranks, run_train, wait_until
 from small_data import make_data
-from torchvision.io import write_png
 
 import train
 from batteries.core.errors import UserError
@@ -65,7 +65,7 @@ def config(tmp_path_factory):
 def draw_confusion(logdir: Path, device: str) -> None:
     """Write the image of the confusion matrix, as the report does."""
     (logdir / "plots").mkdir(exist_ok=True)
-    write_png(torch.full((3, 4, 5), 7, dtype=torch.uint8), str(logdir / "plots/confusion.png"))
+    write_png(torch.full((3, 4, 5), 7, dtype=torch.uint8), logdir / "plots/confusion.png")
 
 
 def run(config: Config, resume: bool = False) -> int:

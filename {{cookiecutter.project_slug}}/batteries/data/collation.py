@@ -63,7 +63,21 @@ def collate(dataset: object, samples: Sequence[tuple[Any, Any]], names: SampleNa
             f"images of one batch have different shapes: {shapes[0]} of {names.of(0)} and {shapes[other]} of "
             f"{names.of(other)}; resize all to one size, such as with v2.Resize in experiment/augmentations.py."
         )
-    return default_collate(list(samples))
+    return default_collate(list(samples)) if not _are_channels_last(samples) else _collate_channels_last(samples)
+
+
+def _are_channels_last(samples: Sequence[tuple[Any, Any]]) -> bool:
+    """Return whether all images have the channels of a pixel side by side in memory, as decoded ones do."""
+    return all(
+        isinstance(image, torch.Tensor) and image.ndim == 3 and image.shape[0] > 1 and image.stride(0) == 1
+        for image, _ in samples
+    )
+
+
+def _collate_channels_last(samples: Sequence[tuple[Any, Any]]) -> Any:
+    """Collate images to a batch that is channels last as well: copying to another order takes several times as long."""
+    images, targets = default_collate([(image.permute(1, 2, 0), target) for image, target in samples])
+    return images.permute(0, 3, 1, 2), targets
 
 
 def check_class_targets(dataset: object, targets: Any, names: SampleNames, num_classes: int) -> None:

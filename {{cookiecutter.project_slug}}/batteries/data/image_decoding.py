@@ -1,54 +1,40 @@
-"""Decoding of image files to tensors."""
+"""Decoding and encoding of image files, by torchcodec."""
 
-import zlib
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Literal
 
 import torch
-
-if TYPE_CHECKING:
-    from torchvision.io import ImageReadMode
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
-def decode_file(data: torch.Tensor, mode: "ImageReadMode") -> torch.Tensor:
+def decode_file(source: str | Path | bytes, mode: Literal["GRAY", "RGB"]) -> torch.Tensor:
     """Decode an image file: apply its EXIF orientation, take the first frame of an animation, and convert 16 to 8 bits.
 
+    A value v of 16 bits becomes v / 257, rounded, so that 65535 becomes 255.
+
     Args:
-        data: The bytes of the file, shape (N,), uint8.
+        source: The path of the file, or its bytes.
         mode: GRAY or RGB.
 
     Returns:
-        The image, shape (C, H, W), uint8.
+        The image, shape (C, H, W), uint8, with the channels of a pixel side by side in memory (channels last).
 
     Raises:
-        RuntimeError: If the file is damaged or in another format.
+        OSError: If the file cannot be opened.
+        RuntimeError: If it is damaged.
+        ValueError: If it is empty or in another format.
     """
-    from torchvision.io import decode_image  # imported here because most commands decode no file
+    # Imported here because most commands decode no file.
+    from torchcodec.decoders import decode_image  # type: ignore[attr-defined] (it lacks __all__)
 
-    if not is_safe_to_decode(data):
-        raise RuntimeError("it is truncated or damaged")
-    image = decode_image(data, mode, apply_exif_orientation=True)
-    if image.ndim == 4:
-        image = image[0]
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
+    image = decode_image(source, mode=mode)
+    return image[0] if image.ndim == 4 else image
 
 
-def is_safe_to_decode(data: torch.Tensor) -> bool:
-    """Return whether a file, given as bytes (N,), is not a damaged PNG: torchvision (0.29) crashes on some of these."""
-    view = data.numpy().data
-    return bytes(view[: len(PNG_SIGNATURE)]) != PNG_SIGNATURE or is_complete_png(view)
+def encode_png(image: torch.Tensor) -> bytes:
+    """Encode an image (C, H, W), uint8, with one or three channels, as a PNG file."""
+    from torchcodec.encoders import PngEncoder  # type: ignore[attr-defined]
 
-
-def is_complete_png(data: memoryview) -> bool:
-    """Return whether a PNG has all chunks, with valid checksums (PNG Specification, third edition, section 5.3)."""
-    start = len(PNG_SIGNATURE)
-    while start + 12 <= len(data):
-        end = start + 8 + int.from_bytes(data[start : start + 4], "big")
-        if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            return False
-        if data[start + 4 : start + 8] == b"IEND":
-            return True
-        start = end + 4
-    return False
+    return PngEncoder(image.contiguous()).to_tensor().numpy().tobytes()

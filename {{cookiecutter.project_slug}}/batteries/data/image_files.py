@@ -59,12 +59,9 @@ class ImageFiles:
         return self.read(self.paths[index]), torch.tensor(UNKNOWN)
 
     def _decode(self, path: Path) -> torch.Tensor:
-        from torchvision.io import ImageReadMode, read_file  # imported here because most commands read no image file
-
-        mode = ImageReadMode.GRAY if self.channels == 1 else ImageReadMode.RGB
         try:
-            return decode_file(read_file(str(path)), mode)
-        except (RuntimeError, OSError):
+            return decode_file(path, "GRAY" if self.channels == 1 else "RGB")
+        except (OSError, RuntimeError, ValueError):
             raise UserError(f"{path} cannot be read as an image: it is empty, damaged or not an image.") from None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
+from batteries.data.image_decoding import decode_file, encode_png
 from batteries.data.loaders import TrainLoader
 
 SAMPLES = 8  # columns of a grid
@@ -28,9 +29,7 @@ def sample_grid(loader: TrainLoader, normalize: Callable[[torch.Tensor], torch.T
 
 def read_png(path: Path) -> torch.Tensor | None:
     """Read a PNG file as an RGB image, shape (3, H, W), uint8; return None if it does not exist."""
-    from torchvision.io import ImageReadMode, decode_image
-
-    return decode_image(str(path), ImageReadMode.RGB) if path.is_file() else None
+    return decode_file(path, "RGB") if path.is_file() else None
 
 
 def thumbnail(image: Any) -> bytes | None:
@@ -42,15 +41,13 @@ def thumbnail(image: Any) -> bytes | None:
     Returns:
         The bytes of the file; None if the sample is not an image.
     """
-    from torchvision.io import encode_png
-
     if not isinstance(image, torch.Tensor) or image.ndim != 3:
         return None
     shown = image.cpu().float() / 255 if image.dtype == torch.uint8 else stretch(image.cpu().float())
     scale = min(1.0, THUMBNAIL / max(shown.shape[1:]))
     if scale < 1:
         shown = resize(shown, [max(1, round(side * scale)) for side in shown.shape[1:]])
-    return encode_png((to_rgb(shown) * 255).round().to(torch.uint8).contiguous()).numpy().tobytes()
+    return encode_png((to_rgb(shown) * 255).round().to(torch.uint8))
 
 
 def make_grid_of_samples(originals: Sequence[Any], inputs: torch.Tensor) -> torch.Tensor:

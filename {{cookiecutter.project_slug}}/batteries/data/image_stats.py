@@ -58,7 +58,7 @@ def image_signatures(
         except UserError as error:
             return str(error)
 
-    with ThreadPoolExecutor(threads) as pool:  # torchvision decodes without the interpreter lock
+    with ThreadPoolExecutor(threads) as pool:  # torchcodec decodes without the interpreter lock
         yield from pool.map(signature_or_error, np.asarray(indices).tolist())
 
 

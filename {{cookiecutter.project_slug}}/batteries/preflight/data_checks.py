@@ -61,7 +61,7 @@ def open_samples(dataset: Dataset, indices: np.ndarray, threads: int = 8) -> lis
         except Exception as error:  # noqa: BLE001 (the error is reported with the id of the sample)
             return f"{dataset.ids[index]}: {describe_error(error)}"
 
-    with ThreadPoolExecutor(threads) as pool:  # torchvision decodes without Python's lock
+    with ThreadPoolExecutor(threads) as pool:  # torchcodec decodes without Python's lock
         return list(pool.map(read, indices.tolist()))
 
 

@@ -115,6 +115,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
+        "torchcodec": metadata.version("torchcodec"),  # not imported: most runs of digits decode no file
         "cuda": torch.version.cuda,
     }
 

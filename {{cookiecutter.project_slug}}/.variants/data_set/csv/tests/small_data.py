@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import torch
-from image_data import patterned_images
-from torchvision.io import write_jpeg
+from image_data import patterned_images, write_jpeg
 
 from experiment.dataset import TABLE, Table, load_dataset
 
@@ -18,7 +17,7 @@ def make_data(directory: Path) -> Path:
     (directory / "images").mkdir(parents=True)
     rows = ["path,label,group"]
     for index, (label, image) in enumerate(zip(LABELS, patterned_images(LABELS, 3, 32), strict=True)):
-        write_jpeg(torch.from_numpy(image), str(directory / f"images/{index:03d}.jpg"))
+        write_jpeg(torch.from_numpy(image), directory / f"images/{index:03d}.jpg")
         rows.append(f"images/{index:03d}.jpg,{label},owner{index // 20 * 10 + index % 10}")
     (directory / TABLE).write_text("\n".join(rows) + "\n")
     return directory

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_data import patterned_images
+from image_data import patterned_images, write_jpeg
 from small_runs import assert_rejected, train_on
-from torchvision.io import write_jpeg
 
 from batteries.data.splits import TEST, SplitFile
 from batteries.data.summary import find_unusual, summary_lines
@@ -29,7 +28,7 @@ def write_data(root: Path, change: Callable[[list[dict[str, str]]], object] = la
     root.mkdir()
     rows = [row_of(index) for index in range(SIZE)]
     for index in range(SIZE):
-        write_jpeg(torch.from_numpy(patterned_images([index % 2], 3, 16)[0]), str(root / f"{index:02d}.jpg"))
+        write_jpeg(torch.from_numpy(patterned_images([index % 2], 3, 16)[0]), root / f"{index:02d}.jpg")
     change(rows)
     with (root / TABLE).open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

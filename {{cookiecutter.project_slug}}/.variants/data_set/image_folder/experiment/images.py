@@ -1,6 +1,7 @@
 """Reading image files, JPEG, PNG, WebP and GIF, of any colour type."""
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.io import ImageReadMode, read_file
 
 from batteries.core.errors import UserError
 from batteries.data.image_decoding import IMAGE_SUFFIXES, PNG_SIGNATURE, decode_file
@@ -19,10 +19,11 @@ BEGINNINGS = (b"\xff\xd8\xff", PNG_SIGNATURE, b"GIF87a", b"GIF89a", b"RIFF")  # 
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """Read an image and apply its EXIF orientation (not that of a WebP).
+    """Read an image and apply its EXIF orientation.
 
-    Grey images get three channels, CMYK becomes RGB, alpha is dropped, 16 bits become 8, and the first frame of a GIF
-    or PNG animation is taken. Training, the check before it, and tools/predict.py --images read with this function.
+    Grey images get three channels, CMYK becomes RGB, alpha is dropped, a value v of 16 bits becomes v / 257, and the
+    first frame of an animation is taken. Training, the check before it, and tools/predict.py --images read with this
+    function.
 
     Returns:
         The image, shape (3, H, W), uint8, 0 to 255.
@@ -32,23 +33,23 @@ def read_image(path: str | Path) -> torch.Tensor:
             undetected.
     """
     try:
-        return decode_file(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError as error:
+        return decode_file(path, "RGB")
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image ({explain(path, error)}).") from error
 
 
-def explain(path: str | Path, error: RuntimeError) -> str:
-    """Return what is wrong with a file; the errors of torchvision begin with a position in its source code."""
+def explain(path: str | Path, error: Exception) -> str:
+    """Return what is wrong with a file; the errors of torchcodec begin with a position in its source code."""
     if not os.path.isfile(path):
         return "it does not exist"
     if not os.path.getsize(path):
         return "it is empty"
     if not begins_like_an_image(path):
         return "it is not a JPEG, PNG, WebP or GIF file"
-    reason = str(error).splitlines()[0].rsplit(", ", 1)[-1].strip(" .")
-    if reason.startswith("Animated webp"):
-        return "it is an animated WebP, which cannot be decoded; save its first frame"
-    return reason or "it is damaged"
+    if isinstance(error, OSError):
+        return error.strerror or "it cannot be opened"
+    reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
+    return f"it is damaged: {reason.rstrip('.')}"
 
 
 def find_invalid_files(paths: Sequence[str | Path], read: Callable[[Any], torch.Tensor] = read_image) -> dict[int, str]:
@@ -71,7 +72,7 @@ def find_invalid_files(paths: Sequence[str | Path], read: Callable[[Any], torch.
 
     from rich.progress import track
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # torchvision decodes without the interpreter lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # torchcodec decodes without the interpreter lock
         is_hidden = not sys.stdout.isatty()
         found = track(pool.map(error_of, paths), "images", total=len(paths), transient=True, disable=is_hidden)
         return {position: error for position, error in enumerate(found) if error is not None}

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import torch
-from image_data import patterned_images
-from torchvision.io import write_jpeg
+from image_data import patterned_images, write_jpeg
 
 from experiment.dataset import ImageFolder, load_dataset
 
@@ -18,7 +17,7 @@ def make_data(directory: Path) -> Path:
     for index, (label, image) in enumerate(zip(LABELS, patterned_images(LABELS, 3, 32), strict=True)):
         path = directory / f"class{label}/{index:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_jpeg(torch.from_numpy(image), str(path))
+        write_jpeg(torch.from_numpy(image), path)
     return directory
 
 

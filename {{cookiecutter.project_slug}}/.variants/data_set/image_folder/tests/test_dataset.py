@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_data import patterned_images
+from image_data import patterned_images, write_jpeg
 from models import tiny_network
 from processes import End, run_train
 from small_runs import assert_rejected, train_on
-from torchvision.io import write_jpeg
 
 from batteries.core.errors import UserError
 from batteries.data.dataset import UNKNOWN
@@ -31,7 +30,7 @@ def write_classes(root: Path, labels: list[int] = LABELS) -> Path:
     for index, label in enumerate(labels):
         path = root / ("cats", "dogs")[label] / f"{index:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_jpeg(torch.from_numpy(patterned_images([label], 3, 16 + index % 2 * 8)[0]), str(path))
+        write_jpeg(torch.from_numpy(patterned_images([label], 3, 16 + index % 2 * 8)[0]), path)
     return root
 
 

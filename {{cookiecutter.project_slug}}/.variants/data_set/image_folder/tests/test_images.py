@@ -52,7 +52,7 @@ def test_all_formats_are_read_as_rgb_bytes(tmp_path, name, mode, options):
     if mode == "I;16":
         grey = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) * 60
         Image.fromarray(grey.astype(np.uint16)).save(tmp_path / name)
-        expected = np.repeat((grey >> 8)[..., None], 3, 2)
+        expected = np.repeat(np.round(grey / 257)[..., None], 3, 2)
     else:
         expected = save(tmp_path / name, mode, **options)
     image = read_image(tmp_path / name)
@@ -60,7 +60,7 @@ def test_all_formats_are_read_as_rgb_bytes(tmp_path, name, mode, options):
     assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_exif_orientation_is_applied(tmp_path, name, orientation):
     from PIL import ImageOps
@@ -73,11 +73,12 @@ def test_the_exif_orientation_is_applied(tmp_path, name, orientation):
     assert np.abs(read_image(tmp_path / name).permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 
-def test_the_first_frame_of_an_animation_is_read(tmp_path):
-    first = Image.fromarray(make_image()).convert("P")
-    first.save(tmp_path / "a.gif", save_all=True, append_images=[first.rotate(180)])
-    first.save(tmp_path / "b.gif")
-    assert torch.equal(read_image(tmp_path / "a.gif"), read_image(tmp_path / "b.gif"))
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_the_first_frame_of_an_animation_is_read(tmp_path, suffix):
+    first = Image.fromarray(make_image()).convert("P" if suffix == "gif" else "RGB")
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[first.rotate(180)], lossless=True)
+    first.save(tmp_path / f"b.{suffix}", lossless=True)
+    assert torch.equal(read_image(tmp_path / f"a.{suffix}"), read_image(tmp_path / f"b.{suffix}"))
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif"])
@@ -98,7 +99,7 @@ def test_a_png_with_a_changed_byte_is_rejected(tmp_path, byte):
         data = bytearray(valid)
         data[position] ^= byte
         (tmp_path / "a.png").write_bytes(data)
-        with pytest.raises(UserError, match=r"a\.png cannot be read as an image \(it is truncated or damaged\)"):
+        with pytest.raises(UserError, match=r"a\.png cannot be read as an image \("):
             read_image(tmp_path / "a.png")
 
 
@@ -142,13 +143,12 @@ def test_files_that_cannot_be_read_are_found_with_their_errors(tmp_path):
     valid = [tmp_path / f"{kind}{name}" for kind in ("", "extended_") for name in names]
     invalid = [tmp_path / f"{kind}_{name}" for kind in ("truncated", "closed") for name in names]
     invalid += [tmp_path / f"{name}.jpg" for name in ("text", "empty", "directory", "missing")]
-    errors = find_invalid_files([*valid, *invalid, tmp_path / "animated.webp"])
-    assert list(errors) == list(range(8, 21))
-    for position, path in enumerate([*invalid, tmp_path / "animated.webp"], 8):
+    errors = find_invalid_files([*valid, tmp_path / "animated.webp", *invalid])
+    assert list(errors) == list(range(9, 21))
+    for position, path in enumerate(invalid, 9):
         with pytest.raises(UserError) as error:
             read_image(path)
         assert errors[position] == str(error.value)
-    assert "animated.webp cannot be read as an image (it is an animated WebP, which cannot be decoded" in errors[20]
 
 
 @pytest.mark.parametrize("error", [UserError("no"), OSError("no"), ValueError("no"), RuntimeError()])
