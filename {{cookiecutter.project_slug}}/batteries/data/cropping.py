@@ -73,6 +73,7 @@ class RandomResizedCrop:
 
     def __call__(self, image: torch.Tensor, target: Any) -> tuple[torch.Tensor, Any]:
         """Return the crop, shape (C, size, size), and the unchanged target."""
-        box = draw_box(*image.shape[-2:], self.scale, self.ratio)
+        height, width = image.shape[-2:]
+        box = draw_box(height, width, self.scale, self.ratio)
         crop = resized_crop(image, box, self.size)
         return (crop.flip(-1) if random.random() < self.flip else crop), target
