@@ -1,6 +1,6 @@
 """Collating samples to a batch, with errors that name the sample and the function that returned it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,8 @@ from torch.utils.data import default_collate
 
 from batteries.core.errors import UserError
 from batteries.core.project import source_of
+
+Stack = Callable[[list[torch.Tensor]], torch.Tensor]
 
 COLLATABLE = (torch.Tensor, np.ndarray, np.generic, float, int, str, bytes, dict, list, tuple)
 FIXES = {
@@ -42,8 +44,16 @@ def check_sample(dataset: object, sample: Any, names: SampleNames) -> tuple[Any,
     raise UserError(f"{_getitem(dataset)} returned {kind} for sample {names.of(0)}; return (image, target).")
 
 
-def collate(dataset: object, samples: Sequence[tuple[Any, Any]], names: SampleNames) -> Any:
+def collate(
+    dataset: object, samples: Sequence[tuple[Any, Any]], names: SampleNames, stack: Stack = torch.stack
+) -> tuple[Any, Any]:
     """Collate samples of a data set to a batch (images, targets).
+
+    Args:
+        dataset: The data set.
+        samples: The samples (image, target).
+        names: Their names.
+        stack: Stacks tensors of one shape and dtype.
 
     Raises:
         UserError: If a value cannot be collated, such as a PIL image, or the images differ in shape.
@@ -63,21 +73,40 @@ def collate(dataset: object, samples: Sequence[tuple[Any, Any]], names: SampleNa
             f"images of one batch have different shapes: {shapes[0]} of {names.of(0)} and {shapes[other]} of "
             f"{names.of(other)}; resize all to one size, such as with v2.Resize in experiment/augmentations.py."
         )
-    return default_collate(list(samples)) if not _are_channels_last(samples) else _collate_channels_last(samples)
+    images, targets = zip(*samples, strict=True)
+    return _collate_values(images, stack), _collate_values(targets, stack)
 
 
-def _are_channels_last(samples: Sequence[tuple[Any, Any]]) -> bool:
-    """Return whether all images have the channels of a pixel side by side in memory, as decoded ones do."""
-    return all(
-        isinstance(image, torch.Tensor) and image.ndim == 3 and image.shape[0] > 1 and image.stride(0) == 1
-        for image, _ in samples
+def _collate_values(values: Sequence[Any], stack: Stack) -> Any:
+    """Collate the images or the targets of a batch."""
+    values = [_from_numpy(value) for value in values]
+    if not _can_be_stacked(values):
+        return default_collate(values)
+    if not all(_is_channels_last(value) for value in values):
+        return stack(values)
+    # Copying to another order in memory would take several times as long.
+    return stack([value.permute(1, 2, 0) for value in values]).permute(0, 3, 1, 2)
+
+
+def _from_numpy(value: Any) -> Any:
+    """Return an array of numbers as a tensor, as torch's collation does, and other values unchanged."""
+    return torch.as_tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
+
+
+def _can_be_stacked(values: Sequence[Any]) -> bool:
+    """Return whether all values are tensors on the CPU of one shape and dtype."""
+    first = values[0]
+    return isinstance(first, torch.Tensor) and all(
+        isinstance(value, torch.Tensor)
+        and (value.shape, value.dtype, value.device.type) == (first.shape, first.dtype, "cpu")
+        and not (value.requires_grad or value.is_sparse)
+        for value in values
     )
 
 
-def _collate_channels_last(samples: Sequence[tuple[Any, Any]]) -> Any:
-    """Collate images to a batch that is channels last as well: copying to another order takes several times as long."""
-    images, targets = default_collate([(image.permute(1, 2, 0), target) for image, target in samples])
-    return images.permute(0, 3, 1, 2), targets
+def _is_channels_last(image: torch.Tensor) -> bool:
+    """Return whether the channels of a pixel are side by side in memory, as in decoded images."""
+    return image.ndim == 3 and image.shape[0] > 1 and image.stride(0) == 1
 
 
 def check_class_targets(dataset: object, targets: Any, names: SampleNames, num_classes: int) -> None:

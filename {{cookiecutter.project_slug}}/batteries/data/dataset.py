@@ -9,7 +9,8 @@ import torch
 
 from batteries.core.errors import UserError
 from batteries.core.seeding import Stream, preserved_random_state, reseed, stream_seeds
-from batteries.data.collation import SampleNames, check_class_targets, check_sample, collate
+from batteries.data.collation import SampleNames, Stack, check_class_targets, check_sample, collate
+from batteries.data.transport import SharedBuffers, map_tensors
 
 Transform = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -127,7 +128,15 @@ class WorkerError:
 
 
 class SeededDataset:
-    """A data set as the loader reads it: in batches, each sample under its own random stream."""
+    """A data set as the loader reads it: in batches, each sample under its own random stream.
+
+    Attributes:
+        dataset: The data set.
+        transform: Applied to each sample; None if there is none.
+        ids: The ids of the data set; None if it has none.
+        num_classes: The number of its classes.
+        buffers: In a worker, the memory in which it sends its batches; otherwise None.
+    """
 
     def __init__(self, dataset: Samples, transform: Transform | None) -> None:
         self.dataset = dataset
@@ -135,6 +144,7 @@ class SeededDataset:
         info = dataset_info(dataset)
         self.ids = info.ids
         self.num_classes = len(info.classes or ())
+        self.buffers: SharedBuffers | None = None
         self._get_batch = getattr(dataset, "get_batch", None) if transform is None else None
 
     def __len__(self) -> int:
@@ -147,11 +157,14 @@ class SeededDataset:
     def __getitems__(self, request: SampleRequest) -> Any:
         """Return the collated batch, or a WorkerError. torch calls this with the item of the batch sampler."""
         try:
-            return self._load(request)
+            if self.buffers is None:
+                return self._load(request, torch.stack)
+            self.buffers.start_batch()
+            return map_tensors(self._load(request, self.buffers.stack), self.buffers.place)
         except UserError as error:
             return WorkerError(str(error))
 
-    def _load(self, request: SampleRequest) -> Any:
+    def _load(self, request: SampleRequest, stack: Stack) -> Any:
         indices = request.indices.tolist()
         names = SampleNames(self.ids, indices)
         if self._get_batch is not None:
@@ -161,7 +174,7 @@ class SeededDataset:
             with preserved_random_state():
                 pairs = zip(indices, request.seeds.tolist(), strict=True)
                 samples = [self._sample(index, seed) for index, seed in pairs]
-            batch = collate(self.dataset, samples, names)
+            batch = collate(self.dataset, samples, names, stack)
         check_class_targets(self.dataset, batch[1], names, self.num_classes)
         return batch
 
@@ -188,12 +201,4 @@ def receive(loaded: Any, device: torch.device) -> tuple[Any, Any]:
 
 def to_device(data: Any, device: torch.device) -> Any:
     """Move a tensor, or the tensors in lists, tuples and dicts, to `device`; a GPU works during the copy."""
-    if isinstance(data, torch.Tensor):
-        return data.to(device, non_blocking=True)
-    if isinstance(data, dict):
-        return {name: to_device(value, device) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        items = [to_device(value, device) for value in data]
-        is_named_tuple = hasattr(data, "_fields")
-        return type(data)(*items) if is_named_tuple else type(data)(items)
-    return data
+    return map_tensors(data, lambda tensor: tensor.to(device, non_blocking=True))

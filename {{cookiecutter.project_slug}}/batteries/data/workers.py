@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from batteries.core.errors import UserError
 from batteries.core.signals import SIGNALS
 from batteries.data.dataset import SampleRequest, SeededDataset
+from batteries.data.transport import PREFETCH_FACTOR, CopiedBatches, SharedBuffers
 
 SECONDS_TO_LIVE = 10  # of a worker after SIGTERM, so that the main process can finish its step
 
@@ -56,17 +57,20 @@ def make_loader(
         return InProcessLoader(samples, requests)
     if workers > 0 and multiprocessing.get_context(start_method).get_start_method() != "fork":
         _check_picklable(samples, workers)
-    return DataLoader(
+    batches = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=requests,  # type: ignore[arg-type]
         collate_fn=_identity,
         num_workers=workers,
+        prefetch_factor=PREFETCH_FACTOR if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         multiprocessing_context=start_method if workers else None,
         worker_init_fn=_WorkerInit() if workers else None,
         generator=torch.Generator(),  # without it each pass draws a seed from the global generator
     )
+    is_pinned = device.type == "cuda"  # batches are copied to pinned memory
+    return batches if is_pinned else CopiedBatches(batches)
 
 
 def _check_picklable(samples: SeededDataset, workers: int) -> None:
@@ -123,7 +127,8 @@ class _WorkerInit:
     """The initialisation of a worker process.
 
     A worker ignores the signals that ask the main process to save and exit, because it needs its data until then. It
-    gets the sharing strategy of the main process; a spawned one would start with the default of torch.
+    gets the sharing strategy of the main process; a spawned one would start with the default of torch. It sends its
+    batches in its own shared memory.
     """
 
     def __init__(self) -> None:
@@ -136,3 +141,5 @@ class _WorkerInit:
             signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_LIVE))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the worker, whatever handler the main process has
         torch.multiprocessing.set_sharing_strategy(self.sharing_strategy)
+        if (info := get_worker_info()) is not None:
+            info.dataset.buffers = SharedBuffers()  # type: ignore[attr-defined]
