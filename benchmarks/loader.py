@@ -1,8 +1,9 @@
 """Images per second from JPEG files to normalised float batches: this template's loader compared with others.
 
     uv run --with timm python benchmarks/loader.py            # about three minutes; timm is left out if not installed
+    uv run --with timm python benchmarks/loader.py --size 1280x960 --images 200
 
-The script writes 500 JPEG files of 500x375; each is read with RandomResizedCrop(224) and a random flip. Two workers of
+The script writes 500 JPEG files of 500x375, or of another size; each is read with RandomResizedCrop(224) and a random flip. Two workers of
 one thread, batches of 64. Each contender runs in a separate process, with its usual memory settings. Repeats are
 interleaved, so that a ratio compares neighbours in time. CPU time, of a process and its workers, depends less on
 other load.
@@ -35,6 +36,7 @@ PROJECT = Path(__file__).parent.parent / "{{cookiecutter.project_slug}}"
 sys.path.insert(0, str(PROJECT))
 
 from batteries.core.memory import keep_freed_memory, return_freed_memory
+from batteries.data.cropping import RandomResizedCrop
 from batteries.data.loaders import TrainLoader
 
 WORKERS, BATCH_SIZE, SIZE = 2, 64, 224
@@ -59,17 +61,17 @@ images, augmentations = load_module("images"), load_module("augmentations")
 MEAN, STD = augmentations.MEAN, augmentations.STD
 
 
-def make_folder(folder: Path, count: int) -> list[str]:
-    """Write JPEG files of 500x375, about as large as photographs at quality 90; return their paths."""
-    from torchvision.io import write_jpeg
+def make_folder(folder: Path, count: int, width: int, height: int) -> list[str]:
+    """Write JPEG files, about as large as photographs at quality 90; return their paths."""
+    from torchcodec.encoders import JpegEncoder
 
     generator = torch.Generator().manual_seed(0)
     (folder / "one").mkdir()
     for index in range(count):
         coarse = torch.rand((1, 3, 47, 63), generator=generator)
-        image = torch.nn.functional.interpolate(coarse, size=(375, 500), mode="bicubic")[0]
-        image = (image + torch.randn((3, 375, 500), generator=generator) * 0.04).clamp(0, 1) * 255
-        write_jpeg(image.to(torch.uint8), str(folder / f"one/{index:03d}.jpg"), quality=90)
+        image = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")[0]
+        image = (image + torch.randn((3, height, width), generator=generator) * 0.04).clamp(0, 1) * 255
+        JpegEncoder(image.to(torch.uint8)).to_file(folder / f"one/{index:03d}.jpg", quality=90)
     return [str(path) for path in sorted((folder / "one").iterdir())]
 
 
@@ -95,13 +97,12 @@ class DecodedOnly(Files):
 
 
 def template_loader(paths: list[str]) -> Loop:
-    """TrainLoader: torchvision.io, v2 on uint8 tensors, a random stream per sample, normalisation after collation."""
+    """TrainLoader: torchcodec, a crop of uint8 pixels, a random stream per sample, normalisation after collation."""
     keep_freed_memory()  # as train.py does on a CPU
-    transform = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
     loader = TrainLoader(
         Files(paths),
         np.arange(len(paths)),
-        transform,
+        RandomResizedCrop(SIZE),
         torch.device("cpu"),
         seed=0,
         batch_size=BATCH_SIZE,
@@ -215,10 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--size", default="500x375", help="width x height of the files")
     arguments = parser.parse_args()
     found = [name for name in CONTENDERS if not name.startswith("timm") or importlib.util.find_spec("timm")]
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_folder(Path(folder), arguments.images)
+        paths = make_folder(Path(folder), arguments.images, *map(int, arguments.size.split("x")))
         pipes = {name: start(CONTENDERS[name], paths) for name in found}
         taken = {name: [] for name in found}
         for number in range(arguments.repeats + WARM_UP):

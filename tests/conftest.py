@@ -16,6 +16,21 @@ ROOT = Path(__file__).parent.parent
 SLUG = "{{cookiecutter.project_slug}}"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that take minutes first, in parts of equal size for each process of pytest-xdist.
+
+    Each process begins with its part of the list, so that no long test is left for the end.
+    """
+    long = [item for item in items if item.get_closest_marker("slow") or "own_fast_tests" in item.name]
+    long.sort(key=lambda item: "test_rendered" not in item.nodeid)  # the longest ones
+    short = [item for item in items if item not in set(long)]
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    begin = [len(short) * number // processes for number in range(processes + 1)]
+    parts = [long[number::processes] + short[begin[number] : begin[number + 1]] for number in range(processes)]
+    items[:] = [item for part in parts for item in part]
+
+
 @pytest.fixture(scope="session")
 def template(tmp_path_factory) -> Path:
     """A copy of the files that git tracks or would add, without caches, which make cookiecutter fail."""
