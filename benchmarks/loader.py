@@ -3,7 +3,8 @@
     uv run --with timm python benchmarks/loader.py            # about three minutes; timm is left out if not installed
     uv run --with timm python benchmarks/loader.py --size 1280x960 --images 200
 
-The script writes 500 JPEG files of 500x375, or of another size; each is read with RandomResizedCrop(224) and a random flip. Two workers of
+The script writes 500 JPEG files of 500x375, or of another size; each is read with RandomResizedCrop(224) and a random
+flip. Two workers of
 one thread, batches of 64. Each contender runs in a separate process, with its usual memory settings. Repeats are
 interleaved, so that a ratio compares neighbours in time. CPU time, of a process and its workers, depends less on
 other load.

@@ -73,8 +73,7 @@ def _init(wandb: Any, run: TrackedRun) -> Any:
         silent=True,
         console="off",  # train.log has the output
         init_timeout=30,
-        # SIGKILL can lose the points of this time, in seconds; they are logged again from metrics.jsonl.
-        x_transaction_log_flush_interval=0.1,
+        **_flush_settings(wandb),
     )
     init = partial(
         wandb.init,
@@ -128,3 +127,12 @@ def _records_in(data: bytes) -> Iterator[bytes]:
         if kind in (FULL, LAST):
             yield record
         position = start + length
+
+
+def _flush_settings(wandb: Any) -> dict[str, float]:
+    """Return the setting of wandb 0.31 and newer that writes each point to the disk within 0.1 s.
+
+    Points that SIGKILL loses are logged again from metrics.jsonl.
+    """
+    name = "x_transaction_log_flush_interval"
+    return {name: 0.1} if name in wandb.Settings.model_fields else {}

@@ -19,6 +19,7 @@ from batteries.core.tables import read_table
 from batteries.core.text import count_of
 from batteries.data.classes import class_name, sort_classes
 from batteries.data.dataset import UNKNOWN
+from batteries.data.packs import open_data
 from batteries.data.table_paths import strip_invisible, suggest_path
 from experiment.images import SUFFIXES, file_size, find_invalid_files, read_image
 
@@ -41,6 +42,7 @@ class Table:
     """
 
     suffixes = SUFFIXES
+    tables = (TABLE,)  # what tools/pack.py copies
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = Path(data_dir)
@@ -190,5 +192,5 @@ def parse_fold(row: dict[str, str]) -> int:
 
 
 def load_dataset(data_dir: Path) -> Table:
-    """Load the data set of this experiment."""
-    return Table(data_dir)
+    """Load the data set of this experiment. `data_dir` may be a pack, which tools/pack.py makes of it."""
+    return open_data(data_dir, Table)

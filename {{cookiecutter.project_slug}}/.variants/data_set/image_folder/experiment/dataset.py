@@ -20,6 +20,7 @@ from batteries.core.text import count_of, list_first
 from batteries.data.classes import class_name, sort_classes
 from batteries.data.dataset import UNKNOWN
 from batteries.data.image_files import check_names, count_suffixes, find_files, is_image
+from batteries.data.packs import open_data
 from experiment.images import SUFFIXES, file_size, find_invalid_files, read_image
 
 FOLD_OF = {"train": 1, "valid": 0, "val": 0, "test": -1}  # directories of official splits, and their folds
@@ -188,5 +189,5 @@ def describe_left_out(others: Sequence[Path], roots: Sequence[Path]) -> str:
 
 
 def load_dataset(data_dir: Path) -> ImageFolder:
-    """Load the data set of this experiment."""
-    return ImageFolder(data_dir)
+    """Load the data set of this experiment. `data_dir` may be a pack, which tools/pack.py makes of it."""
+    return open_data(data_dir, ImageFolder)
