@@ -22,7 +22,13 @@ from packaging.requirements import Requirement
 import batteries_answers
 from batteries_answers import DEPENDENCIES, RESERVED, WINDOWS_DEVICES
 
-IMAGE_FILES = {"experiment/images.py", "tests/small_runs.py", "tests/test_dataset.py", "tests/test_images.py"}
+IMAGE_FILES = {
+    "experiment/images.py",
+    "tests/small_runs.py",
+    "tests/test_dataset.py",
+    "tests/test_images.py",
+    "tests/test_packs.py",
+}
 # Files that only repositories with this answer have.
 OWN_FILES = {
     "image_folder": IMAGE_FILES,
