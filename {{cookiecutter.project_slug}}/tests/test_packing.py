@@ -368,8 +368,8 @@ def test_quality_is_higher_with_a_larger_side(source, monkeypatch):
     [
         (["--side", "0"], None, "--side 0 must be 1 or more."),
         (["--quality", "101"], None, "--quality 101 must be 1 to 100."),
-        ([], lambda data, output: output.write_text("x"), "pack exists and is no pack; give another --output."),
-        ([], lambda data, output: (output / "x").mkdir(parents=True), "pack exists and is no pack; give another"),
+        ([], lambda data, output: output.write_text("x"), "pack exists and is not a pack; give another --output."),
+        ([], lambda data, output: (output / "x").mkdir(parents=True), "pack exists and is not a pack; give another"),
         (["--output", "{data}/a/pack"], None, "must not contain one another; give another --output."),
         (["--output", "{data}/.."], None, "must not contain one another; give another --output."),
         (["--output", "{data}"], None, "must not contain one another; give another --output."),

@@ -26,7 +26,7 @@ def draw_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[f
     Args:
         height: Height of the image.
         width: Width of the image.
-        scale: The least and the greatest share of the area of the image.
+        scale: The least and the greatest fraction of the area of the image.
         ratio: The least and the greatest width divided by height.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -61,7 +61,7 @@ class RandomResizedCrop:
 
     Attributes:
         size: Height and width of the result, in pixels.
-        scale: The least and the greatest share of the area of the image.
+        scale: The least and the greatest fraction of the area of the image.
         ratio: The least and the greatest width divided by height.
         flip: The probability of a horizontal flip.
     """

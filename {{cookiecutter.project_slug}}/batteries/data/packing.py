@@ -106,7 +106,7 @@ def prepare_output(output: Path, record: PackRecord, *, overwrite: bool) -> None
                 "replace it with --overwrite."
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} exists and is no pack; give another --output.")
+        raise UserError(f"--output {output} exists and is not a pack; give another --output.")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

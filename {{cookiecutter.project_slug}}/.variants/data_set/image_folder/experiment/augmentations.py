@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from batteries.data.cropping import RandomResizedCrop
 
 SIZE = 224  # height and width of the input of the model, in pixels; smaller is faster
-SCALE = (0.25, 1.0)  # the least and the greatest share of the area of an image that a crop has in training
+SCALE = (0.25, 1.0)  # the least and the greatest fraction of the area of an image that a crop has in training
 # Mean and standard deviation of the pixels, on the scale 0 to 1, for each channel. These are of ImageNet, a good start
 # for photographs; `python tools/split.py --keep --statistics` prints those of your train split.
 MEAN = (0.485, 0.456, 0.406)

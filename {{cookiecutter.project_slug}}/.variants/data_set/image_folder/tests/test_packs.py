@@ -56,7 +56,7 @@ def test_a_pack_that_changes_no_image_gives_the_numbers_of_its_source(monkeypatc
 
 
 @KINDS
-def test_a_run_is_resumed_on_its_own_pack_only(tmp_path, kind):
+def test_a_run_is_resumed_on_the_same_pack_only(tmp_path, kind):
     data = make_data(tmp_path / "data")
     for name, side in (("pack", "16"), ("other", "20")):
         assert make_pack(data, tmp_path / name, "--side", side, *kind).code == 0
