@@ -37,6 +37,7 @@ from batteries.preflight.data_checks import (
     open_samples,
 )
 from batteries.preflight.machine_checks import (
+    LoadingTimes,
     Speed,
     StageLength,
     check_loader_throughput,
@@ -144,12 +145,12 @@ class Files(Samples):
 
     def __init__(self, folder) -> None:
         super().__init__()
-        self.folder = folder
+        self.data_dir = folder
         for name, image in zip(self.ids, patterned_images(LABELS, 3, 32), strict=True):
             write_jpeg(torch.from_numpy(image), folder / name)
 
     def __getitem__(self, index):
-        return decode_file(self.folder / self.ids[index], "RGB"), int(LABELS[index])
+        return decode_file(self.data_dir / self.ids[index], "RGB"), int(LABELS[index])
 
 
 def test_truncated_file_is_reported_with_its_id(make_context, tmp_path):
@@ -640,7 +641,46 @@ def test_slow_data_set_makes_the_loader_the_bottleneck(make_context, clock):
 
     result = check.check_loader_throughput(make_context(Slow(), limit_batches=4))
     assert (result.outcome, "the loader is the bottleneck (no workers" in result.details) == ("warning", True)
+    assert "mainly decoding: decoding 100%, the transform 0%, collation and transport 0% of its time" in result.details
     assert result.hint.startswith("use --num-workers ")
+
+
+def test_slow_transform_is_named_as_the_bottleneck(make_context, monkeypatch, clock):
+    def transform(image, target):
+        clock.now += 1
+        return image, target
+
+    context = make_context(limit_batches=4)
+    for module in (train, check):
+        monkeypatch.setattr(module, "train_transform", lambda size=None: transform)
+    result = check.check_loader_throughput(context)
+    assert "mainly the transform: decoding 0%, the transform 100%, " in result.details
+    assert result.hint.endswith(", or fewer transforms")
+
+
+def test_pack_is_recommended_for_large_files_with_the_expected_gain(make_context, monkeypatch, clock, tmp_path):
+    class Photographs(Files):
+        def read_image(self, path):
+            clock.now += 8
+            return decode_file(path, "RGB")
+
+        def __getitem__(self, index):
+            return self.read_image(self.data_dir / self.ids[index]), int(LABELS[index])
+
+    def decode_small(data, mode):
+        clock.now += 2
+        return decode_file(data, mode)
+
+    monkeypatch.setattr(check, "decode_file", decode_small)
+    def linear(num_classes):
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
+
+    dataset = Photographs(tmp_path)
+    result = check.check_loader_throughput(make_context(dataset, limit_batches=4, model=linear))
+    assert result.hint.startswith("write a pack with tools/pack.py, which loads about 4.0 times as fast; or use ")
+    (tmp_path / "pack.json").touch()
+    result = check.check_loader_throughput(make_context(dataset, limit_batches=4, model=linear))
+    assert (result.outcome, "tools/pack.py" in result.hint) == ("warning", False)
 
 
 def test_intervals_leave_out_the_first_event_and_stop_after_a_time_limit():
@@ -676,11 +716,17 @@ def test_durations_are_formatted_with_a_suitable_unit():
 
 def test_loader_check_reports_the_stage_with_the_slowest_relative_loading():
     fast, slow = Speed(1.0, 4.0, 0.0, 2), Speed(1.0, 0.5, 0.0, 2)
-    assert check_loader_throughput({"a": fast, "b": fast}, 8) == CheckResult(
+
+    def measure(name: str) -> LoadingTimes:
+        return {"b": LoadingTimes(0.05, 0.15)}[name]  # the parts of a fast loader are not measured
+
+    assert check_loader_throughput({"a": fast, "b": fast}, 8, measure) == CheckResult(
         "pass", "samples per second: loader 8, model 2; the model is the bottleneck (2 workers)"
     )
-    assert check_loader_throughput({"a": fast, "b": slow}, 8).details.startswith(
-        "samples per second in b: loader 8, model 16; the loader is the bottleneck"
+    result = check_loader_throughput({"a": fast, "b": slow}, 8, measure)
+    assert result.details == (
+        "samples per second in b: loader 8, model 16; the loader is the bottleneck (2 workers), mainly the transform: "
+        "decoding 20%, the transform 60%, collation and transport 20% of its time"
     )
 
 

@@ -22,17 +22,20 @@ from batteries.checkpoint import io as checkpoint_io
 from batteries.core.command_line import run_command
 from batteries.core.config_io import to_json
 from batteries.core.memory import peak_memory
-from batteries.core.seeding import Stream, random_stream, seed_all
+from batteries.core.seeding import Stream, preserved_random_state, random_stream, seed_all
 from batteries.core.validators import Count
 from batteries.data.dataset import Dataset
+from batteries.data.image_decoding import decode_file
 from batteries.data.image_stats import ImageSignature
 from batteries.data.loaders import Batch, EvalLoader, TrainLoader
+from batteries.data.packing import lossless_side, pack_image
+from batteries.data.packs import PackRecord, is_pack
 from batteries.data.splits import Split, SplitFile
 from batteries.data.workers import choose_num_workers
 from batteries.distributed.process_group import require_single_process
 from batteries.distributed.unwrap import unwrap_model
 from batteries.preflight import data_checks, machine_checks, model_checks
-from batteries.preflight.machine_checks import Speed, measure_intervals
+from batteries.preflight.machine_checks import LoadingTimes, Speed, measure_intervals
 from batteries.preflight.results import CheckResult, raise_if_failed, run_checks
 from batteries.training.metrics import check_main_metric
 from batteries.training.parameters import check_module_names, freeze
@@ -40,7 +43,8 @@ from batteries.training.pretrained import load_pretrained
 from batteries.training.setup import preserved_settings, setup_training
 from batteries.training.state import SilentLogger, TrainState
 from batteries.training.wrap import check_batchnorm, prepare_model
-from experiment.augmentations import normalize, valid_transform
+from experiment import augmentations
+from experiment.augmentations import normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
 from experiment.model import build_model
 from experiment.splits import make_folds
@@ -50,6 +54,7 @@ SMALL_BATCH = 8  # samples of a step if its speed and size do not matter
 GRADIENT_STEPS = 10  # enough to see most layers that are skipped at random
 NORMALIZATION_SAMPLES = 512
 MAX_TIMED_STEPS = 20
+TIMED_SAMPLES = 16  # decoded photographs of this number fit into memory
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,24 @@ class CheckContext:
         validation *= self.loaders(stage, self.options)[1].size / valid_loader.size
         workers = self.options.num_workers
         return Speed(loading, step, validation, choose_num_workers(self.device) if workers is None else workers)
+
+    def measure_loading(self, stage_name: str) -> LoadingTimes:
+        """Measure the parts of loading in this process, on a few samples of a stage."""
+        [size] = [stage.image_size for stage in self.options.stages if stage.name == stage_name]
+        transform = train_transform(size) or (lambda *sample: sample)
+        indices = data_checks.choose_samples(self.split.train, TIMED_SAMPLES, self.options.seed).tolist()
+        samples: list[Any] = []
+        with preserved_random_state():
+            reading = mean(measure_intervals(samples.append(self.dataset[index]) for index in indices))
+            transforming = mean(measure_intervals(transform(*sample) for sample in samples))
+        files: Any = self.dataset
+        if not hasattr(files, "read_image") or not hasattr(files, "data_dir") or is_pack(files.data_dir):
+            return LoadingTimes(reading, transforming)
+        side = lossless_side(size or getattr(augmentations, "SIZE", 224), getattr(augmentations, "SCALE", (0.25, 1.0)))
+        record = PackRecord("jpeg", side, 90, "", "", "", {})
+        packed = [pack_image(files, index, record) for index in indices[: len(samples)]]
+        packed_reading = mean(measure_intervals(decode_file(data, "RGB") for data in packed if isinstance(data, bytes)))
+        return LoadingTimes(reading, transforming, packed_reading)
 
 
 def make_context(options: Options, device: torch.device) -> CheckContext:
@@ -330,7 +353,7 @@ def check_processes(context: CheckContext) -> CheckResult:
 def check_loader_throughput(context: CheckContext) -> CheckResult:
     """Compare the speed of the loader with that of the model."""
     speeds = dict(reversed(context.speeds.items()))
-    return machine_checks.check_loader_throughput(speeds, context.options.batch_size)
+    return machine_checks.check_loader_throughput(speeds, context.options.batch_size, context.measure_loading)
 
 
 def check_run_time(context: CheckContext) -> CheckResult:

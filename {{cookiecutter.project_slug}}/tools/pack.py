@@ -29,7 +29,14 @@ from batteries.core.validators import Count, Range, check_ranges
 from batteries.data.cropping import Box, draw_box, resized_crop
 from batteries.data.dataset import dataset_info
 from batteries.data.image_decoding import decode_file
-from batteries.data.packing import estimate_bytes, make_record, pack_image, prepare_output, write_pack
+from batteries.data.packing import (
+    estimate_bytes,
+    lossless_side,
+    make_record,
+    pack_image,
+    prepare_output,
+    write_pack,
+)
 from batteries.data.packs import FileDataset, PackRecord, is_pack
 from experiment import augmentations
 from experiment.dataset import load_dataset
@@ -37,7 +44,7 @@ from experiment.dataset import load_dataset
 SIZE = getattr(augmentations, "SIZE", 224)  # pixels per side of the input of the model
 SCALE = getattr(augmentations, "SCALE", (0.25, 1.0))  # of random resized crops
 RATIO = (3 / 4, 4 / 3)
-LOSSLESS_SIDE = math.ceil(SIZE / math.sqrt(SCALE[0]))  # from which no square crop is enlarged
+LOSSLESS_SIDE = lossless_side(SIZE, SCALE)
 COMPARED = 32  # images whose quality and loading are measured
 
 

@@ -1,5 +1,6 @@
 """Writing packs: images are made smaller, by threads, in the order of the data set."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,16 @@ def make_record(dataset: FileDataset, side: int, quality: int | None) -> PackRec
     kind = "raw" if quality is None else "jpeg"
     source = str(dataset.data_dir.resolve())
     return PackRecord(kind, side, quality, source, hash_source(dataset), RESIZE, versions)
+
+
+def lossless_side(size: int, scale: tuple[float, float]) -> int:
+    """Return the side from which a pack loses no detail: no square crop is enlarged.
+
+    Args:
+        size: Height and width of crops, in pixels.
+        scale: The least and the greatest fraction of the area of an image that they have.
+    """
+    return math.ceil(size / math.sqrt(scale[0]))
 
 
 def shrink(image: torch.Tensor, side: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from batteries.training.state import TrainState
 MAX_SECONDS = 5.0  # of one measurement, plus the rest of the step that is running then
 CONNECT_TIMEOUT = 60.0  # seconds from when all processes have started
 ALMOST_FULL = 0.8  # fraction of the free disk space
+WORTHWHILE = 1.2  # times as fast, from which a pack is recommended
 
 
 class Speed(NamedTuple):
@@ -44,6 +45,20 @@ class Speed(NamedTuple):
     def seconds_per_step(self) -> float:
         """The seconds from one step to the next."""
         return max(self.loading, self.step) if self.workers else self.loading + self.step
+
+
+class LoadingTimes(NamedTuple):
+    """The mean seconds that one process needs for a sample.
+
+    Attributes:
+        reading: Reading and decoding.
+        transform: The transform of the train split.
+        packed_reading: Reading and decoding in a pack; None if the data set cannot be packed.
+    """
+
+    reading: float
+    transform: float
+    packed_reading: float | None = None
 
 
 class StageLength(NamedTuple):
@@ -83,12 +98,15 @@ def measure_intervals(events: Iterable[object], clock: Callable[[], float] = tim
     return intervals[1:] or intervals
 
 
-def check_loader_throughput(speeds: Mapping[str, Speed], batch_size: int) -> CheckResult:
+def check_loader_throughput(
+    speeds: Mapping[str, Speed], batch_size: int, measure_times: Callable[[str], LoadingTimes]
+) -> CheckResult:
     """Check that the loader is at least as fast as the model, in the stage with the slowest loader relative to it.
 
     Args:
         speeds: The speed of each stage; the key is its name.
         batch_size: The samples of an optimizer step.
+        measure_times: Measures the parts of loading in a stage, from its name; called if the loader is slower.
     """
     name, speed = max(speeds.items(), key=lambda item: item[1].loading / item[1].step)
     loader = batch_size / speed.loading
@@ -100,8 +118,28 @@ def check_loader_throughput(speeds: Mapping[str, Speed], batch_size: int) -> Che
         return CheckResult("pass", f"{rates}; the model is the bottleneck ({workers})")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     more = f"--num-workers {max(2, cores)}" if speed.workers < cores else "more cores"
-    hint = f"use {more}, smaller files, or fewer transforms"
-    return CheckResult("warning", f"{rates}; the loader is the bottleneck ({workers})", hint)
+    times = measure_times(name)
+    parts = divide_loading(times, speed, batch_size)
+    slowest = max(parts, key=lambda part: parts[part])
+    shares = ", ".join(f"{part} {value / speed.loading:.0%}" for part, value in parts.items())
+    details = f"{rates}; the loader is the bottleneck ({workers}), mainly {slowest}: {shares} of its time"
+    advice = {"decoding": "smaller files", "the transform": "fewer transforms"}.get(slowest, "a larger --batch-size")
+    hint = f"use {more}, or {advice}"
+    if slowest == "decoding" and times.packed_reading is not None:
+        saved = (times.reading - times.packed_reading) * batch_size / max(1, speed.workers)
+        gain = speed.loading / max(speed.loading - saved, 1e-9)
+        if gain > WORTHWHILE:
+            hint = f"write a pack with tools/pack.py, which loads about {gain:.1f} times as fast; or use {more}"
+    return CheckResult("warning", details, hint)
+
+
+def divide_loading(times: LoadingTimes, speed: Speed, batch_size: int) -> dict[str, float]:
+    """Return the seconds of a step for each part of loading; what no part explains is collation and transport."""
+    per_step = batch_size / max(1, speed.workers)
+    reading, transform = times.reading * per_step, times.transform * per_step
+    excess = max(1.0, (reading + transform) / speed.loading)  # more cores were free when the loader was measured
+    parts = {"decoding": reading / excess, "the transform": transform / excess}
+    return parts | {"collation and transport": max(0.0, speed.loading - sum(parts.values()))}
 
 
 def estimate_run_time(stages: Sequence[StageLength], peak_memory: int, *, may_stop_early: bool = False) -> CheckResult:
