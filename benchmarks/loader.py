@@ -4,10 +4,9 @@
     uv run --with timm python benchmarks/loader.py --size 1280x960 --images 200
 
 The script writes 500 JPEG files of 500x375, or of another size; each is read with RandomResizedCrop(224) and a random
-flip. Two workers of
-one thread, batches of 64. Each contender runs in a separate process, with its usual memory settings. Repeats are
-interleaved, so that a ratio compares neighbours in time. CPU time, of a process and its workers, depends less on
-other load.
+flip. The packs are those of tools/pack.py with its default side of 448 pixels. Two workers of one thread, batches of
+64. Each contender runs in a separate process, with its usual memory settings. Repeats are interleaved, so that a ratio
+compares neighbours in time. CPU time, of a process and its workers, depends less on other load.
 """
 
 import argparse
@@ -39,9 +38,11 @@ sys.path.insert(0, str(PROJECT))
 from batteries.core.memory import keep_freed_memory, return_freed_memory
 from batteries.data.cropping import RandomResizedCrop
 from batteries.data.loaders import TrainLoader
+from batteries.data.packing import make_record, write_pack
+from batteries.data.packs import RawPack
 
 WORKERS, BATCH_SIZE, SIZE = 2, 64, 224
-WARM_UP = 8  # passes that are not counted: workers start, memory is allocated
+WARM_UP = 5  # passes that are not counted: workers start, memory is allocated
 
 Loop = Callable[[], Iterator[torch.Tensor]]
 
@@ -79,8 +80,16 @@ def make_folder(folder: Path, count: int, width: int, height: int) -> list[str]:
 class Files(Dataset):
     """The data set of the image_folder variant: a uint8 image and a target for each index."""
 
+    classes = ("one",)
+
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
+        self.data_dir = Path(paths[0]).parent.parent
+        self.ids = [f"one/{Path(path).name}" for path in paths]
+        self.targets = np.zeros(len(paths), dtype=np.int64)
+
+    def read_image(self, path: Path) -> torch.Tensor:
+        return images.read_image(path)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,12 +106,32 @@ class DecodedOnly(Files):
         return torch.zeros(1), 0
 
 
-def template_loader(paths: list[str]) -> Loop:
+def make_pack(paths: list[str], kind: str) -> Path:
+    """Write a pack of the files beside them."""
+    dataset = Files(paths)
+    output = dataset.data_dir.with_name(kind)
+    record = make_record(dataset, 448, 90 if kind == "jpeg" else None)
+    output.mkdir()
+    write_pack(dataset, output, record, WORKERS, lambda items, count: items)
+    return output
+
+
+def jpeg_pack(paths: list[str]) -> Loop:
+    """The same from a JPEG pack."""
+    return template_loader(Files([str(path) for path in sorted(make_pack(paths, "jpeg").glob("one/*.jpg"))]))
+
+
+def raw_pack(paths: list[str]) -> Loop:
+    """The same from a raw pack."""
+    return template_loader(RawPack(make_pack(paths, "raw"), Files))
+
+
+def template_loader(dataset: Any) -> Loop:
     """TrainLoader: torchcodec, a crop of uint8 pixels, a random stream per sample, normalisation after collation."""
     keep_freed_memory()  # as train.py does on a CPU
     loader = TrainLoader(
-        Files(paths),
-        np.arange(len(paths)),
+        dataset,
+        np.arange(len(dataset)),
         RandomResizedCrop(SIZE),
         torch.device("cpu"),
         seed=0,
@@ -168,7 +197,9 @@ def timm(paths: list[str], prefetcher: bool) -> Loop:
 
 
 CONTENDERS: dict[str, Callable[[list[str]], Loop]] = {
-    "this template": template_loader,
+    "this template": lambda paths: template_loader(Files(paths)),
+    "this template, JPEG pack": jpeg_pack,
+    "this template, raw pack": raw_pack,
     "PIL, v2 on PIL images": pil_v2,
     "PIL, v2 on floats": pil_v2_float,
     "decoding only": decode_only,
@@ -221,7 +252,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = [name for name in CONTENDERS if not name.startswith("timm") or importlib.util.find_spec("timm")]
     with tempfile.TemporaryDirectory() as folder:
-        paths = make_folder(Path(folder), arguments.images, *map(int, arguments.size.split("x")))
+        (Path(folder) / "data").mkdir()
+        paths = make_folder(Path(folder) / "data", arguments.images, *map(int, arguments.size.split("x")))
         pipes = {name: start(CONTENDERS[name], paths) for name in found}
         taken = {name: [] for name in found}
         for number in range(arguments.repeats + WARM_UP):
@@ -243,11 +275,11 @@ def start(contender: Callable[[list[str]], Loop], paths: list[str]) -> Connectio
 def show(taken: dict[str, np.ndarray]) -> None:
     """Print a table from the seconds and CPU seconds per image, (repeats, 2); ratios are medians over the repeats."""
     reference = taken["this template"]
-    print(f"{'':24}{'images/s':>10}{'ratio':>8}{'CPU ms/image':>16}{'ratio':>8}")
+    print(f"{'':26}{'images/s':>10}{'ratio':>8}{'CPU ms/image':>16}{'ratio':>8}")
     for name, values in taken.items():
         seconds, work = np.median(values, 0)
         ratio, work_ratio = np.median(values / reference, 0)
-        print(f"{name:24}{1 / seconds:>10.0f}{ratio:>8.2f}{1000 * work:>16.2f}{work_ratio:>8.2f}")
+        print(f"{name:26}{1 / seconds:>10.0f}{ratio:>8.2f}{1000 * work:>16.2f}{work_ratio:>8.2f}")
 
 
 if __name__ == "__main__":

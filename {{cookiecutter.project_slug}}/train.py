@@ -119,7 +119,7 @@ class Config:
     data_parallel: bool = False  # DataParallel over all visible GPUs in one process; DDP is faster
     sync_batchnorm: bool = True  # SyncBatchNorm under DDP; otherwise statistics are per rank
     find_unused_parameters: bool = False  # under DDP, for models that do not use all parameters in each step; slower
-    precision: Precision = "fp32"  # bf16 and fp16 halve memory and time on recent GPUs; fp16 scales the loss
+    precision: Precision = "fp32"  # bf16, fp16: about half the time and memory on recent GPUs; fp16 scales the loss
     tf32: bool = True  # TF32 matrix products in fp32 on NVIDIA GPUs: faster, with 10 bits of mantissa
     channels_last: bool = False  # channels-last memory format, faster for convolutions on tensor cores
     compile: bool = False  # torch.compile: faster steps after a minute or more of compilation
@@ -312,7 +312,7 @@ def train_fn(state: TrainState, batches: EpochBatches, run: StepLogger, config: 
     criterion = prepare_criterion(build_criterion(config.label_smoothing), run)
     metrics = MeanMetrics()
     train_mode(model, state.frozen)
-    state.buffers.save()
+    state.buffers.save()  # batch norm statistics, which a skipped step restores
     for batch in run.track(batches, metrics):
         with accumulate(model, batch):
             with autocast(run.device, config.precision):

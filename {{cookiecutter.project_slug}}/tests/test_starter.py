@@ -89,6 +89,7 @@ def test_normalize_uses_the_constants_and_keeps_its_input(dataset):
     mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (MEAN, STD))
     torch.testing.assert_close(normalize(images).double(), (images.double() / 255 - mean) / std, rtol=1e-6, atol=1e-6)
     assert torch.equal(normalize(images.float()), normalize(images))
+    assert torch.equal(normalize(images.to(memory_format=torch.channels_last)), normalize(images))
     assert torch.equal(images, before)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,16 @@ def assert_equal(batch: Any, expected: Any) -> None:
         assert batch == expected
 
 
+@pytest.fixture(params=["file_system", "file_descriptor"])
+def sharing_strategy(request) -> Iterator[str]:
+    """Each of torch's ways to share memory between processes; train.py uses the first one."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy(request.param)
+    yield request.param
+    torch.multiprocessing.set_sharing_strategy(before)
+
+
+@pytest.mark.usefixtures("sharing_strategy")
 @pytest.mark.parametrize("make", [Numbered, Batches])
 @pytest.mark.parametrize("kind", ["tensor", "channels last", "array", "masks"])
 @pytest.mark.parametrize("batch_size", [4, 7])  # 7: the last batch is smaller
@@ -82,6 +93,7 @@ def test_batches_that_are_kept_equal_those_without_workers(make, kind, batch_siz
     assert_equal(kept, list(make_loader(make(kind), num_workers=0, batch_size=batch_size)))
 
 
+@pytest.mark.usefixtures("sharing_strategy")
 def test_a_batch_is_not_overwritten_before_the_next_one_is_requested():
     dataset = Numbered()
     loader = make_loader(dataset)
@@ -94,6 +106,7 @@ def test_a_batch_is_not_overwritten_before_the_next_one_is_requested():
         assert torch.equal(images[:, 0, 0, 0], expected.to(torch.uint8))
 
 
+@pytest.mark.usefixtures("sharing_strategy")
 def test_an_abandoned_epoch_leaves_nothing_to_the_next_one():
     dataset = Numbered()
     loader = make_loader(dataset)
@@ -104,6 +117,7 @@ def test_an_abandoned_epoch_leaves_nothing_to_the_next_one():
         assert_equal(list(loader), expected)
 
 
+@pytest.mark.usefixtures("sharing_strategy")
 @pytest.mark.parametrize("kind", ["tensor", "channels last", "array", "masks"])
 def test_all_batches_of_a_worker_are_in_the_same_memory(kind):
     loader = make_loader(Numbered(kind))
