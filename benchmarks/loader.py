@@ -107,7 +107,7 @@ class DecodedOnly(Files):
 
 
 def make_pack(paths: list[str], kind: str) -> Path:
-    """Write a pack of the files beside them."""
+    """Write a pack of the files, next to their directory."""
     dataset = Files(paths)
     output = dataset.data_dir.with_name(kind)
     record = make_record(dataset, 448, 90 if kind == "jpeg" else None)
