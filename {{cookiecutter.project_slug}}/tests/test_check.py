@@ -672,6 +672,7 @@ def test_pack_is_recommended_for_large_files_with_the_expected_gain(make_context
         return decode_file(data, mode)
 
     monkeypatch.setattr(check, "decode_file", decode_small)
+
     def linear(num_classes):
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
 
