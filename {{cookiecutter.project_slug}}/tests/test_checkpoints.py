@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -340,3 +341,32 @@ def test_missing_checkpoint_is_rejected_on_all_ranks(tmp_path):
     messages = run_ranks(3, fail)
     assert len(set(messages)) == 1
     assert "nowhere.pth does not exist" in messages[0]
+
+
+def test_a_checkpoint_is_deleted_only_after_the_manifest_no_longer_lists_it(tmp_path, monkeypatch):
+    deleted = []
+    unlink = Path.unlink
+
+    def check(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("epoch_"):
+            listed = [entry["file"] for entry in json.loads((tmp_path / "checkpoints.json").read_text())["checkpoints"]]
+            assert path.name not in listed  # else a kill now would leave a manifest of missing files
+            deleted.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", check)
+    process(tmp_path, [0.5, 0.1, 0.2, 0.3, 0.4], save_n_best=1)
+    assert deleted == ["epoch_2.pth", "epoch_3.pth"]
+
+
+def test_restored_directory_has_no_files_of_later_steps_and_interrupted_writes(tmp_path):
+    process(tmp_path, [0.1, 0.2, 0.3], save_n_best=3)
+    checkpoint = torch.load(tmp_path / "epoch_2.pth", weights_only=True)
+    for name in (".epoch_4.pth.tmp", "epoch_4.pth"):  # not in the manifest: written just before a kill
+        (tmp_path / name).write_bytes(b"incomplete")
+    (tmp_path / "notes.txt").touch()
+    manager = CheckpointManager(logdir=tmp_path, metric="accuracy", save_n_best=3)
+    manager.restore(checkpoint)
+    kept = {"epoch_1.pth", "epoch_2.pth", "best.pth", "last.pth", "checkpoints.json", "notes.txt"}
+    assert files(tmp_path) == kept
+    assert epoch_in(tmp_path / "last.pth") == epoch_in(tmp_path / "best.pth") == 2

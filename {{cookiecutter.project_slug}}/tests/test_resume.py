@@ -30,6 +30,7 @@ from batteries.core.files import DirectoryLock
 from batteries.distributed.connectivity import find_free_port
 from batteries.evaluation.run_selection import read_config
 from batteries.run.metadata import hash_code
+from batteries.run.position import TrainingPosition, truncate_jsonl
 from train import Config, Stage
 
 STAGES = (Stage("stage0", 3, 1e-2), Stage("stage1", 2, 1e-3, "plateau"))
@@ -659,6 +660,18 @@ def test_changed_code_of_a_run_without_a_checkpoint_is_reported_at_resume(config
     assert (
         "experiment/model.py changed since the run was saved; the resumed run uses the new code." in resume(config).out
     )
+
+
+@pytest.mark.parametrize(
+    ("position", "kept"), [((0, 1, 0), 0), ((0, 2, 5), 1), ((1, 1, 0), 2), ((1, 2, 3), 3), ((1, 9, 0), 4)]
+)
+def test_lines_from_the_position_on_are_removed(tmp_path, position, kept):
+    epochs = [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
+    lines = [json.dumps({"stage": stage, "epoch": epoch}) + "\n" for stage, epoch in epochs]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(lines) + '{"stage": "tw')
+    truncate_jsonl(path, ["one", "two"], TrainingPosition(*position))
+    assert path.read_text() == "".join(lines[:kept])
 
 
 def test_changed_data_are_rejected_at_resume(interrupted_run, monkeypatch, tmp_path):
