@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documents import WITHOUT_REPORT, code_blocks, copy_repository, read_page, run_commands, section
 from models import tiny_network
 from processes import End, run_train
 from small_data import make_data
@@ -88,3 +89,13 @@ def test_other_images_are_predicted_with_a_run_on_a_raw_pack(monkeypatch, tmp_pa
     assert end.code == 0, end.err
     [table] = (tmp_path / "out").glob("*.csv")
     assert image.name in read_predictions(table).ids
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documents_run(tmp_path):
+    copy = copy_repository(tmp_path / "project")
+    code = "\n".join(code_blocks(section(read_page("docs/data.md"), "Packs"), "sh"))
+    run_commands(code, copy, WITHOUT_REPORT)
+    assert (copy / "data-packed/pack.json").is_file()
+    assert (copy / "data-raw/images.bin").is_file()
+    assert (copy / "logs/baseline/metrics.jsonl").is_file()
