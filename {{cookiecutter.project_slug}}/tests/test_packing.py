@@ -221,6 +221,34 @@ def test_a_raw_pack_with_incomplete_data_of_an_image_is_continued_before_it(sour
     assert files_in(tmp_path / "pack") == expected
 
 
+def test_attributes_that_a_raw_pack_cannot_hold_are_rejected_before_the_first_image(source, tmp_path):
+    dataset = Files(source)
+    dataset.groups = [None, *dataset.groups[1:]]
+    record = make_record(dataset, SIDE, None)
+    prepare_output(tmp_path / "pack", record, overwrite=False)
+    with pytest.raises(
+        UserError, match="groups of Files cannot be stored in a raw pack; use numbers or texts, or leave"
+    ):
+        write_pack(dataset, tmp_path / "pack", record, 2, lambda items, count: items)
+    assert not (tmp_path / "pack/images.bin").exists()
+
+
+@pytest.mark.parametrize("targets", [np.arange(COUNT) / 7, np.arange(2 * COUNT).reshape(-1, 2) % 2])
+def test_targets_of_any_kind_are_those_of_the_source(source, tmp_path, targets):
+    class OtherTargets(Files):
+        def __init__(self, data_dir):
+            super().__init__(data_dir)
+            self.targets = targets
+
+    dataset = OtherTargets(source)
+    record = make_record(dataset, SIDE, None)
+    prepare_output(tmp_path / "pack", record, overwrite=False)
+    write_pack(dataset, tmp_path / "pack", record, 2, lambda items, count: items)
+    packed = open_data(tmp_path / "pack", OtherTargets)
+    for index in range(COUNT):
+        assert np.array_equal(packed[index][1], targets[index])
+
+
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_full_disk_is_a_one_line_error_and_the_pack_can_be_continued(source, tmp_path, monkeypatch, raw):
     make_pack(source, tmp_path / "whole", raw=raw)

@@ -197,6 +197,7 @@ def write_in_one_step(path: Path, data: bytes) -> None:
 
 def _write_raw(dataset: FileDataset, output: Path, record: PackRecord, threads: int, track: Track) -> None:
     """Append the missing images of a raw pack: first the pixels of an image, then its shape."""
+    index_arrays(dataset, np.empty((0, 3), np.int64))  # raises before the first image is written
     with open(output / PIXELS, "ab") as pixels, open(output / SHAPES, "ab") as shapes:
         done = _truncate_to_complete(pixels, shapes, output / SHAPES)
         packed = _in_order(lambda index: pack_image(dataset, index, record), range(done, len(dataset)), threads)

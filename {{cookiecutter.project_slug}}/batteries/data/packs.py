@@ -25,7 +25,7 @@ UNFINISHED = "pack.unfinished.json"  # written first
 PIXELS = "images.bin"
 INDEX = "index.npz"
 VERSION = 1
-INDEX_ARRAYS = ("targets", "groups", "folds", "official_test", "raw_labels")  # of a data set, if it has them
+INDEX_ARRAYS = ("ids", "classes", "targets", "groups", "folds", "official_test", "raw_labels")  # if a data set has them
 
 
 class FileDataset(Samples, Protocol):
@@ -174,10 +174,14 @@ class RawPack:
         self.suffixes = getattr(kind, "suffixes", None)
         with np.load(data_dir / INDEX) as index:
             self.ids: Sequence[str] = index["ids"].tolist()
-            self.classes: tuple[str, ...] = tuple(index["classes"].tolist())
             self.shapes: np.ndarray = index["shapes"]  # (N, 3): height, width, channels
-            for name in INDEX_ARRAYS:
-                setattr(self, name, index.get(name))
+            self.targets: Any = index.get("targets")
+            self.groups = index.get("groups")
+            self.folds = index.get("folds")
+            self.official_test = index.get("official_test")
+            self.raw_labels = index.get("raw_labels")
+            classes = index.get("classes")
+        self.classes: Sequence[str] | None = None if classes is None else tuple(classes.tolist())
         self.starts = np.concatenate([[0], np.cumsum(np.prod(self.shapes, 1, dtype=np.int64))])
         self.left_out = ""
         self._pixels: np.ndarray | None = None  # mapped by each process for itself
@@ -189,13 +193,14 @@ class RawPack:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         """Return a copy of one image (C, H, W), channels last in memory, and its target."""
         if self._pixels is None:
             self._pixels = np.memmap(self.data_dir / PIXELS, np.uint8, "r")
         pixels = self._pixels[self.starts[index] : self.starts[index + 1]].copy()
         image = torch.from_numpy(pixels).view(*self.shapes[index].tolist()).permute(2, 0, 1)
-        return image, int(self.targets[index])  # type: ignore[attr-defined]
+        target = self.targets[index]
+        return image, torch.from_numpy(target) if target.ndim else target.item()
 
     def read_image(self, path: Path) -> torch.Tensor:
         """Return the image (C, H, W) of a file, as the class of the source reads it."""
@@ -214,8 +219,17 @@ def index_arrays(dataset: Any, shapes: np.ndarray) -> dict[str, np.ndarray]:
     Args:
         dataset: The source.
         shapes: Height, width and channels of each packed image, shape (N, 3).
+
+    Raises:
+        UserError: If an attribute is neither numbers nor texts.
     """
     info = dataset_info(dataset)
-    arrays = {"ids": np.array(info.ids), "classes": np.array(info.classes), "shapes": shapes}
-    optional = {name: getattr(info, name) for name in INDEX_ARRAYS}
-    return arrays | {name: np.asarray(value) for name, value in optional.items() if value is not None}
+    values = {name: getattr(info, name) for name in INDEX_ARRAYS}
+    arrays = {name: np.asarray(value) for name, value in values.items() if value is not None}
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise UserError(
+                f"{name} of {type(dataset).__name__} cannot be stored in a raw pack; use numbers or texts, or leave "
+                "out --raw."
+            )
+    return arrays | {"shapes": shapes}
