@@ -28,7 +28,15 @@ from batteries.core.errors import UserError
 from batteries.data import packing
 from batteries.data.image_decoding import decode_file
 from batteries.data.loaders import EvalLoader
-from batteries.data.packing import encode_jpeg, estimate_bytes, make_record, pack_image, prepare_output, write_pack
+from batteries.data.packing import (
+    check_output,
+    encode_jpeg,
+    estimate_bytes,
+    make_record,
+    pack_image,
+    prepare_output,
+    write_pack,
+)
 from batteries.data.packs import RawPack, open_data
 from experiment.dataset import load_dataset
 from tools import pack
@@ -93,6 +101,7 @@ def make_pack(source: Path, output: Path, *, raw: bool = False, threads: int = 2
     """Pack the images, and open the pack."""
     dataset = Files(source)
     record = make_record(dataset, SIDE, None if raw else 90)
+    check_output(output, record, overwrite=False)
     prepare_output(output, record, overwrite=False)
     write_pack(dataset, output, record, threads, track or (lambda items, count: items))
     return open_data(output, Files)
@@ -391,6 +400,11 @@ def test_quality_is_higher_with_a_larger_side(source, monkeypatch):
     assert results[-1] == np.inf
 
 
+def damage_after_packing(data: Path, output: Path) -> None:
+    make_pack(data, output)
+    (data / "a/00.jpg").write_bytes(b"no")
+
+
 @pytest.mark.parametrize(
     ("flags", "prepare", "message"),
     [
@@ -408,7 +422,13 @@ def test_quality_is_higher_with_a_larger_side(source, monkeypatch):
         ),
         (["--quality", "80"], lambda data, output: make_pack(data, output), "another --quality (90 instead of 80)"),
         ([], lambda data, output: (data / "pack.json").write_text("{}"), "is a pack itself; pack the original data."),
-        ([], lambda data, output: (data / "a/00.jpg").write_bytes(b"no"), "00.jpg"),
+        ([], lambda data, output: (data / "a/00.jpg").write_bytes(b"no"), "00.jpg is damaged."),
+        (
+            ["--output", "{data}/../pack/sub"],
+            lambda data, output: make_pack(data, output),
+            "pack, which must not be edi",
+        ),
+        (["--overwrite"], damage_after_packing, "00.jpg is damaged."),
     ],
 )
 def test_invalid_options_are_rejected_without_side_effects(run_pack, source, tmp_path, flags, prepare, message):
@@ -425,6 +445,20 @@ def test_invalid_options_are_rejected_without_side_effects(run_pack, source, tmp
         end = run_pack(*given)
     assert_rejected(end, message)
     assert files_in(tmp_path) == before
+
+
+def test_an_unfinished_pack_is_continued_with_overwrite_too(run_pack, source, tmp_path):
+    assert run_pack().code == 0
+    expected = files_in(tmp_path / "pack")
+    shutil.move(tmp_path / "pack/pack.json", tmp_path / "pack/pack.unfinished.json")
+    (tmp_path / "pack/pack.unfinished.json").write_text(make_record(Files(source), SIDE, 90).to_json())
+    made = (tmp_path / "pack/a/00.jpg").stat().st_mtime_ns
+    assert run_pack("--overwrite").code == 0
+    assert files_in(tmp_path / "pack") == expected
+    assert (tmp_path / "pack/a/00.jpg").stat().st_mtime_ns == made
+    assert run_pack("--overwrite").code == 0
+    assert files_in(tmp_path / "pack") == expected
+    assert (tmp_path / "pack/a/00.jpg").stat().st_mtime_ns != made
 
 
 def test_too_little_space_is_rejected_before_the_first_image(run_pack, tmp_path, monkeypatch):

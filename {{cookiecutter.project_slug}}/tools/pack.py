@@ -30,6 +30,7 @@ from batteries.data.cropping import Box, draw_box, resized_crop
 from batteries.data.dataset import dataset_info
 from batteries.data.image_decoding import decode_file
 from batteries.data.packing import (
+    check_output,
     estimate_bytes,
     lossless_side,
     make_record,
@@ -84,7 +85,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(1)  # the threads work on different images
     dataset = open_source(config)
     record = make_record(dataset, config.side, None if config.raw else config.quality)
-    prepare_output(config.output, record, overwrite=config.overwrite)
+    check_output(config.output, record, overwrite=config.overwrite)
     check_space(config.output, dataset, record)
     if config.side < LOSSLESS_SIDE:
         psnr = measure(dataset, None, record).psnr
@@ -92,6 +93,7 @@ def main(config: Config) -> None:
             f"warning: --side {config.side} is less than {LOSSLESS_SIDE}, so small crops lose detail: the PSNR of "
             f"crops of {SIZE} pixels is {psnr:.1f} dB."
         )
+    prepare_output(config.output, record, overwrite=config.overwrite)
     record = write_pack(dataset, config.output, record, config.threads, show_progress)
     print_table(config, dataset, record)
 
@@ -110,15 +112,13 @@ def open_source(config: Config) -> FileDataset:
 
 
 def check_space(output: Path, dataset: FileDataset, record: PackRecord) -> None:
-    """Raise UserError if the disk has not enough space for the rest of the pack."""
+    """Raise UserError if the disk has not enough space for the rest of the pack, or for the one that replaces it."""
     from rich.filesize import decimal
 
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     needed = estimate_bytes(dataset, record) - written
-    free = shutil.disk_usage(output).free
+    free = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.is_dir())).free
     if needed > free:
-        if not written:
-            output.rmdir()
         raise UserError(
             f"--output {output} needs about {decimal(needed)}, and the disk has {decimal(free)} free; make space, or "
             "use another --output or a smaller --side."

@@ -94,34 +94,51 @@ def estimate_bytes(dataset: FileDataset, record: PackRecord) -> int:
     return round(MARGIN * np.mean(sizes) * len(dataset))
 
 
-def prepare_output(output: Path, record: PackRecord, *, overwrite: bool) -> None:
-    """Create the directory of a pack, or accept one of the same pack.
+def check_output(output: Path, record: PackRecord, *, overwrite: bool) -> None:
+    """Raise UserError if a pack cannot be written to a directory. Nothing is changed.
 
-    Raises:
-        UserError: If the directory holds anything else.
+    Args:
+        output: The directory.
+        record: The record of the pack.
+        overwrite: Whether a finished or a different pack in the directory may be replaced.
     """
-    source = Path(record.source)
-    if output.resolve() == source or output.resolve() in source.parents or source in output.resolve().parents:
+    source, target = Path(record.source), output.resolve()
+    if target == source or target in source.parents or source in target.parents:
         raise UserError(
             f"--output {output} and --data-dir {source} must not contain one another; give another --output."
         )
     if is_pack(source):
         raise UserError(f"--data-dir {source} is a pack itself; pack the original data.")
+    if around := next((parent for parent in target.parents if is_pack(parent)), None):
+        raise UserError(f"--output {output} is in the pack {around}, which must not be edited; give another --output.")
     if is_pack(output):
-        found = read_record(output / (PACK if (output / PACK).is_file() else UNFINISHED))
-        if overwrite:
-            shutil.rmtree(output)
-        elif replace(found, files="", images=0, bytes=0) != record:
+        found = _read_record(output)
+        if not overwrite and not _is_same(found, record):
             raise UserError(
                 f"--output {output} is a pack with {_describe_difference(found, record)}; give another --output, or "
                 "replace it with --overwrite."
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists and is not a pack; give another --output.")
+
+
+def prepare_output(output: Path, record: PackRecord, *, overwrite: bool) -> None:
+    """Create the directory of a pack; `overwrite` deletes a pack in it, except an unfinished part of the same one."""
+    if is_pack(output) and overwrite and ((output / PACK).is_file() or not _is_same(_read_record(output), record)):
+        shutil.rmtree(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be created ({error.strerror}); give another --output.") from None
+
+
+def _read_record(output: Path) -> PackRecord:
+    return read_record(output / (PACK if (output / PACK).is_file() else UNFINISHED))
+
+
+def _is_same(found: PackRecord, record: PackRecord) -> bool:
+    """Return whether two records are of the same pack, finished or not."""
+    return replace(found, files="", images=0, bytes=0) == record
 
 
 def _describe_difference(found: PackRecord, record: PackRecord) -> str:
