@@ -24,23 +24,25 @@ def run_in(folder: Path, *command: str, **extra: str) -> subprocess.CompletedPro
     )
 
 
-def assert_tests_pass(folder: Path, marker: str, *which: str) -> None:
+def assert_tests_pass(rendered: Path, folder: Path, marker: str, *which: str) -> None:
+    """Run tests of a copy: other tests compare the files of the rendered repository."""
+    shutil.copytree(rendered, folder)
     done = run_in(folder, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, *which)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-20_000:]
 
 
 @pytest.mark.parametrize("half", [0, 1])  # in parallel
-def test_the_default_repository_passes_its_own_fast_tests(render, half):
+def test_the_default_repository_passes_its_own_fast_tests(render, tmp_path, half):
     files = sorted(path.name for path in (render() / "tests").glob("test_*.py"))
-    assert_tests_pass(render(), "not slow", *(f"tests/{name}" for name in files[half::2]))
+    assert_tests_pass(render(), tmp_path / "copy", "not slow", *(f"tests/{name}" for name in files[half::2]))
 
 
 # The walkthrough is a separate test, so that it runs in parallel with the others.
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [WALKTHROUGH, f"--ignore={WALKTHROUGH}"])
-def test_the_default_repository_passes_its_own_slow_tests(render, which):
-    assert_tests_pass(render(), "slow", which)
+def test_the_default_repository_passes_its_own_slow_tests(render, tmp_path, which):
+    assert_tests_pass(render(), tmp_path / "copy", "slow", which)
 
 
 # These do not depend on the data set, and pass with the digits.
@@ -59,12 +61,12 @@ LONG = ("test_data", "test_parallel", "test_recipe", "test_resume", "test_tracke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data_set", ["image_folder", "csv", "cifar10", "mnist"])
-def test_a_repository_for_other_data_without_a_tracker_passes_its_own_fast_tests(render, data_set):
+def test_a_repository_for_other_data_without_a_tracker_passes_its_own_fast_tests(render, tmp_path, data_set):
     folder = render(data_set=data_set, tracker="none")
     for name in INDEPENDENT:
         assert not re.search(r"\bexperiment\b|\bimport train\b", (folder / f"tests/{name}.py").read_text()), name
     left_out = INDEPENDENT if data_set in ("image_folder", "cifar10") else INDEPENDENT + LONG
-    assert_tests_pass(folder, "not slow", *(f"--ignore=tests/{name}.py" for name in left_out))
+    assert_tests_pass(folder, tmp_path / "copy", "not slow", *(f"--ignore=tests/{name}.py" for name in left_out))
 
 
 def run_hooks(folder: Path, skip: str = "") -> subprocess.CompletedProcess[str]:

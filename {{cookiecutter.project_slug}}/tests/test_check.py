@@ -99,7 +99,8 @@ def make_context(monkeypatch, tmp_path, cpu):
         for module in (check, train):
             monkeypatch.setattr(module, "normalize", lambda images: images / 64 - 2)
             monkeypatch.setattr(module, "valid_transform", lambda size=None: None)
-        monkeypatch.setattr(train, "train_transform", lambda size=None: None)
+        for module in (train, check):
+            monkeypatch.setattr(module, "train_transform", lambda size=None: None)
         monkeypatch.setattr(check, "load_dataset", lambda folder: dataset)
         monkeypatch.setattr(check, "build_model", model)
         return check.make_context(replace(defaults, **options), cpu)
