@@ -31,7 +31,7 @@ environment: $(UV)
 PYTEST := pytest -p no:cacheprovider --numprocesses auto --dist worksteal
 
 .PHONY: test
-test: environment  ## all tests, of the template and of generated repositories (about 25 minutes on 2 cores)
+test: environment  ## all tests, of the template and of generated repositories (about 30 minutes on 2 cores)
 	uv run $(PYTEST)
 
 .PHONY: test-fast

@@ -91,5 +91,5 @@ def test_a_run_builds_no_report(project, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_repository_passes_its_own_fast_tests(project):
-    assert_tests_pass(project, "not slow")
+def test_a_training_repository_passes_its_own_fast_tests(project, tmp_path):
+    assert_tests_pass(project, tmp_path / "copy", "not slow")
