@@ -17,6 +17,12 @@ from cookiecutter.config import USER_CONFIG_PATH, get_user_config
 from jinja2 import Environment
 from jinja2.ext import Extension
 
+# The tasks of data sets that do not have all of them.
+TASKS_OF = {
+    "image_folder": ("classification", "segmentation"),
+    "cifar10": ("classification",),
+    "mnist": ("classification",),
+}
 LONGEST_TEXT = 200
 LONGEST_SLUG = 60
 MARKUP = ("{{", "}}", "{%", "%}", "{#", "#}")
@@ -73,7 +79,11 @@ class Answers(Extension):
         super().__init__(environment)
         check_config_file()
         environment.filters.update(
-            check_text=check_text, check_slug=check_slug, escape_text=escape_text, absolute_path=os.path.abspath
+            check_text=check_text,
+            check_slug=check_slug,
+            check_data_set=check_data_set,
+            escape_text=escape_text,
+            absolute_path=os.path.abspath,
         )
         compile_text = environment.from_string
         environment.from_string = lambda text: PlainText(text) if is_plain(text) else compile_text(text)
@@ -171,6 +181,21 @@ def check_slug(slug: str) -> str:
     if slug.replace("_", "-") in RESERVED or keyword.iskeyword(slug):
         raise click.ClickException(f"project_slug {slug!r} is a reserved name; use another, such as {slug}-experiment.")
     return slug
+
+
+def check_data_set(data_set: str, task: str) -> str:
+    """Return `data_set` if it has targets of the task.
+
+    Raises:
+        click.ClickException: It has other targets.
+    """
+    if task not in TASKS_OF.get(data_set, (task,)):
+        fitting = [name for name in read_questions()["data_set"] if task in TASKS_OF.get(name, (task,))]
+        raise click.ClickException(
+            f"data_set {data_set} has no targets for task {task}; use data_set {' or '.join(fitting)}, or task "
+            f"{' or '.join(TASKS_OF[data_set])}."
+        )
+    return data_set
 
 
 def escape_text(text: str) -> str:

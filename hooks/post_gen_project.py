@@ -13,7 +13,7 @@ import sys
 # Hooks are rendered in the directory of the template; _repo_dir may hold a relative path.
 ANSWERS, TEMPLATE = json.loads(r"""[{{ cookiecutter | tojson }}, {{ '.' | absolute_path | tojson }}]""")
 VARIANTS = ".variants"
-QUESTIONS = ("license", "data_set", "tracker", "ci")
+QUESTIONS = ("license", "data_set", "task", "tracker", "ci")
 BASE_VARIANTS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an answer whose files extend those of another
 
 # The files that toolkit=training leaves out, by directory. They are listed one by one, so that generating over an
@@ -60,6 +60,7 @@ def main() -> None:
         answer = ANSWERS[question]
         for variant in (BASE_VARIANTS.get(answer, answer), answer):
             move_files(f"{VARIANTS}/{question}/{variant}")
+    move_files(f"{VARIANTS}/combination/{ANSWERS['data_set']}-{ANSWERS['task']}")
     delete_directory(VARIANTS)
     if ANSWERS["toolkit"] == "training":
         delete_files(LEFT_OUT)

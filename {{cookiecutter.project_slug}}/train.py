@@ -3,7 +3,7 @@
     scripts/train_device.sh --logdir logs/first --stages.0.epochs 3
     scripts/train_device.sh --config logs/first/config.json --logdir logs/again
 
-The data, the model, the loss and the augmentations are in experiment/. The training toolkit is in batteries/:
+The data, the model, the task (loss and metrics) and the augmentations are in experiment/. The toolkit is in batteries/:
 deterministic data loading, gradient accumulation, checkpoints and resume, distributed setup and logging. The same
 program runs in one process and in many. With the launch scripts, relative paths are relative to this directory.
 """
@@ -30,6 +30,7 @@ from batteries.data.dataset import Dataset
 from batteries.data.fingerprint import fingerprint
 from batteries.data.image_grid import sample_grid
 from batteries.data.loaders import EpochBatches, EvalLoader, TrainLoader
+from batteries.data.sampling import Sampling
 from batteries.data.splits import Split, SplitFile, check_files
 from batteries.data.summary import log_new_split
 from batteries.distributed.collectives import local_rank_zero_first
@@ -48,18 +49,11 @@ from batteries.training.schedules import Schedule, make_schedule, print_schedule
 from batteries.training.setup import setup_training
 from batteries.training.state import SilentLogger, StepLogger, TrainState
 from batteries.training.wrap import accumulate, check_batchnorm, eval_mode, prepare_model, wrap_model
-from experiment.augmentations import batch_transform, normalize, train_transform, valid_transform
+from experiment import task
+from experiment.augmentations import normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
-from experiment.model import build_criterion, build_model, sample_accuracy, to_probabilities
+from experiment.model import build_model
 from experiment.splits import make_folds
-
-# Scores of the whole validation split, from sklearn.metrics, targets (N,) and probabilities (N, classes).
-SCORES = {
-    "balanced_accuracy": lambda sk, targets, p: sk.balanced_accuracy_score(targets, p.argmax(1)),
-    "macro_f1": lambda sk, targets, p: sk.f1_score(targets, p.argmax(1), average="macro"),
-    "log_loss": lambda sk, targets, p: sk.log_loss(targets, p, labels=range(p.shape[1])),
-    "roc_auc": lambda sk, targets, p: sk.roc_auc_score(targets, p[:, 1] if p.shape[1] == 2 else p, multi_class="ovr"),
-}
 
 
 @dataclass(frozen=True)
@@ -88,14 +82,15 @@ class Config:
     weight_decay: NotNegative = 0.05  # weight decay of matrices and kernels; biases and norms have none
     clip_norm: Positive | None = None  # maximum global gradient norm; 1.0 is common for transformers
     label_smoothing: UnitInterval = 0.0  # fraction of the target spread over all classes, in training only; often 0.1
+    class_weights: str | None = None  # balanced, or a CSV file with columns class and weight; in training only
     mixup: NotNegative = 0.0  # alpha of mixup; 0 disables it; mixing needs more epochs
     cutmix: NotNegative = 0.0  # alpha of CutMix; 0 disables it; with mixup too, each step uses one of them
     ema_decay: UnitInterval | None = None  # EMA decay, 0.99 to 0.9999; at most (1 + t) / (10 + t) at step t
     patience: Count | None = None  # stop a stage early after this many epochs without improvement
     min_delta: NotNegative = 0.0  # minimum improvement that resets --patience
-    main_metric: str = "accuracy"  # what ranks checkpoints: one of SCORES, or any metric that valid_fn reports
-    minimize_metric: bool = False  # the main metric is better when it is lower
-    scores: tuple[str, ...] = ()  # more metrics of SCORES to log
+    main_metric: str = task.MAIN_METRIC  # what ranks checkpoints: one of SCORES, or any metric that valid_fn reports
+    minimize_metric: bool = task.MINIMIZE_METRIC  # the main metric is better when it is lower
+    scores: tuple[str, ...] = task.LOGGED_SCORES  # more metrics of SCORES to log
     save_n_best: Count = 3  # checkpoints kept per stage besides the two newest; averaging needs several
 
     # The data.
@@ -103,6 +98,7 @@ class Config:
     split_file: Path = Path("splits/default.csv")  # train, valid and test samples; created if it does not exist
     fold: int = 0  # the fold used for validation, from 0; tools/split.py --num-folds sets their number
     seed: Seed = 0  # seed of everything random except the split, 0 to 2^32 - 1
+    sampling: Sampling = "shuffled"  # balanced: rare classes are repeated, so that all classes are equally frequent
     drop_last: bool = True  # skip the short last step of an epoch
     valid_batch_size: Count = 256  # validation samples per rank and batch; affects memory, speed and the last digits
     num_workers: int | None = None  # loader processes per rank; by default chosen for the machine, 0 on a CPU
@@ -137,7 +133,7 @@ class Config:
         use_plain_numbers(self)
         check_ranges(self)
         check_stages(self.stages)
-        check_metrics(self.scores, SCORES, main_metric=self.main_metric, minimize=self.minimize_metric)
+        check_metrics(self, task)
         if self.init_from is not None and self.pretrained is not None:
             raise UserError("--init-from and --pretrained both set the initial weights; give one of them.")
         if self.min_delta and self.patience is None:
@@ -173,12 +169,13 @@ def main(config: Config) -> float:
         check_batchnorm(model, train_loader, synchronised=config.sync_batchnorm)
         check_module_names(model, config.stages)
         freeze(model, config.stages[0].freeze)
+        task.build_criterion(config.label_smoothing, train_loader.class_weights)  # rejects what the task does not have
 
         def validate(small: Config) -> dict[str, float]:
             _, valid_loader = make_loaders(config.stages[0], dataset, split, device, small)
             return valid_fn(model, valid_loader, SilentLogger(device), small)
 
-        check_main_metric(config, SCORES, validate)
+        check_main_metric(config, task, validate)
         run = Run(
             config,
             device,
@@ -216,10 +213,12 @@ def make_loaders(
         seed=config.seed,
         batch_size=config.batch_size,
         accumulation_steps=config.accumulation_steps,
+        sampling=config.sampling,
+        class_weights=config.class_weights,
         drop_last=config.drop_last,
         limit_batches=config.limit_batches,
         num_workers=config.num_workers,
-        mixer=batch_transform(len(dataset.classes), config.mixup, config.cutmix),
+        mixer=task.batch_transform(len(dataset.classes), config.mixup, config.cutmix),
     )
     valid_loader = EvalLoader(
         dataset,
@@ -309,18 +308,18 @@ def build_optimizer(model: nn.Module, stage: Stage, config: Config) -> torch.opt
 def train_fn(state: TrainState, batches: EpochBatches, run: StepLogger, config: Config) -> dict[str, float]:
     """Train for one epoch and return the mean of each metric over the samples."""
     model = state.model
-    criterion = prepare_criterion(build_criterion(config.label_smoothing), run)
-    metrics = MeanMetrics()
+    criterion = prepare_criterion(task.build_criterion(config.label_smoothing, batches.class_weights), run)
+    metrics = MeanMetrics(task.summarize)
     train_mode(model, state.frozen)
     state.buffers.save()  # batch norm statistics, which a skipped step restores
     for batch in run.track(batches, metrics):
         with accumulate(model, batch):
             with autocast(run.device, config.precision):
-                logits = model(normalize(batch.images))  # (N, classes)
+                logits = model(normalize(batch.images))  # (N, classes, ...)
                 loss = criterion(logits, batch.targets)
             # The scaled losses of all micro-batches and ranks add up to the mean over the samples of the step.
             state.scaler.scale(batch.scale_loss(loss)).backward()
-        metrics.update(len(batch.targets), loss=loss, accuracy=sample_accuracy(logits, batch.targets))
+        metrics.update(len(batch.targets), loss=loss, **task.batch_metrics(logits.detach(), batch.targets))
         if batch.ends_step:
             # A step whose gradient is not finite is skipped.
             norm = optimizer_step(state.optimizer, state.scaler, config.clip_norm, state.buffers)
@@ -333,17 +332,16 @@ def train_fn(state: TrainState, batches: EpochBatches, run: StepLogger, config: 
 
 def valid_fn(model: nn.Module, loader: EvalLoader, run: StepLogger, config: Config) -> dict[str, float]:
     """Return the metrics of the validation split; every sample counts once."""
-    criterion = prepare_criterion(build_criterion(), run)
-    metrics, outputs = MeanMetrics(), PredictionCollector()
-    scores = [name for name in SCORES if name in (config.main_metric, *config.scores)]
+    criterion = prepare_criterion(task.build_criterion(), run)
+    metrics = MeanMetrics(task.summarize, loader.classes)
+    outputs = PredictionCollector(task.SCORES, (config.main_metric, *config.scores), loader.classes)
     with eval_mode(model) as network, autocast(run.device, config.precision):
         for images, targets in loader:
-            logits = network(normalize(images))  # (N, classes)
-            metrics.update(len(targets), loss=criterion(logits, targets), accuracy=sample_accuracy(logits, targets))
-            if scores:
-                outputs.add(to_probabilities(logits.cpu().double()), targets)
-    means = metrics.compute(expected_count=loader.size)
-    return means | outputs.score({name: SCORES[name] for name in scores})
+            logits = network(normalize(images))  # (N, classes, ...)
+            metrics.update(len(targets), loss=criterion(logits, targets), **task.batch_metrics(logits, targets))
+            if outputs.functions:
+                outputs.add(task.to_predictions(logits.cpu().double()), targets)
+    return metrics.compute(expected_count=loader.size) | outputs.score()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from batteries.core.errors import UserError
 from batteries.core.text import count_of
 from batteries.data.dataset import Dataset, dataset_info, has_classes
 from batteries.data.group_assignment import assign_groups
+from batteries.data.stratification import stratify_labels
+from experiment.task import stratify_by
 
 NUM_FOLDS = 5
 TEST_FRACTION = 0.2  # of all samples, if the data set has no official test split
@@ -22,8 +24,8 @@ SPLIT_SEED = 0
 def make_folds(dataset: Dataset, num_folds: int = NUM_FOLDS, test_fraction: float = TEST_FRACTION) -> np.ndarray:
     """Return the fold of each sample: 0 to num_folds - 1, and -1 for the held-out test split.
 
-    Folds are stratified if targets are classes, and no group is in two of them. A data set with `folds`, such as a
-    column of its table, is split by those; one with `official_test` has that as its test split.
+    Folds are stratified by what `stratify_by` in experiment/task.py returns, and no group is in two of them. A data set
+    with `folds`, such as a column of its table, is split by those; one with `official_test` has that as its test split.
 
     Args:
         dataset: The data set.
@@ -45,7 +47,7 @@ def make_folds(dataset: Dataset, num_folds: int = NUM_FOLDS, test_fraction: floa
         raise UserError(f"--num-folds {num_folds} must be 2 or more: one fold for validation, the others for training.")
     if not 0 <= test_fraction < 1:
         raise UserError(f"--test-fraction {test_fraction} must be 0 or more and less than 1.")
-    labels = np.asarray(info.targets) if has_classes(dataset) else None
+    labels = None if info.targets is None else stratify_by(dataset)
     groups = None if info.groups is None else np.asarray(info.groups)
     everything = np.arange(len(dataset))
     if info.official_test is not None:
@@ -73,7 +75,7 @@ def fold_groups(groups: np.ndarray, labels: np.ndarray | None, num_folds: int, t
 
     Args:
         groups: The group of each sample, shape (n,).
-        labels: The class of each sample, shape (n,), if targets are classes.
+        labels: The class or bin of each sample, shape (n,), or its labels, shape (n, C); None without stratification.
         num_folds: The number of folds.
         test_fraction: The fraction of the samples in the test split.
     """
@@ -117,11 +119,15 @@ def hold_out_test(indices: np.ndarray, labels: np.ndarray | None, test_fraction:
 
     Args:
         indices: The samples, shape (n,).
-        labels: The class of each sample of the data set, shape (N,), if targets are classes.
+        labels: The class or bin of each sample of the data set, shape (N,), or its labels, shape (N, C), or None.
         test_fraction: The fraction of `indices` in the test split.
     """
     from sklearn.model_selection import train_test_split
 
+    if labels is not None and labels.ndim == 2:
+        check_test_fraction(test_fraction, len(indices), 1)
+        subsets = stratify_labels(labels[indices], np.array([test_fraction, 1 - test_fraction]), SPLIT_SEED)
+        return indices[subsets == 1]
     check_test_fraction(test_fraction, len(indices), 1 if labels is None else len(np.unique(labels[indices])))
     rest, _ = train_test_split(indices, test_size=test_fraction, stratify=labels, random_state=SPLIT_SEED)
     return np.asarray(rest)
@@ -140,7 +146,7 @@ def check_test_fraction(test_fraction: float, size: int, minimum: int) -> None:
 
 
 def partition(indices: np.ndarray, labels: np.ndarray | None, num_subsets: int) -> list[np.ndarray]:
-    """Divide `indices` into subsets with the splitter of scikit-learn, stratified if there are labels."""
+    """Divide `indices` into subsets, stratified by classes or bins (N,), by labels (N, C), or not at all (None)."""
     from sklearn.model_selection import KFold, StratifiedKFold
 
     if len(indices) < num_subsets:
@@ -148,6 +154,9 @@ def partition(indices: np.ndarray, labels: np.ndarray | None, num_subsets: int) 
             f"{count_of(len(indices), 'sample')} cannot be divided into {num_subsets} subsets; add samples, or use "
             "fewer folds or another --test-fraction."
         )
+    if labels is not None and labels.ndim == 2:
+        subsets = stratify_labels(labels[indices], np.full(num_subsets, 1 / num_subsets), SPLIT_SEED)
+        return [indices[subsets == number] for number in range(num_subsets)]
     splitter_class = KFold if labels is None else StratifiedKFold
     splitter = splitter_class(num_subsets, shuffle=True, random_state=SPLIT_SEED)
     return [indices[chosen] for _, chosen in splitter.split(indices, None if labels is None else labels[indices])]
@@ -161,14 +170,16 @@ def check_classes(
     *,
     is_test_held_out: bool = False,
 ) -> None:
-    """Raise UserError if a class has fewer samples among `indices` than there are subsets, or a sample has no class."""
+    """Raise UserError if a class has fewer of the samples `indices` than there are subsets, or one has no target."""
     if labels is None:
         return
-    if unknown := int((labels[indices] < 0).sum()):
+    if unknown := int((labels[indices] < 0).reshape(len(indices), -1).any(1).sum()):
         raise UserError(
             f"{count_of(unknown, 'sample')} without a target can only be in the test split; set `official_test` of the "
             "data set to True for them, or leave them out."
         )
+    if not has_classes(dataset):
+        return
     counts = np.bincount(labels[indices], minlength=len(dataset.classes)).tolist()
     for name, count in zip(dataset.classes, counts, strict=True):
         if count >= num_subsets:

@@ -11,6 +11,7 @@ LAYERS = {
     "core": 0,
     "distributed": 1,
     "tracking": 1,
+    "metrics": 1,
     "data": 2,
     "checkpoint": 2,
     "training": 3,
@@ -18,7 +19,7 @@ LAYERS = {
     "run": 4,
 }
 TOP_LAYER = 5  # of all other packages
-TRAIN_NAMES = {"Config", "Stage", "SCORES", "build_state", "build_optimizer", "make_loaders", "train_fn", "valid_fn"}
+TRAIN_NAMES = {"Config", "Stage", "build_state", "build_optimizer", "make_loaders", "train_fn", "valid_fn"}
 PROCESS_NAMES = {"rank", "local_rank", "world_size", "is_rank_zero", "is_launched", "distributed"}
 MAX_FUNCTION_LINES = 60
 
@@ -142,10 +143,10 @@ def test_batteries_imports_nothing_of_the_experiment():
         assert found.module.split(".")[0] not in ("experiment", "tools", "train"), found.place
 
 
-def test_experiment_imports_only_core_and_data():
+def test_experiment_imports_only_core_data_and_metrics():
     for found in in_directory("experiment"):
         assert found.module.split(".")[0] not in ("tools", "train"), found.place
-        assert package_of(found.module) in ("", "core", "data"), found.place
+        assert package_of(found.module) in ("", "core", "data", "metrics"), found.place
 
 
 def test_tools_import_no_tool_and_only_options_and_builders_of_train():

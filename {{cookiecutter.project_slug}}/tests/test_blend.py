@@ -116,7 +116,7 @@ def test_extreme_powers_and_weights_give_rows_that_sum_to_one(tmp_path, flags):
 
 
 def test_ranks_do_not_depend_on_calibration():
-    table = random_predictions(50).probabilities
+    table = random_predictions(50).values
     assert np.array_equal(ranks(table), ranks(table**3))
 
 
@@ -127,7 +127,7 @@ def test_written_predictions_are_read_back_bit_identically(tmp_path_factory, val
     table = Predictions(str(path), ("01", "NA", "a,b"), ("nan", "1"), values, np.array([1, 0, 1]))
     write_predictions(path, table)
     again, text = read_predictions(path), path.read_text()
-    assert again.probabilities.tobytes() == values.tobytes()
+    assert again.values.tobytes() == values.tobytes()
     assert (again.ids, again.classes, again.targets.tolist()) == (table.ids, table.classes, [1, 0, 1])  # type: ignore[union-attr]
     write_predictions(path, again)
     assert path.read_text() == text
@@ -140,18 +140,18 @@ def test_rows_are_matched_by_id_and_columns_by_class(tmp_path):
         "b.csv",
         tuple(table.ids[index] for index in order),
         tuple(CLASSES[index] for index in columns),
-        table.probabilities[order][:, columns],
+        table.values[order][:, columns],
         np.array([columns.index(target) for target in table.targets[order]]),  # type: ignore[index]
     )
     write_predictions(tmp_path / "a.csv", table)
     write_predictions(tmp_path / "b.csv", shuffled)
     first, second = match_predictions([read_predictions(tmp_path / name) for name in ("a.csv", "b.csv")])
-    assert first.probabilities.tobytes() == second.probabilities.tobytes()
+    assert first.values.tobytes() == second.values.tobytes()
     inputs = [tmp_path / "a.csv", tmp_path / "b.csv"]
     end = call_tool(blend_tool, *inputs, "--output", tmp_path / "out.csv", "--weights", "2,6")
     assert end.code == 0, end.err
     assert "weight 0.2500" in end.out
-    assert read_predictions(tmp_path / "out.csv").probabilities == pytest.approx(table.probabilities, abs=1e-15)
+    assert read_predictions(tmp_path / "out.csv").values == pytest.approx(table.values, abs=1e-15)
 
 
 GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
@@ -165,8 +165,8 @@ GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
         ([*GOOD, "b,1,0"], "{bad} has more than one row of id b."),
         (["id,cat,cow", *GOOD[1:]], "do not match: class dog missing in {bad}, class cow only in {bad}."),
         (["id,cat,dog", "a,0.5,nan", GOOD[2]], "{bad} has nan for class dog of id a; a probability is 0 to 1."),
-        (["id,cat,dog", "a,0.5,", GOOD[2]], "{bad} has '' for class dog of id a; a probability is a number."),
-        (["id,cat,dog", "a,0.5,x", GOOD[2]], "{bad} has 'x' for class dog of id a; a probability is a number."),
+        (["id,cat,dog", "a,0.5,", GOOD[2]], "{bad} has '' in column dog of id a; use a number."),
+        (["id,cat,dog", "a,0.5,x", GOOD[2]], "{bad} has 'x' in column dog of id a; use a number."),
         (["id,cat,dog", "a,-0.5,1.5", GOOD[2]], "{bad} has -0.5 for class cat of id a; a probability is 0 to 1."),
         (
             ["id,cat,dog", "a,0.5,0.4", GOOD[2]],
@@ -176,11 +176,11 @@ GOOD = ["id,cat,dog", "a,0.5,0.5", "b,0.25,0.75"]
         (["id,cat,cat", *GOOD[1:]], "{bad} has more than one column cat; keep one."),
         (
             ["name,cat,dog", *GOOD[1:]],
-            "{bad} needs a column id and one column of probabilities per class; it has name,",
+            "{bad} needs a column id and one column for each output; it has name,",
         ),
-        (["id,target", "a,cat"], "{bad} needs a column id and one column of probabilities"),
+        (["id,target", "a,cat"], "{bad} needs a column id and one column for each output"),
         (["id,cat,dog"], "{bad} has no rows."),
-        ([], "{bad} needs a column id and one column of probabilities per class; it has none."),
+        ([], "{bad} needs a column id and one column for each output; it has none."),
         (["x" * 200_000], "{bad} line 1 has a cell of more than 131,072 characters; close its quotation"),
         (
             ["id,cat,dog,target", "a,0.5,0.5,cow", "b,1,0,cat"],
@@ -235,7 +235,7 @@ def test_correlations_of_the_inputs_are_printed(tmp_path):
     for path, table in zip(paths, tables, strict=True):
         write_predictions(path, table)
     end = call_tool(blend_tool, *paths, "--output", tmp_path / "out.csv")
-    values = [table.probabilities.ravel() for table in tables]
+    values = [table.values.ravel() for table in tables]
     lines = end.out.partition("corr     Pearson")[2].splitlines()[1:4]
     for number, line in enumerate(lines):
         wanted = [scipy.stats.pearsonr(values[number], other).statistic for other in values]
@@ -297,7 +297,7 @@ def some_models(size: int = 200) -> tuple[np.ndarray, np.ndarray]:
     good = random_predictions(size, 1)
     worse = random_predictions(size, 2)
     random = random_predictions(size, 3, targets=False)
-    return np.stack([good.probabilities**3, worse.probabilities, random.probabilities]), good.targets  # type: ignore[return-value]
+    return np.stack([good.values**3, worse.values, random.values]), good.targets  # type: ignore[return-value]
 
 
 def test_fitted_weights_are_at_least_as_good_as_a_grid_search():
@@ -360,8 +360,8 @@ def test_fitted_weights_are_applied_to_the_test_predictions(tmp_path):
     assert "by cross-validation of the weights" in end.out
     first, second = (read_predictions(path) for path in tests)
     weight = float(end.out.split("weight ")[1].split()[0])
-    blended = weight * first.probabilities + (1 - weight) * second.probabilities
-    assert read_predictions(tmp_path / "out.csv").probabilities == pytest.approx(blended, abs=1e-4)
+    blended = weight * first.values + (1 - weight) * second.values
+    assert read_predictions(tmp_path / "out.csv").values == pytest.approx(blended, abs=1e-4)
 
 
 def test_fit_on_rejects_predictions_of_other_classes(tmp_path):
@@ -376,10 +376,10 @@ def test_fit_on_rejects_predictions_of_other_classes(tmp_path):
 def test_scores_match_scikit_learn():
     table = random_predictions(40)
     scores = score(table)
-    assert scores["log_loss"] == pytest.approx(log_loss(table.targets, table.probabilities, labels=[0, 1, 2]))
-    assert scores["accuracy"] == np.mean(table.probabilities.argmax(1) == table.targets)
+    assert scores["log_loss"] == pytest.approx(log_loss(table.targets, table.values, labels=[0, 1, 2]))
+    assert scores["accuracy"] == np.mean(table.values.argmax(1) == table.targets)
     assert score(replace(table, targets=None)) == {}
-    assert "log_loss" not in score(replace(table, probabilities=table.probabilities / 2))
+    assert "log_loss" not in score(replace(table, values=table.values / 2))
 
 
 def test_bootstrap_interval_matches_scipy_and_is_reproducible():

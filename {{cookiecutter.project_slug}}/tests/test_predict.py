@@ -101,8 +101,8 @@ def test_every_sample_of_a_split_is_predicted_once_in_order(runs, tmp_path):
         assert list(written.ids) == [dataset.ids[index] for index in split[name]]
         assert written.classes == dataset.classes
         assert written.targets.tolist() == [int(dataset[index][1]) for index in split[name]]
-        assert written.probabilities.tobytes() == table.probabilities.tobytes()
-        assert written.probabilities == pytest.approx(by_hand(runs[0], name), abs=1e-6)
+        assert written.values.tobytes() == table.values.tobytes()
+        assert written.values == pytest.approx(by_hand(runs[0], name), abs=1e-6)
 
 
 @UNSIZED
@@ -117,7 +117,7 @@ def test_every_sample_of_a_split_is_predicted_once_in_order(runs, tmp_path):
 def test_predictions_come_from_the_selected_checkpoint(runs, tmp_path, selection, file):
     selection = {name: value.format(runs[0]) for name, value in selection.items()}
     made = run_predict(runs[0], output=tmp_path, split="valid", **selection)["valid"]
-    assert made.probabilities == pytest.approx(by_hand(runs[0], "valid", runs[0] / file), abs=1e-6)
+    assert made.values == pytest.approx(by_hand(runs[0], "valid", runs[0] / file), abs=1e-6)
 
 
 def test_the_score_of_the_best_checkpoint_equals_that_of_training(runs, tmp_path):
@@ -138,7 +138,7 @@ def test_predictions_do_not_depend_on_processes_and_workers(runs, tmp_path, rank
 def test_batch_size_changes_predictions_only_by_rounding(runs, tmp_path, batch_size):
     first = run_predict(runs[0], output=tmp_path / "a", split="valid")["valid"]
     second = run_predict(runs[0], output=tmp_path / "b", split="valid", batch_size=batch_size)["valid"]
-    assert second.probabilities == pytest.approx(first.probabilities, abs=1e-6)
+    assert second.values == pytest.approx(first.values, abs=1e-6)
 
 
 def test_several_folds_give_out_of_fold_valid_and_mean_test(runs, tmp_path):
@@ -146,13 +146,13 @@ def test_several_folds_give_out_of_fold_valid_and_mean_test(runs, tmp_path):
     single = [run_predict(run, output=tmp_path / run.name) for run in runs]
     rows = {}
     for tables in single:
-        rows |= dict(zip(tables["valid"].ids, tables["valid"].probabilities, strict=True))
+        rows |= dict(zip(tables["valid"].ids, tables["valid"].values, strict=True))
     assert list(together["valid"].ids) == sorted(rows)  # the ids of the data sets are sorted
-    assert np.array_equal(together["valid"].probabilities, [rows[name] for name in together["valid"].ids])
+    assert np.array_equal(together["valid"].values, [rows[name] for name in together["valid"].ids])
     assert set(single[0]["valid"].ids).isdisjoint(single[1]["valid"].ids)
     for name in set(together) - {"valid"}:
-        mean = np.mean([tables[name].probabilities for tables in single], axis=0)
-        assert together[name].probabilities == pytest.approx(mean, abs=1e-15)
+        mean = np.mean([tables[name].values for tables in single], axis=0)
+        assert together[name].values == pytest.approx(mean, abs=1e-15)
 
 
 @UNSIZED
@@ -166,7 +166,7 @@ def test_tta_averages_the_views(runs, tmp_path):
     images = torch.stack([dataset[index][0].flip(-1) for index in split["valid"]])
     with torch.inference_mode():
         mirrored = model(normalize(images)).double().softmax(1).numpy()
-    assert made.probabilities == pytest.approx((plain + mirrored) / 2, abs=1e-6)
+    assert made.values == pytest.approx((plain + mirrored) / 2, abs=1e-6)
     assert np.abs(plain - mirrored).max() > 1e-3
 
 
@@ -204,7 +204,7 @@ def test_images_of_a_directory_or_table_are_predicted_like_the_split(runs, tmp_p
     assert list(made.ids) == (ids if listed else [f"{name}.png" for name in ids])
     assert made.targets is None
     wanted = run_predict(runs[0], output=tmp_path / "valid", split="valid")["valid"]
-    assert made.probabilities == pytest.approx(wanted.probabilities, abs=1e-6)
+    assert made.values == pytest.approx(wanted.values, abs=1e-6)
 
 
 def test_a_table_of_images_with_an_empty_id_is_rejected(tmp_path):
@@ -247,7 +247,7 @@ def test_the_scores_of_the_options_of_the_run_are_printed(runs, monkeypatch, tmp
     monkeypatch.setattr("batteries.evaluation.inference.read_config", lambda *_: config)
     end = call_predict("--run", runs[0], "--split", "valid", "--output", tmp_path)
     table = read_predictions(tmp_path / "valid.csv")
-    macro_f1 = f1_score(table.targets, table.probabilities.argmax(1), average="macro")
+    macro_f1 = f1_score(table.targets, table.values.argmax(1), average="macro")
     assert f"  macro_f1 {macro_f1:.4f}" in end.out
     assert "  balanced_accuracy 0." in end.out
     assert "roc_auc" not in end.out
@@ -347,10 +347,10 @@ def test_the_test_split_is_scored_and_compared_with_valid(runs, tmp_path):
     end = call_predict("--run", runs[0], "--output", tmp_path)
     assert end.code == 0, end.err
     table = read_predictions(tmp_path / "test.csv")
-    accuracy = np.mean(table.probabilities.argmax(1) == table.targets)
+    accuracy = np.mean(table.values.argmax(1) == table.targets)
     assert f"test     {len(table.ids):,} rows  accuracy {accuracy:.4f}" in end.out
     assert "gap      accuracy of test minus valid " in end.out
-    log_loss = -np.log(table.probabilities[np.arange(len(table.ids)), table.targets]).mean()
+    log_loss = -np.log(table.values[np.arange(len(table.ids)), table.targets]).mean()
     assert f"  log_loss {log_loss:.4f}  in " in end.out
     assert "gap      log_loss of test minus valid " in end.out
     assert " loss " not in end.out

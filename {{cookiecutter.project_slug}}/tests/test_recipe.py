@@ -41,7 +41,8 @@ from batteries.training.precision import make_scaler
 from batteries.training.pretrained import load_pretrained
 from batteries.training.schedules import ScheduleByScore, learning_rates
 from batteries.training.state import SilentLogger
-from train import SCORES, Config, Stage, build_optimizer, train_fn, valid_fn
+from experiment.task import SCORES
+from train import Config, Stage, build_optimizer, train_fn, valid_fn
 
 
 @pytest.mark.parametrize("accumulation_steps", range(1, 41))
@@ -550,7 +551,7 @@ def test_tensors_cached_during_validation_can_be_used_in_training(config, monkey
 
 
 def test_streak_that_ended_before_the_check_ends_the_run(config, monkeypatch):
-    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: FaultyLoss({2, 3, 4, 5, 6}, rank=0))
+    monkeypatch.setattr(train.task, "build_criterion", lambda *_: FaultyLoss({2, 3, 4, 5, 6}, rank=0))
     end = command(dataclasses.replace(config, limit_batches=12, batch_size=8))
     assert end.code == 1
     reason = "5 skipped steps in a row, up to stage0 1/3 step 6: their gradients are not finite."
@@ -575,7 +576,7 @@ class FaultyLoss(nn.CrossEntropyLoss):
 
 def test_nonfinite_loss_on_one_rank_skips_the_step_on_all_ranks(monkeypatch):
     def weights() -> np.ndarray:
-        monkeypatch.setattr(train, "build_criterion", lambda smoothing: FaultyLoss({2}, rank=1))
+        monkeypatch.setattr(train.task, "build_criterion", lambda *_: FaultyLoss({2}, rank=1))
         state = make_state(plain_model())
         train_fn(state, make_loader().epoch(0, 1), LOGGER, CONFIG)
         return np.concatenate([value.detach().numpy().ravel() for value in unwrap_model(state.model).parameters()])
@@ -616,7 +617,7 @@ def read_metrics(config: Config) -> list[dict]:
 
 
 def test_few_skipped_steps_are_logged_and_counted_and_training_continues(config, monkeypatch):
-    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: FaultyLoss({2, 3}, rank=0))
+    monkeypatch.setattr(train.task, "build_criterion", lambda *_: FaultyLoss({2, 3}, rank=0))
     end = command(config)
     assert end.code == 0, end.err
     assert end.out.count("was skipped: its gradient is not finite.") == 6  # two in each of three epochs
@@ -625,7 +626,7 @@ def test_few_skipped_steps_are_logged_and_counted_and_training_continues(config,
 
 
 def test_many_skipped_steps_in_a_row_end_the_run_and_list_samples(config, monkeypatch):
-    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: FaultyLoss(set(range(1, 100)), rank=0))
+    monkeypatch.setattr(train.task, "build_criterion", lambda *_: FaultyLoss(set(range(1, 100)), rank=0))
     end = command(config)
     assert end.code == 1
     reason = "the run ends after 5 skipped steps in a row, up to stage0 1/3 step 5: their gradients are not finite."
@@ -691,7 +692,7 @@ def test_custom_score_that_is_minimised_ranks_by_its_minimum(config, monkeypatch
     def brier(_, targets: np.ndarray, probabilities: np.ndarray) -> float:
         return float(((probabilities - np.eye(probabilities.shape[1])[targets]) ** 2).sum(1).mean())
 
-    monkeypatch.setitem(train.SCORES, "brier", brier)
+    monkeypatch.setitem(train.task.SCORES, "brier", brier)
     end = command(dataclasses.replace(config, main_metric="brier", minimize_metric=True))
     assert end.code == 0, end.err
     values = [line["valid"]["brier"] for line in read_metrics(config)]
@@ -732,7 +733,7 @@ def test_collected_predictions_are_in_split_order_for_any_world_size(world_size)
     dataset.classes = [str(number) for number in range(101)]
 
     def gather() -> np.ndarray:
-        collector = PredictionCollector()
+        collector = PredictionCollector({}, ())
         for images, targets in EvalLoader(dataset, range(101), None, CPU, batch_size=16):
             collector.add(images, targets)
         images, targets = collector.gather()
@@ -936,7 +937,7 @@ def test_loss_that_is_not_a_mean_over_samples_is_reported(monkeypatch, criterion
 
 def test_weighted_loss_is_logged_at_the_start_of_a_run(config, monkeypatch):
     weights = torch.linspace(0.1, 3, len(train.load_dataset(config.data_dir).classes))
-    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: nn.CrossEntropyLoss(weight=weights))
+    monkeypatch.setattr(train.task, "build_criterion", lambda *_: nn.CrossEntropyLoss(weight=weights))
     end = command(dataclasses.replace(config, accumulation_steps=4))
     assert end.code == 0, end.err
     assert end.out.count("The loss of a batch is not the mean over its samples") == 1
@@ -945,7 +946,7 @@ def test_weighted_loss_is_logged_at_the_start_of_a_run(config, monkeypatch):
 
 
 def test_loss_that_is_not_one_number_is_rejected(config, monkeypatch):
-    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: nn.CrossEntropyLoss(reduction="none"))
+    monkeypatch.setattr(train.task, "build_criterion", lambda *_: nn.CrossEntropyLoss(reduction="none"))
     end = command(config)
     assert (end.code, end.err.count("\n")) == (2, 1)
     assert "error: the loss has shape (16,) and must be one number; in build_criterion, take the mean" in end.err
@@ -974,7 +975,7 @@ def test_criterion_is_moved_to_the_device(monkeypatch):
     assert prepare_criterion(keyword, SilentLogger(meta))._criterion.keywords["weight"].device == meta
 
     criterion = Weighted()
-    monkeypatch.setattr(train, "build_criterion", lambda smoothing=0: criterion)
+    monkeypatch.setattr(train.task, "build_criterion", lambda *_: criterion)
     train_fn(make_state(plain_model()), make_loader().epoch(0, 1), LOGGER, CONFIG)
     valid_fn(plain_model(), EvalLoader(RandomImages(8, CHANNELS), range(8), None, CPU, batch_size=4), LOGGER, CONFIG)
     assert criterion.devices == [CPU, CPU]

@@ -254,7 +254,7 @@ def test_packages_txt_lists_all_installed_packages(config):
 
 
 def test_train_log_has_all_output_without_control_characters(config, monkeypatch):
-    build_criterion = train.build_criterion
+    batch_metrics = train.task.batch_metrics
 
     def print_more(*arguments):
         print("\x1b[1mbold\x1b[0m words", end="")
@@ -262,9 +262,9 @@ def test_train_log_has_all_output_without_control_characters(config, monkeypatch
         print("redrawn 1\rredrawn 2", file=sys.stderr)
         # pytest replaces warnings.warn().
         print(warnings.formatwarning("a library's", UserWarning, "file.py", 1), file=sys.stderr)
-        return build_criterion(*arguments)
+        return batch_metrics(*arguments)
 
-    monkeypatch.setattr(train, "build_criterion", print_more)
+    monkeypatch.setattr(train.task, "batch_metrics", print_more)
     end = run_command(dataclasses.replace(config, show_warnings=True))
     assert end.code == 0
     log = (config.logdir / "train.log").read_text()
@@ -287,14 +287,14 @@ def test_train_log_has_the_traceback_of_a_bug(config, monkeypatch):
 
 
 def test_other_ranks_write_to_train_log_only_with_their_rank(config, monkeypatch, tmp_path, capfd):
-    build_criterion = train.build_criterion
+    batch_metrics = train.task.batch_metrics
 
     def print_more(*arguments):
         print(f"rank {os.environ['RANK']} prints")
         print(f"rank {os.environ['RANK']} warns", file=sys.stderr)
-        return build_criterion(*arguments)
+        return batch_metrics(*arguments)
 
-    monkeypatch.setattr(train, "build_criterion", print_more)
+    monkeypatch.setattr(train.task, "batch_metrics", print_more)
     run_ranks(2, lambda: train.main(config), join=False)
     log = (config.logdir / "train.log").read_text()
     assert " OUT rank 0 prints\n" in log

@@ -234,12 +234,12 @@ def write_run(directory: Path, valid: list[dict], stages: tuple[str, ...] = ("on
 
 
 def test_scores_and_classes_match_the_predictions(first_report, predictions):
-    predicted = predictions.probabilities.argmax(1)
+    predicted = predictions.values.argmax(1)
     targets = predictions.targets
     classes = predictions.classes
     [[name, accuracy, loss]] = first_report.table("Scores", 1)
     assert (name.endswith("/best.pth"), accuracy) == (True, f"{(predicted == targets).mean():.4f}")
-    logs = [math.log(row[target]) for row, target in zip(predictions.probabilities, targets, strict=True)]
+    logs = [math.log(row[target]) for row, target in zip(predictions.values, targets, strict=True)]
     assert loss == f"{-sum(logs) / len(logs):.4f}"
 
     counts = Counter((classes[target], classes[index]) for target, index in zip(targets, predicted, strict=True))
@@ -285,7 +285,7 @@ def test_the_confusion_matrix_is_correct(size, classes):
     table = inaccurate_predictions(size, classes)
     counts = error_analysis.compute_confusion_matrix(table)
     by_hand = np.zeros((classes, classes), dtype=int)
-    for row, target in zip(table.probabilities, table.targets, strict=True):
+    for row, target in zip(table.values, table.targets, strict=True):
         by_hand[target, list(row).index(max(row))] += 1
     assert np.array_equal(counts, by_hand)
     errors = [by_hand[name].sum() + by_hand[:, name].sum() - 2 * by_hand[name, name] for name in range(classes)]
@@ -312,7 +312,7 @@ def test_calibration_matches_a_slow_reference(first_report, predictions):
     for low, high in itertools.pairwise(edges):
         inside = [
             (max(row), list(row).index(max(row)) == target)
-            for row, target in zip(predictions.probabilities, predictions.targets, strict=True)
+            for row, target in zip(predictions.values, predictions.targets, strict=True)
             if low < max(row) <= high
         ]
         if inside:
@@ -333,7 +333,7 @@ def test_bins_include_their_upper_edge():
 
 def test_worst_errors_and_least_confident_samples_are_in_order(runs, first_report, predictions):
     classes = predictions.classes
-    rows = list(zip(predictions.ids, predictions.probabilities, predictions.targets, strict=True))
+    rows = list(zip(predictions.ids, predictions.values, predictions.targets, strict=True))
     wrong = sorted((row[target], number) for number, (_, row, target) in enumerate(rows) if row.argmax() != target)
     least_confident = sorted((max(row), number) for number, (_, row, _) in enumerate(rows))
     lists = list(first_report.section("Samples").iter("ul"))
@@ -613,22 +613,18 @@ def test_a_run_without_a_finite_score_has_a_report(copied_run):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("labels", "the targets are not one class per sample"),
-        ("numbers", "the targets are not one class per sample"),
         ("unknown", "the targets of these samples are not known."),
         ("nan", "the outputs of the model are not finite for 1 of 12 samples."),
         ("bug", "The sections on classes, calibration and samples are omitted: ZeroDivisionError: division by zero"),
     ],
 )
-def test_other_predictions_than_classes_are_omitted_with_a_note(copied_run, monkeypatch, kind, message):
+def test_predictions_that_cannot_be_analysed_are_omitted_with_a_note(copied_run, monkeypatch, kind, message):
     table = random_predictions()
-    values = table.probabilities.copy()
+    values = table.values.copy()
     values[3, 1] = math.nan
     others = {
-        "labels": {"targets": np.ones((12, 3), dtype=np.int64)},
-        "numbers": {"targets": np.linspace(0, 1, 12)},
         "unknown": {"targets": None},
-        "nan": {"probabilities": values},
+        "nan": {"values": values},
         "bug": {},
     }
     made = {"valid": dataclasses.replace(table, **others[kind])}
@@ -699,12 +695,12 @@ def test_scores_on_test_are_shown_if_its_predictions_exist(copied_run):
     lines = ["id,cat,dog,0,target"]
     lines += [
         f"{name},{','.join(map(repr, map(float, row)))},{table.classes[target]}"
-        for name, row, target in zip(table.ids, table.probabilities, table.targets, strict=True)
+        for name, row, target in zip(table.ids, table.values, table.targets, strict=True)
     ]
     (copied_run / "predictions/test.csv").write_text("\n".join(lines) + "\n")
     assert call_report(copied_run).code == 0
     row = Report((copied_run / "report.html").read_text()).table("Scores", 1)[1]
-    predicted = table.probabilities.argmax(1)
+    predicted = table.values.argmax(1)
     accuracy = np.mean(predicted == table.targets)
     f1 = f1_score(table.targets, predicted, average="macro")
     assert (row[0], row[1], row[3]) == ("test, from predictions/test.csv", f"{accuracy:.4f}", f"{f1:.4f}")

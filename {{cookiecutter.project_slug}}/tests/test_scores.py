@@ -113,13 +113,13 @@ def test_a_metric_of_scikit_learn_is_computed_from_predictions(logdir, score_log
     write_predictions(logdir / "predictions/test.csv", table)
     assert call_tool(scores, "add", logdir, "--score-log", score_log).code == 0
     [line] = read_score_log(score_log)
-    assert line.test == f1_score(table.targets, table.probabilities.argmax(1), average="macro")
+    assert line.test == f1_score(table.targets, table.values.argmax(1), average="macro")
 
 
 def test_an_undefined_score_stays_empty(logdir, score_log):
     (logdir / "config.json").write_text('{"main_metric": "roc_auc"}')
     table = random_predictions(30, 1)
-    ranks = replace(table, probabilities=table.probabilities / 2)  # rows that do not sum to one, as of ranks
+    ranks = replace(table, values=table.values / 2)  # rows that do not sum to one, as of ranks
     (logdir / "predictions").mkdir()
     write_predictions(logdir / "predictions/valid.csv", ranks)
     end = call_tool(scores, "add", logdir, "--leaderboard", "0.9", "--score-log", score_log)
@@ -144,7 +144,7 @@ def test_a_blend_uses_the_metric_of_the_other_lines_or_of_the_option(logdir, sco
     assert call_tool(scores, "add", folder, "--score-log", score_log).code == 0
     lines = {line.name: line for line in read_score_log(score_log)}
     assert lines["blend"].metric == "macro_f1"
-    assert lines["blend"].valid == f1_score(table.targets, table.probabilities.argmax(1), average="macro")
+    assert lines["blend"].valid == f1_score(table.targets, table.values.argmax(1), average="macro")
     assert (
         call_tool(scores, "add", folder, "--name", "by loss", "--metric", "log_loss", "--score-log", score_log).code
         == 0

@@ -29,11 +29,11 @@ def test_two_models_on_two_folds_become_one_submission(tmp_path):
     done = run_commands(code, copy, TRAIN_FLAGS)
 
     a, b, blended = (read_test_predictions(copy, name) for name in ("a", "b", "blend"))
-    assert blended.probabilities == pytest.approx((a.probabilities + b.probabilities) / 2, abs=1e-15)
+    assert blended.values == pytest.approx((a.values + b.values) / 2, abs=1e-15)
     sample = read_rows(copy / "data/sample_submission.csv")
     submission = read_rows(copy / "submission.csv")
     assert [row[0] for row in submission] == [row[0] for row in sample] == ["id", *blended.ids]
-    labels = [blended.classes[index] for index in blended.probabilities.argmax(1)]
+    labels = [blended.classes[index] for index in blended.values.argmax(1)]
     assert [row[1] for row in submission] == ["label", *labels]
 
     entries = {entry.name: entry for entry in read_score_log(copy / "scores.csv")}
@@ -55,4 +55,4 @@ def read_rows(path: Path) -> list[list[str]]:
 
 
 def accuracy(table: Predictions) -> float:
-    return float(np.mean(table.probabilities.argmax(1) == table.targets))
+    return float(np.mean(table.values.argmax(1) == table.targets))

@@ -29,7 +29,7 @@ class Task(NamedTuple):
     build_model: object
     loss: object
     sample_accuracy: object
-    to_probabilities: object
+    to_predictions: object
 
 
 TASKS = {
@@ -81,12 +81,16 @@ class Samples:
 @pytest.fixture(params=TASKS)
 def task(request, monkeypatch) -> Task:
     task = TASKS[request.param]
+    task_changes = {
+        "build_criterion": lambda *_: task.loss,
+        "sample_accuracy": task.sample_accuracy,
+        "to_predictions": task.to_predictions,
+    }
+    for name, change in task_changes.items():
+        monkeypatch.setattr(train.task, name, change)
     changes = {
         "load_dataset": lambda _: Samples(task),
         "build_model": task.build_model,
-        "build_criterion": lambda *_: task.loss,
-        "sample_accuracy": task.sample_accuracy,
-        "to_probabilities": task.to_probabilities,
         "train_transform": lambda _: None,
         "valid_transform": lambda _: None,
     }
@@ -128,7 +132,7 @@ def test_validation_uses_the_loss_and_accuracy_of_experiment(task, tmp_path):
     assert best["accuracy"] == pytest.approx(task.sample_accuracy(outputs, targets).double().mean().item(), rel=1e-6)
 
 
-def test_predictions_use_to_probabilities_or_the_task_is_rejected(task, tmp_path):
+def test_predictions_use_to_predictions_or_the_task_is_rejected(task, tmp_path):
     assert start(tmp_path).code == 0
     stage = json.loads((tmp_path / "run/run.json").read_text())["best"]["stage"]
     end = run_train(
@@ -147,4 +151,4 @@ def test_predictions_use_to_probabilities_or_the_task_is_rejected(task, tmp_path
         rows = np.flatnonzero(folds(tmp_path) == -1)
         assert (table.ids, table.targets) == (tuple(map(str, rows)), None)
         wanted = outputs_of_best(task, tmp_path, stage, rows).double().sigmoid().numpy()
-        np.testing.assert_allclose(table.probabilities, wanted, rtol=1e-5)
+        np.testing.assert_allclose(table.values, wanted, rtol=1e-5)

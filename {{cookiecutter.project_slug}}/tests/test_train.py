@@ -342,7 +342,7 @@ def test_flags_take_precedence_over_a_config_file(tmp_path):
         (["--stages.1.name", "train.log"], "--stages.1.name 'train.log' must be a directory name with the characters"),
         (["--stages.1.name", "stage0"], "--stages has two stages named stage0; give each stage a different name."),
         (["--main-metric", "loss"], "--main-metric loss: lower is better. Add --minimize-metric."),
-        (["--minimize-metric"], "--main-metric accuracy: higher is better. Remove --minimize-metric."),
+        (["--minimize-metric"], "--main-metric accuracy: higher is better. Use --no-minimize-metric."),
         (["--min-delta", "0.1"], "--min-delta 0.1 has no effect without --patience; give both."),
         (["--weight-decay", "-1"], "--weight-decay -1.0 must be 0 or more."),
         (["--mixup", "-1"], "--mixup -1.0 must be 0 or more."),
@@ -449,8 +449,8 @@ def test_incomplete_torchrun_environment_is_ignored(start, monkeypatch, tmp_path
 
 
 def test_metric_of_invalid_shape_is_rejected(cpu):
-    with pytest.raises(ValueError, match=r"metric accuracy has shape \(8, 5\) for 8 samples"):
-        MeanMetrics().update(8, accuracy=torch.ones(8, 5))
+    with pytest.raises(ValueError, match=r"metric accuracy has shape \(5, 8\) for 8 samples"):
+        MeanMetrics().update(8, accuracy=torch.ones(5, 8))
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Stage)])
@@ -651,7 +651,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 MODEL = "what build_model in experiment/model.py returns"
-LOSS = "what build_criterion in experiment/model.py returns"
+LOSS = "what build_criterion in experiment/task.py returns"
 
 
 @pytest.mark.parametrize(
@@ -705,7 +705,7 @@ def test_code_mistakes_are_one_line_and_the_traceback_is_in_train_log(
     if name == "load_dataset":
         monkeypatch.setattr(train, name, lambda _: WrongData(load_dataset(data_dir), make))
     else:
-        monkeypatch.setattr(train, name, make)
+        monkeypatch.setattr(train.task if name == "build_criterion" else train, name, make)
     end = start("--logdir", str(tmp_path / "run"), "--limit-batches", "30")
     assert end.code in (1, 2)
     assert end.err.count("\n") == 1, end.err

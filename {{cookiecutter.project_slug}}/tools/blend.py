@@ -147,7 +147,7 @@ def fit(options: Options, power: float, first: Predictions) -> np.ndarray:
 
 def stack(tables: Sequence[Predictions]) -> np.ndarray:
     """Stack the probabilities of matched tables; shape (M, N, C)."""
-    return np.stack([table.probabilities for table in tables])
+    return np.stack([table.values for table in tables])
 
 
 def print_summary(tables: Sequence[Predictions], weights: np.ndarray, blended: Predictions) -> None:

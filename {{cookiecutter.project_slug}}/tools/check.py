@@ -43,12 +43,12 @@ from batteries.training.pretrained import load_pretrained
 from batteries.training.setup import preserved_settings, setup_training
 from batteries.training.state import SilentLogger, TrainState
 from batteries.training.wrap import check_batchnorm, prepare_model
-from experiment import augmentations
+from experiment import augmentations, task
 from experiment.augmentations import normalize, train_transform, valid_transform
 from experiment.dataset import load_dataset
 from experiment.model import build_model
 from experiment.splits import make_folds
-from train import SCORES, Config, Stage, build_state, make_loaders, train_fn, valid_fn
+from train import Config, Stage, build_state, make_loaders, train_fn, valid_fn
 
 SMALL_BATCH = 8  # samples of a step if its speed and size do not matter
 GRADIENT_STEPS = 10  # enough to see most layers that are skipped at random
@@ -63,6 +63,12 @@ class Options(Config):
 
     samples: Count = 2000  # images to open and compare; chosen at random if there are more
     overfit_steps: Count = 60  # steps in which one small batch must be learned
+
+
+class RepeatedStep(list[Batch]):
+    """The micro-batches of one step, in place of those of an epoch."""
+
+    class_weights = None
 
 
 @dataclass
@@ -169,7 +175,7 @@ class CheckContext:
         train_loader, _ = self.loaders(stage, replace(plain, limit_batches=min(MAX_TIMED_STEPS, limit)))
         _, valid_loader = self.loaders(stage, replace(plain, limit_batches=min(2, limit)))
         state = self.make_state(stage, len(train_loader))
-        first_step: list[Batch] = []  # its micro-batches
+        first_step = RepeatedStep()
 
         def load() -> Iterator[None]:
             for batch in train_loader.epoch(0, 1):
@@ -222,13 +228,14 @@ def make_context(options: Options, device: torch.device) -> CheckContext:
     for stage in options.stages:
         train_loader, _ = context.loaders(stage, options)
         check_batchnorm(model, train_loader, synchronised=options.sync_batchnorm)
+        task.build_criterion(options.label_smoothing, train_loader.class_weights)  # rejects what the task does not have
     check_module_names(model, options.stages)
 
     def validate(small: Options) -> dict[str, float]:
         _, valid_loader = context.loaders(context.first_stage, small)
         return valid_fn(model, valid_loader, context.logger, small)
 
-    check_main_metric(options, SCORES, validate)
+    check_main_metric(options, task, validate)
     return context
 
 
@@ -267,7 +274,7 @@ def check_overfit_one_batch(context: CheckContext) -> CheckResult:
         indices,
         valid_transform(stage.image_size),
         context.device,
-        seed=options.seed,
+        seed=context.options.seed,
         batch_size=len(indices),
     )
     state = context.make_state(stage, steps)
@@ -276,7 +283,7 @@ def check_overfit_one_batch(context: CheckContext) -> CheckResult:
         for number in range(1, steps + 1):
             yield train_fn(state, loader.epoch(0, number), context.logger, options)["loss"]
 
-    may_be_trained = options.init_from is not None
+    may_be_trained = context.options.init_from is not None
     return model_checks.check_overfit_one_batch(losses(), len(indices), stage.lr, pretrained=may_be_trained)
 
 

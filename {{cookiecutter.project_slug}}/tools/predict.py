@@ -1,4 +1,4 @@
-"""Predict with the checkpoint of a run: probabilities of every sample of a split, or of other images.
+"""Predict every sample of a split, or other images, with the checkpoint of a run.
 
     python tools/predict.py --run logs/baseline                                # its best checkpoint, valid and test
     python tools/predict.py --run logs/fold_0 logs/fold_1 --output logs/cv     # out-of-fold, and the mean on test
@@ -8,25 +8,26 @@ Several processes (`python -m batteries.distributed.launch tools/predict.py …`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
+from batteries.core.metric_names import select_scores
 from batteries.core.text import find_repeated, list_first
 from batteries.distributed.collectives import local_rank_zero_first, run_on_rank_zero
-from batteries.evaluation.error_analysis import has_class_targets
 from batteries.evaluation.inference import Experiment, InferenceOptions, predict_run, run_config
 from batteries.evaluation.predictions import Predictions, average_by_id, check_same_names, write_all
 from batteries.evaluation.scoring import bootstrap_gap, sample_scores, score
 from batteries.evaluation.tta import Views
 from batteries.training.setup import setup_training
+from experiment import task
 from experiment.augmentations import MEAN, normalize, valid_transform
 from experiment.dataset import load_dataset
-from experiment.model import build_model, to_probabilities
+from experiment.model import build_model
 from experiment.splits import make_folds
-from train import SCORES, Config
+from train import Config
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def check_options(options: Options) -> None:
 
 
 def make_experiment() -> Experiment:
-    """Collect the functions of experiment/."""
+    """Collect what inference reads of experiment/."""
     return Experiment(
         make_folds=make_folds,
         build_model=build_model,
-        to_probabilities=to_probabilities,
+        task=task,
         normalize=normalize,
         valid_transform=valid_transform,
         channels=len(MEAN),
@@ -121,11 +122,10 @@ def merge(path: Path, tables: Sequence[Predictions], order: Sequence[str] | None
 
     Args:
         path: The file of the result.
-        tables: The predictions of each run; targets are kept only if each of them is one class.
+        tables: The predictions of each run.
         order: The ids in the order of the result, for tables with different rows (out-of-fold). None: the mean of
             tables with the same rows.
     """
-    tables = [table if has_class_targets(table) else replace(table, targets=None) for table in tables]
     if order is None:
         for table in tables:
             check_same_names("id", tables[0].name, tables[0].ids, table.name, table.ids)
@@ -134,7 +134,7 @@ def merge(path: Path, tables: Sequence[Predictions], order: Sequence[str] | None
 
 def print_scores(tables: dict[str, Predictions], num_models: int, config: Config) -> None:
     """Print the scores of tables with targets, and the gap between valid and test."""
-    functions = {name: SCORES[name] for name in SCORES if name in (config.main_metric, *config.scores)}
+    functions = select_scores(task.SCORES, (config.main_metric, *config.scores))
     for name, table in tables.items():
         scores = "".join(f"  {metric} {value:.4f}" for metric, value in score(table, functions).items())
         print(f"{name:<8} {len(table.ids):,} rows{scores}  in {table.name}")

@@ -24,9 +24,10 @@ from batteries.data.dataset import Dataset
 from batteries.data.image_grid import stretch, to_rgb
 from batteries.data.loaders import TrainLoader
 from batteries.data.splits import Split, SplitFile, check_files
-from experiment.augmentations import batch_transform, normalize, train_transform
+from experiment.augmentations import normalize, train_transform
 from experiment.dataset import load_dataset
 from experiment.splits import make_folds
+from experiment.task import batch_transform
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from tyro.conf import Positional
 from batteries.core.command_line import run_command
 from batteries.core.config_io import to_json
 from batteries.core.errors import UserError
+from batteries.core.metric_names import select_scores
 from batteries.core.project import ROOT
-from batteries.evaluation.error_analysis import check_classification
+from batteries.evaluation.error_analysis import check_targets
 from batteries.evaluation.predictions import Predictions, read_predictions
 from batteries.evaluation.scoring import score
 from batteries.report.history import RunHistory, common_directory, find_runs, read_histories
@@ -176,13 +177,13 @@ def predict_valid(directory: Path, options: Options) -> ValidPredictions:
     from batteries.evaluation.inference import Experiment, InferenceOptions, predict_run, run_config
     from batteries.evaluation.run_selection import find_checkpoint
     from batteries.training.setup import setup_training
-    from experiment import augmentations, dataset, model, splits
+    from experiment import augmentations, dataset, model, splits, task
     from train import Config
 
     experiment = Experiment(
         make_folds=splits.make_folds,
         build_model=model.build_model,
-        to_probabilities=model.to_probabilities,
+        task=task,
         normalize=augmentations.normalize,
         valid_transform=augmentations.valid_transform,
         channels=len(augmentations.MEAN),
@@ -199,7 +200,7 @@ def predict_valid(directory: Path, options: Options) -> ValidPredictions:
     with contextlib.redirect_stdout(io.StringIO()), setup_training(config) as device:
         samples: Any = dataset.load_dataset(config.data_dir)
         predictions = predict_run(directory, config, samples, device, experiment, inference)["valid"]
-    check_classification(predictions)
+    check_targets(predictions)
     index_of = {str(name): index for index, name in enumerate(samples.ids)}
 
     def thumbnail_of(name: str) -> bytes | None:
@@ -227,10 +228,9 @@ def read_test_predictions(run: RunHistory) -> tuple[dict[str, Predictions], str]
 
 def score_all(run: RunHistory, tables: Mapping[str, Predictions]) -> dict[str, dict[str, float]]:
     """Compute accuracy, log loss and the scores of the run's options for each table."""
-    from train import SCORES
+    from experiment.task import SCORES
 
-    wanted = (run.main_metric, *run.config.get("scores", ()))
-    functions = {name: function for name, function in SCORES.items() if name in wanted}
+    functions = select_scores(SCORES, (run.main_metric, *run.config.get("scores", ())))
     return {name: score(table, functions) for name, table in tables.items()}
 
 

@@ -22,11 +22,11 @@ from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
 from batteries.core.files import read_json, write_output
 from batteries.core.fonts import ignore_missing_glyphs
-from batteries.core.metric_names import LOWER_IS_BETTER
+from batteries.core.metric_names import is_lower_better, select_scores
 from batteries.core.project import ROOT
 from batteries.core.text import count_of, did_you_mean
 from batteries.evaluation.predictions import read_predictions
-from batteries.evaluation.scoring import score
+from batteries.evaluation.scoring import MEANS, score
 from batteries.submission.score_log import (
     SCORE_COLUMNS,
     ScoreEntry,
@@ -38,7 +38,6 @@ from batteries.submission.score_log import (
     update_entry,
 )
 
-MEANS = ("accuracy", "log_loss")  # the metrics of sample_scores
 SCORE_LOG = ROOT / "scores.csv"
 IMAGE_FORMATS = ("png", "pdf", "svg")
 
@@ -329,18 +328,20 @@ def score_predictions(directory: Path, split: str, metric: str, reported: Collec
         The score; None if the targets are not known, or if the score is undefined or not one of predictions.
     """
     table = read_predictions(directory / "predictions" / f"{split}.csv")
-    if metric in MEANS:
+    if metric in MEANS[table.kind]:
         return score(table).get(metric)
-    from train import SCORES
+    from experiment.task import SCORES
 
-    if metric not in SCORES and metric in reported:
+    functions = select_scores(SCORES, [metric])
+    if not functions and metric in reported:
         print(f"note     {metric} is known of training only, not of {table.name}; --{split} sets it")
         return None
-    if metric not in SCORES:
-        known = dict.fromkeys((*MEANS, *SCORES))
+    scores = score(table, functions)
+    if not functions or (scores and metric not in scores):
+        known = dict.fromkeys((*MEANS[table.kind], *SCORES, *scores))
         hint = did_you_mean(metric, known) or "."
         raise UserError(f"--metric {metric} is not a known metric{hint} Use one of: {', '.join(known)}.")
-    value = score(table, {metric: SCORES[metric]})[metric]
+    value = scores.get(metric, math.nan)
     if math.isnan(value):
         print(f"note     {metric} is undefined for {table.name}: {split} stays empty; --{split} sets it")
         return None
@@ -364,7 +365,7 @@ def portable_path(directory: Path) -> str:
 
 def sort_key(entry: ScoreEntry) -> tuple[str, bool, float, str]:
     """Sort by metric, the best validation score first, entries without one last."""
-    sign = 1 if entry.metric in LOWER_IS_BETTER else -1
+    sign = 1 if is_lower_better(entry.metric) else -1
     return entry.metric, entry.valid is None, sign * (entry.valid or 0), entry.date
 
 

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 from batteries.core.project import ROOT, is_user_code
 
-BUILDERS = {"model": "build_model", "network": "build_model", "criterion": "build_criterion"}  # by name of a variable
-MODEL_FILE = "experiment/model.py"
+BUILDERS = {  # by name of a variable
+    "model": "build_model in experiment/model.py",
+    "network": "build_model in experiment/model.py",
+    "criterion": "build_criterion in experiment/task.py",
+}
 
 
 class Expectation(NamedTuple):
@@ -143,7 +146,7 @@ def _find_builder(caller: FrameType, frame: FrameType) -> str:
     for name, value in (item for holder in holders for item in holder.items()):
         is_called = (value is module and value is not None) or getattr(value, "__code__", None) is frame.f_code
         if is_called and name.strip("_") in BUILDERS:
-            return f"what {BUILDERS[name.strip('_')]} in {MODEL_FILE} returns"
+            return f"what {BUILDERS[name.strip('_')]} returns"
     return ""
 
 

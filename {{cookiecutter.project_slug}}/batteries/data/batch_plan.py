@@ -3,11 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from batteries.core.errors import UserError
 from batteries.core.ranks import world_size
-from batteries.core.seeding import Stream
 from batteries.core.text import count_of
 
 
@@ -108,8 +105,3 @@ def check_batch_size(batch_size: int, accumulation_steps: int, size: int, drop_l
             f"--batch-size {batch_size} leaves {count_of(size % batch_size, 'sample')} for the last step of an epoch, "
             f"fewer than the {ranks} processes; use --drop-last or another --batch-size."
         )
-
-
-def epoch_permutation(size: int, *key: int) -> np.ndarray:
-    """Return the order of an epoch: a permutation of `size` positions drawn from the stream `key`."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((*key, Stream.ORDER)))).permutation(size)

@@ -60,8 +60,8 @@ class DatasetInfo:
 
     Attributes:
         ids: A stable and unique name for each sample.
-        targets: The targets, shape (N,): indices into `classes`, UNKNOWN if not known, or floats, NaN if not known.
-            Targets of other shapes, such as several labels per sample, are neither written to split files nor counted.
+        targets: The targets: indices into `classes`, shape (N,), or several labels per sample, 0 and 1, shape (N, C),
+            UNKNOWN if not known; or floats, shape (N,) or (N, C), NaN if not known. None for masks.
         classes: A name for each output of the model.
         groups: A group for each sample, such as a patient; a group is never in two folds.
         folds: The fold of each sample, shape (N,), if the data set defines them; -1 for the test split.
@@ -101,11 +101,28 @@ def dataset_info(dataset: object) -> DatasetInfo:
 
 
 def has_classes(dataset: object) -> bool:
-    """Return whether the targets are indices into `classes`. A single class can be the name of a regression target."""
+    """Return whether the targets are indices into `classes`. A single class can be the name of a number."""
     info = dataset_info(dataset)
     if info.classes is None or info.targets is None or np.ndim(info.targets) != 1:
         return False
     return len(info.classes) > 1 or not np.issubdtype(np.asarray(info.targets).dtype, np.floating)
+
+
+def has_labels(dataset: object) -> bool:
+    """Return whether the targets are several labels per sample, shape (N, C): 1 if present, 0 if not, or UNKNOWN."""
+    targets = dataset_info(dataset).targets
+    if targets is None or np.ndim(targets) != 2:
+        return False
+    values = np.asarray(targets)
+    return not np.issubdtype(values.dtype, np.floating) or bool(np.isin(values, (0, 1, UNKNOWN)).all())
+
+
+def has_numbers(dataset: object) -> bool:
+    """Return whether the targets are numbers, shape (N,) or (N, C); NaN if not known."""
+    targets = dataset_info(dataset).targets
+    if targets is None or has_classes(dataset) or has_labels(dataset):
+        return False
+    return np.issubdtype(np.asarray(targets).dtype, np.floating)
 
 
 class SampleRequest(NamedTuple):

@@ -28,7 +28,7 @@ def assign_groups(
 
     Args:
         groups: The group of each sample, shape (N,).
-        labels: The class of each sample, shape (N,); None if there are no classes.
+        labels: The class of each sample, shape (N,), or its labels, 0 and 1, shape (N, C); None if there are none.
         fractions: The fraction of the samples for each subset, shape (S,); they sum to 1.
         max_first: The fraction that the first subset does not exceed if possible; if given, its size also has priority.
         seed: Orders groups of equal size.
@@ -39,9 +39,9 @@ def assign_groups(
     _, codes = np.unique(groups.astype(str), return_inverse=True)
     counts = np.bincount(codes)[:, None]
     if labels is not None:
-        _, classes = np.unique(labels, return_inverse=True)
-        per_class = np.zeros((len(counts), classes.max() + 1), dtype=np.int64)
-        np.add.at(per_class, (codes, classes), 1)
+        is_of_class = labels[:, None] == np.unique(labels) if labels.ndim == 1 else labels > 0
+        per_class = np.zeros((len(counts), is_of_class.shape[1]), dtype=np.int64)
+        np.add.at(per_class, codes, is_of_class.astype(np.int64))
         counts = np.hstack([counts, per_class])
     return _Assignment(counts, fractions, max_first).solve(seed)[codes]
 

@@ -14,11 +14,12 @@ from batteries.data.batch_plan import (
     MicroBatch,
     check_batch_size,
     count_steps,
-    epoch_permutation,
     plan_epoch,
     smallest_micro_batch,
 )
+from batteries.data.class_weights import find_class_weights
 from batteries.data.dataset import Mixer, SampleRequest, Samples, SeededDataset, Transform, dataset_info, receive
+from batteries.data.sampling import Sampling, balance_classes, epoch_order
 from batteries.data.workers import make_loader
 
 
@@ -69,11 +70,16 @@ class TrainLoader:
         seed: The seed of the run.
         batch_size: The samples of one optimizer step, over all ranks and micro-batches.
         accumulation_steps: The micro-batches of one optimizer step.
+        sampling: `shuffled`, each sample once in an epoch, or `balanced`, all classes equally often.
+        class_weights: `balanced`, or a CSV file with the columns class and weight; None for none.
         drop_last: Skip the short last step of an epoch.
         limit_batches: The maximum number of steps in an epoch.
         num_workers: The loader processes per rank; None chooses it for the machine.
         start_method: How worker processes are started: fork, spawn, or None for the default.
         mixer: Mixes the samples of a step on the device.
+
+    Attributes:
+        class_weights: The weights of classes for the loss, float32, shape (C,), or (2, C) for labels; or None.
 
     Raises:
         UserError: If `batch_size` is not divisible by ranks and micro-batches, or larger than the split.
@@ -89,6 +95,8 @@ class TrainLoader:
         seed: int,
         batch_size: int,
         accumulation_steps: int = 1,
+        sampling: Sampling = "shuffled",
+        class_weights: str | None = None,
         drop_last: bool = True,
         limit_batches: int | None = None,
         num_workers: int | None = 0,
@@ -98,6 +106,8 @@ class TrainLoader:
         check_batch_size(batch_size, accumulation_steps, len(indices), drop_last)
         self.indices = np.asarray(indices)
         self.ids = dataset_info(dataset).ids
+        self.balance = balance_classes(dataset, self.indices) if sampling == "balanced" else None
+        self.class_weights = find_class_weights(class_weights, dataset, self.indices)
         self.batch_size = batch_size
         self.accumulation_steps = accumulation_steps
         self.drop_last = drop_last
@@ -153,7 +163,7 @@ class EpochBatches:
         self.loader = loader
         self.key = key
         self.first_step = first_step
-        self.order = loader.indices[epoch_permutation(len(loader.indices), *key)]
+        self.order = loader.indices[epoch_order(len(loader.indices), loader.balance, *key)]
         self.sample_seeds = loader.samples.make_seeds(loader.size, *key)
 
     def __len__(self) -> int:
@@ -163,6 +173,11 @@ class EpochBatches:
     def epoch(self) -> int:
         """The epoch, from 1."""
         return self.key[2]
+
+    @property
+    def class_weights(self) -> torch.Tensor | None:
+        """The weights of classes for the loss, on the CPU."""
+        return self.loader.class_weights
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +220,7 @@ class EpochBatches:
 
     def sample(self, index: int) -> tuple[Any, Any]:
         """Return (image, target) of the sample `index` of the data set, as this epoch augments it, before mixing."""
-        [position] = np.flatnonzero(self.order == index)
+        position = np.flatnonzero(self.order == index)[0]
         loaded = self.loader.samples.__getitems__(self._request_positions(np.array([position])))
         images, targets = receive(loaded, self.loader.device)
         return images[0], targets[0]
@@ -253,6 +268,7 @@ class EvalLoader:
 
     Attributes:
         size: The number of samples over all ranks.
+        classes: The classes of the data set; empty if it has none.
     """
 
     def __init__(
@@ -271,6 +287,7 @@ class EvalLoader:
         indices = np.asarray(indices)
         starts = range(0, len(indices), batch_size)[:limit_batches]
         self.size = min(len(indices), len(starts) * batch_size)
+        self.classes = tuple(dataset_info(dataset).classes or ())
         self.device = device
         samples = SeededDataset(dataset, transform)
         # Each sample has a random stream here too, so that evaluation with a random transform is reproducible.

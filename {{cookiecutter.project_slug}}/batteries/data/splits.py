@@ -17,7 +17,7 @@ from batteries.core.files import sync_directory, write_text
 from batteries.core.project import source_of
 from batteries.core.tables import KEYS, parse_table, read_table_text
 from batteries.core.text import count_of, find_repeated, list_first
-from batteries.data.dataset import UNKNOWN, Dataset, dataset_info, has_classes
+from batteries.data.dataset import UNKNOWN, Dataset, dataset_info, has_classes, has_labels
 from batteries.data.get_batch import check_get_batch
 from batteries.distributed.collectives import run_on_rank_zero
 
@@ -280,18 +280,26 @@ def _check_groups(groups: Sequence[str], folds: np.ndarray, name: str) -> None:
 def _check_targets(dataset: Dataset, folds: np.ndarray, name: str) -> None:
     """Check that only test samples have an unknown target."""
     targets = dataset_info(dataset).targets
-    if targets is None or np.ndim(targets) != 1:
+    if targets is None:
         return
-    values = np.asarray(targets)
-    is_unknown = values == UNKNOWN if has_classes(dataset) else np.isnan(values.astype(float))
+    is_unknown = _is_unknown(dataset, np.asarray(targets))
     used = np.flatnonzero(is_unknown & (folds != TEST))
     if len(used):
         names = list_first((dataset.ids[int(index)] for index in used), MAX_LISTED)
         raise UserError(f"{name} has samples without a target in folds: {names}; set their fold to {TEST}, for test.")
 
 
+def _is_unknown(dataset: Dataset, targets: Any) -> np.ndarray:
+    """Return whether the target of each sample, shape (N, ...), is not known; shape (N,)."""
+    has_indices = has_classes(dataset) or has_labels(dataset)
+    unknown = np.equal(targets, UNKNOWN) if has_indices else np.isnan(targets.astype(float))
+    return np.asarray(unknown).reshape(len(targets), -1).any(1)
+
+
 def _check_class_indices(dataset: Dataset) -> None:
-    """Check that targets are indices into the classes, before other checks that count samples by class."""
+    """Check that targets are indices into the classes, or labels, before other checks that count samples by class."""
+    if has_labels(dataset):
+        _check_labels(dataset)
     if not has_classes(dataset):
         return
     values = np.asarray(dataset_info(dataset).targets)
@@ -302,6 +310,23 @@ def _check_class_indices(dataset: Dataset) -> None:
             f"sample {dataset.ids[int(invalid[0])]} has target {values[invalid[0]]}; with {classes} classes it must be "
             f"an integer from 0 to {classes - 1}: correct targets of {type(dataset).__name__} in "
             f"{source_of(type(dataset))}."
+        )
+
+
+def _check_labels(dataset: Dataset) -> None:
+    """Check that each label is 0 or 1, and that a label of a sample is not known only if all are not."""
+    info = dataset_info(dataset)
+    labels = np.asarray(info.targets)
+    wanted = (len(dataset), len(info.classes or labels[0]))
+    source = f"correct targets of {type(dataset).__name__} in {source_of(type(dataset))}"
+    if labels.shape != wanted:
+        raise UserError(f"targets have the shape {labels.shape} instead of {wanted}, samples and labels: {source}.")
+    is_invalid = ~np.isin(labels, (0, 1)).all(1) & ~(labels == UNKNOWN).all(1)
+    if is_invalid.any():
+        first = int(np.flatnonzero(is_invalid)[0])
+        raise UserError(
+            f"sample {dataset.ids[first]} has the labels {labels[first].tolist()}; each must be 0 or 1, or all "
+            f"{UNKNOWN} if they are not known: {source}."
         )
 
 
@@ -316,6 +341,8 @@ def _check_class_names(dataset: Dataset) -> None:
 
 def _check_classes(split: Split, fold: int, dataset: Dataset, name: str) -> None:
     """Check that each split has a sample of each class, except an official test split."""
+    if has_labels(dataset):
+        _check_trained_labels(split, fold, dataset, name)
     if not has_classes(dataset):
         return
     info = dataset_info(dataset)
@@ -334,13 +361,29 @@ def _check_classes(split: Split, fold: int, dataset: Dataset, name: str) -> None
             )
 
 
+def _check_trained_labels(split: Split, fold: int, dataset: Dataset, name: str) -> None:
+    """Check that training has samples with and without each label; validation can do without a rare one."""
+    info = dataset_info(dataset)
+    labels = np.asarray(info.targets)[split.train]
+    counts = labels.sum(0).tolist()
+    for label, count in zip(info.classes or range(len(counts)), counts, strict=True):
+        if count in (0, len(labels)):
+            which = "no sample" if count == 0 else "only samples"
+            raise UserError(
+                f"the train split of fold {fold} has {which} with label {label} ({name}); add samples, remove the "
+                "label, or use fewer folds."
+            )
+
+
 def _target_texts(dataset: Dataset) -> list[str] | None:
-    """Return the column `target`; None if the targets are not single numbers."""
+    """Return the column `target`, several values separated by spaces; None if there are no targets."""
     targets = dataset_info(dataset).targets
-    if targets is None or np.ndim(targets) != 1:
+    if targets is None or np.ndim(targets) > 2:
         return None
-    unknown = UNKNOWN if has_classes(dataset) else None
-    return ["" if value == unknown or value != value else str(value) for value in np.asarray(targets).tolist()]
+    values = np.asarray(targets).reshape(len(dataset), -1)
+    is_unknown = _is_unknown(dataset, values).tolist()
+    texts = (" ".join(map(str, row)) for row in values.tolist())
+    return ["" if unknown else text for unknown, text in zip(is_unknown, texts, strict=True)]
 
 
 def _group_texts(dataset: Dataset) -> list[str] | None:

@@ -1,6 +1,6 @@
 """Collective operations that also work in a single process."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -78,11 +78,6 @@ def interleave_over_ranks(batches: list[Result]) -> list[Result]:
     gathered = gather_over_ranks(batches)
     count = sum(len(of_rank) for of_rank in gathered)
     return [gathered[index % len(gathered)][index // len(gathered)] for index in range(count)]
-
-
-def union_over_ranks(names: Iterable[str]) -> list[str]:
-    """Return the names that any rank has, sorted, on every rank."""
-    return sorted(set().union(*gather_over_ranks(list(names))))
 
 
 def local_rank_zero_first(action: Callable[[], Result]) -> Result:

@@ -12,19 +12,11 @@ from batteries.evaluation.predictions import Predictions
 BINS = 15  # confidence bins, as in Guo et al. 2017
 
 
-def has_class_targets(predictions: Predictions) -> bool:
-    """Return whether targets are known and each is one class: not a vector of labels, a number or a mask."""
-    targets = predictions.targets
-    return targets is not None and targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
-
-
-def check_classification(predictions: Predictions) -> None:
-    """Raise UserError unless each sample has one class as its target and finite outputs."""
-    values = predictions.probabilities
+def check_targets(predictions: Predictions) -> None:
+    """Raise UserError unless all targets are known and all predictions finite."""
+    values = predictions.values
     if predictions.targets is None:
         raise UserError("the targets of these samples are not known.")
-    if values.ndim != 2 or not has_class_targets(predictions):
-        raise UserError("the targets are not one class per sample, which a confusion matrix and calibration need.")
     infinite = np.flatnonzero(~np.isfinite(values).all(1))
     if len(infinite):
         raise UserError(
@@ -40,7 +32,7 @@ def compute_confusion_matrix(predictions: Predictions) -> np.ndarray:
     """
     from sklearn.metrics import confusion_matrix
 
-    predicted = predictions.probabilities.argmax(1)
+    predicted = predictions.values.argmax(1)
     return confusion_matrix(predictions.targets, predicted, labels=range(len(predictions.classes)))
 
 
@@ -139,7 +131,7 @@ class ConfidenceBin(NamedTuple):
 
 def bin_by_confidence(predictions: Predictions) -> list[ConfidenceBin]:
     """Group samples into BINS bins of equal width by their largest probability; empty bins are omitted."""
-    values = predictions.probabilities
+    values = predictions.values
     confidence = values.max(1)
     is_correct = values.argmax(1) == predictions.targets
     edges = np.linspace(0, 1, BINS + 1)
@@ -163,7 +155,7 @@ def expected_calibration_error(bins: Sequence[ConfidenceBin]) -> float:
 
 def worst_errors(predictions: Predictions, most: int) -> np.ndarray:
     """Return the rows of up to `most` misclassified samples, the lowest probability of the target first."""
-    values = predictions.probabilities
+    values = predictions.values
     targets = predictions.targets
     wrong = np.flatnonzero(values.argmax(1) != targets)
     target_probabilities = values[wrong, targets[wrong]]  # type: ignore[index]
@@ -172,4 +164,4 @@ def worst_errors(predictions: Predictions, most: int) -> np.ndarray:
 
 def least_confident(predictions: Predictions, most: int) -> np.ndarray:
     """Return the rows of up to `most` samples with the smallest largest probability, correct or not."""
-    return np.argsort(predictions.probabilities.max(1), kind="stable")[:most]
+    return np.argsort(predictions.values.max(1), kind="stable")[:most]

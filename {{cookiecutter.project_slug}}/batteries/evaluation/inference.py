@@ -1,4 +1,4 @@
-"""Predictions of a trained run: from a run directory and a split to a table of probabilities."""
+"""Predictions of a trained run: from a run directory and a split to a table."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from batteries.data.image_files import ImageFiles
 from batteries.data.loaders import EvalLoader
 from batteries.data.splits import Split, SplitFile
 from batteries.distributed.collectives import interleave_over_ranks, run_on_rank_zero
-from batteries.evaluation.predictions import Predictions
+from batteries.evaluation.predictions import Kind, Predictions
 from batteries.evaluation.run_selection import find_checkpoint, read_config
 from batteries.evaluation.tta import Views, make_views
 from batteries.training.precision import Precision, autocast
@@ -58,13 +58,22 @@ class InferenceConfig(SetupConfig, Protocol):
 ConfigT = TypeVar("ConfigT", bound=InferenceConfig)
 
 
+class Task(Protocol):
+    """What inference reads of experiment/task.py."""
+
+    @property
+    def PREDICTIONS(self) -> Kind: ...  # noqa: N802 (a constant of a module)
+    @property
+    def to_predictions(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """The functions of experiment/ that inference calls."""
+    """What inference reads of experiment/."""
 
     make_folds: Callable[[Any], np.ndarray]
     build_model: Callable[..., nn.Module]
-    to_probabilities: Callable[[torch.Tensor], torch.Tensor]
+    task: Task
     normalize: Callable[[torch.Tensor], torch.Tensor]
     valid_transform: Callable[[int | None], Transform | None]
     channels: int
@@ -157,16 +166,16 @@ def predict_run(
 
     def predict(source: Samples, indices: np.ndarray) -> Predictions:
         loader = EvalLoader(source, indices, transform, device, batch_size=batch_size, num_workers=options.num_workers)
-        probabilities, targets = predict_loader(model, loader, options.tta, config.precision, experiment)
-        if probabilities.shape[1] != len(dataset.classes):
+        values, targets = predict_loader(model, loader, options.tta, config.precision, experiment)
+        if values.shape[1] != len(dataset.classes):
             raise UserError(
-                f"the model returns {count_of(probabilities.shape[1], 'output')} per sample, but the data set has "
+                f"the model returns {count_of(values.shape[1], 'output')} per sample, but the data set has "
                 f"{count_of(len(dataset.classes), 'class')}; build_model in experiment/model.py must return one output "
                 "for each class."
             )
         ids = tuple(str(source.ids[index]) for index in indices)
-        known_targets = targets if (targets >= 0).all() else None
-        return Predictions(str(folder), ids, tuple(dataset.classes), probabilities, known_targets)
+        known_targets = known_or_none(targets, experiment.task.PREDICTIONS, values.shape)
+        return Predictions(str(folder), ids, tuple(dataset.classes), values, known_targets, experiment.task.PREDICTIONS)
 
     if options.images is not None:
         files = open_images(options.images, dataset, experiment.channels)
@@ -176,6 +185,28 @@ def predict_run(
     if not wanted:
         raise UserError(f"--split {options.split} is empty in this data set; use --split valid, or --images.")
     return {name: predict(dataset, indices_of[name]) for name in wanted}
+
+
+def known_or_none(targets: np.ndarray, kind: Kind, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return the targets of a table in the form of `Predictions`.
+
+    Args:
+        targets: What the data set returned, shape (N,) or (N, C).
+        kind: What is predicted.
+        shape: The shape of the predictions, (N, C).
+
+    Returns:
+        The targets; None if one of them is not known, or is not of this kind, such as a vector instead of one class.
+    """
+    if kind == "class":
+        is_class = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
+        return targets if is_class and (targets >= 0).all() else None
+    if targets.size != np.prod(shape):
+        return None
+    targets = targets.reshape(shape)
+    if kind == "numbers":
+        return targets.astype(np.float64) if np.isfinite(targets).all() else None
+    return targets.astype(np.int64) if np.isin(targets, (0, 1)).all() else None
 
 
 def _load_model(
@@ -206,17 +237,17 @@ def predict_loader(
     """Predict every sample of a loader once, in order. Every rank must call it.
 
     Returns:
-        Probabilities (N, classes), float64, and targets (N,), equal on all ranks. The targets come with the images,
+        Predictions (N, classes), float64, and targets (N, ...), equal on all ranks. The targets come with the images,
         because a data set need not know those of an official test split in advance.
 
     Raises:
-        UserError: If the output of the model is not one number per class.
+        UserError: If a prediction is not one number per class.
     """
     batches = []
     with eval_mode(model) as network, autocast(loader.device, precision):
         for images, targets in loader:
             views = [
-                experiment.to_probabilities(network(experiment.normalize(view)).cpu().double())
+                experiment.task.to_predictions(network(experiment.normalize(view)).cpu().double())
                 for view in make_views(images, tta)
             ]
             if views[0].ndim != 2:
@@ -225,6 +256,6 @@ def predict_loader(
                     "predictions has one number per class; write outputs such as masks with a separate script."
                 )
             batches.append((torch.stack(views).mean(0).numpy(), targets.cpu().numpy()))
-    probabilities, targets = map(np.concatenate, zip(*interleave_over_ranks(batches), strict=True))
-    assert len(probabilities) == loader.size, f"{len(probabilities)} samples instead of {loader.size}"
-    return probabilities, targets
+    values, targets = map(np.concatenate, zip(*interleave_over_ranks(batches), strict=True))
+    assert len(values) == loader.size, f"{len(values)} samples instead of {loader.size}"
+    return values, targets

@@ -1,39 +1,55 @@
-"""Tables of predictions: reading, writing, validation and matching by id."""
+"""Tables of predictions: reading, writing, validation and matching by id.
+
+The columns are `id`, one for each output of the model, and the targets, by which a table shows what was predicted:
+
+- one class per sample: probabilities, and a column `target` with the class, if it is known;
+- several labels per sample: probabilities, and a column `label_NAME` with 0 or 1 for each output, empty if not known;
+- numbers: values, and a column `target_NAME` with the number for each output, empty if not known.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from batteries.core.errors import UserError
-from batteries.core.tables import KEYS, check_new_file, read_table, write_new_file
+from batteries.core.tables import KEYS, CsvTable, check_new_file, read_table, write_new_file
 from batteries.core.text import count_of, find_repeated, summarize_names
 
 TOLERANCE = 1e-3  # of the sum of a row: files with three decimals and ten classes still pass
 
 
+Kind = Literal["class", "labels", "numbers"]
+KIND_NAMES: dict[Kind, str] = {"class": "one class per sample", "labels": "several labels", "numbers": "numbers"}
+PREFIXES: dict[str, Kind] = {"label_": "labels", "target_": "numbers"}  # of the columns of targets
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of N samples over C classes.
+    """Predictions of N samples by a model with C outputs.
 
     Attributes:
         name: What error messages call the table: the path of its file.
         ids: The ids of the samples (N).
-        classes: The names of the classes (C).
-        probabilities: Probabilities (N, C), float64.
-        targets: Class indices (N), int64; None if they are not known.
+        classes: The names of the outputs (C).
+        values: Probabilities or numbers (N, C), float64.
+        targets: Class indices (N), int64; labels, 0 and 1, (N, C), int64; or numbers (N, C), float64. None if they are
+            not known.
+        kind: What is predicted: one class, several labels, or numbers.
     """
 
     name: str
     ids: tuple[str, ...]
     classes: tuple[str, ...]
-    probabilities: np.ndarray
+    values: np.ndarray
     targets: np.ndarray | None = None
+    kind: Kind = "class"
 
     def sums_to_one(self) -> bool:
         """Return whether every row is a distribution over the classes."""
-        return bool(np.all(np.abs(self.probabilities.sum(1) - 1) <= TOLERANCE))
+        return bool(np.all(np.abs(self.values.sum(1) - 1) <= TOLERANCE))
 
 
 def write_predictions(path: Path, predictions: Predictions, *, overwrite: bool = False) -> None:
@@ -61,10 +77,21 @@ def _to_csv(predictions: Predictions) -> str:
     check_predictions(predictions)
     columns: dict[str, object] = {"id": list(predictions.ids)}
     for index, name in enumerate(predictions.classes):
-        columns[name] = predictions.probabilities[:, index]
-    if predictions.targets is not None:
-        columns["target"] = [predictions.classes[index] for index in predictions.targets]
-    return pd.DataFrame(columns).to_csv(index=False, lineterminator="\n")
+        columns[name] = predictions.values[:, index]
+    return pd.DataFrame(columns | _target_columns(predictions)).to_csv(index=False, lineterminator="\n")
+
+
+def _target_columns(predictions: Predictions) -> dict[str, object]:
+    """Return the columns of targets; those of labels and numbers are empty if they are not known."""
+    targets = predictions.targets
+    if predictions.kind == "class":
+        return {} if targets is None else {"target": [predictions.classes[index] for index in targets]}
+    prefix = next(prefix for prefix, kind in PREFIXES.items() if kind == predictions.kind)
+    empty = [""] * len(predictions.ids)
+    return {
+        f"{prefix}{name}": empty if targets is None else targets[:, index]
+        for index, name in enumerate(predictions.classes)
+    }
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -74,19 +101,34 @@ def read_predictions(path: Path) -> Predictions:
         raise UserError(f"{path} {problem}; give a file of predictions, such as logs/baseline/predictions/test.csv.")
     table = read_table(path)
     _check_header(path, table.columns)
-    classes = tuple(name for name in table.columns if name not in KEYS)
+    kind, prefix = _find_kind(table.columns)
+    classes = tuple(name for name in table.columns if name not in KEYS and not (prefix and name.startswith(prefix)))
     ids = tuple(table.column("id"))
     columns = [_parse_numbers(path, ids, name, table.column(name)) for name in classes]
-    targets = _parse_targets(path, ids, table.column("target"), classes) if "target" in table.columns else None
-    predictions = Predictions(str(path), ids, classes, np.stack(columns, axis=1), targets)
+    targets = None
+    if prefix:
+        targets = _parse_numeric_targets(path, table, [f"{prefix}{name}" for name in classes], kind)
+    elif "target" in table.columns:
+        targets = _parse_targets(path, ids, table.column("target"), classes)
+    predictions = Predictions(str(path), ids, classes, np.stack(columns, axis=1), targets, kind)
     check_predictions(predictions)
     return predictions
 
 
+def _find_kind(columns: Sequence[str]) -> tuple[Kind, str]:
+    """Return what a table predicts, and the prefix of its columns of targets; the prefix is empty for classes."""
+    for prefix, kind in PREFIXES.items():
+        targets = {name.removeprefix(prefix) for name in columns if name.startswith(prefix)}
+        outputs = {name for name in columns if name not in KEYS and not name.startswith(prefix)}
+        if targets and targets == outputs:
+            return kind, prefix
+    return "class", ""
+
+
 def check_predictions(predictions: Predictions) -> None:
-    """Raise UserError for names and ids that are empty or repeated, and for values outside 0 to 1."""
+    """Raise UserError for names and ids that are empty or repeated, and for values that are not possible."""
     name = predictions.name
-    values = predictions.probabilities
+    values = predictions.values
     reserved = [key for key in KEYS if key in predictions.classes]
     if reserved:
         raise UserError(f"{name} has a class named {reserved[0]}, which is a reserved column name; rename the class.")
@@ -97,18 +139,19 @@ def check_predictions(predictions: Predictions) -> None:
         raise UserError(f"{name} has an empty id in row {predictions.ids.index('') + 1}.")
     if repeated := find_repeated(predictions.ids):
         raise UserError(f"{name} has more than one row of {summarize_names('id', repeated)}.")
-    invalid = np.argwhere(~((values >= 0) & (values <= 1)))  # NaN compares as false
+    is_number = predictions.kind == "numbers"
+    invalid = np.argwhere(~np.isfinite(values) if is_number else ~((values >= 0) & (values <= 1)))  # NaN is neither
     if len(invalid):
         row, column = invalid[0]
         raise UserError(
-            f"{name} has {values[row, column]} for class {predictions.classes[column]} of id {predictions.ids[row]}; "
-            "a probability is 0 to 1."
+            f"{name} has {values[row, column]} for {'output' if is_number else 'class'} {predictions.classes[column]} "
+            f"of id {predictions.ids[row]}; a {'value is finite' if is_number else 'probability is 0 to 1'}."
         )
 
 
 def check_sums(predictions: Predictions) -> None:
     """Raise UserError, with the first id, if the probabilities of a row do not sum to one."""
-    sums = predictions.probabilities.sum(1)
+    sums = predictions.values.sum(1)
     wrong = np.flatnonzero(np.abs(sums - 1) > TOLERANCE)
     if len(wrong):
         first = wrong[0]
@@ -125,18 +168,24 @@ def match_predictions(tables: Sequence[Predictions]) -> list[Predictions]:
     Targets that one table has are set in all of them.
 
     Raises:
-        UserError: If ids or classes differ, or targets conflict.
+        UserError: If ids, classes or what is predicted differ, or targets conflict.
     """
+    for table in tables:
+        if table.kind != tables[0].kind:
+            raise UserError(
+                f"{tables[0].name} and {table.name} do not match: one predicts {KIND_NAMES[tables[0].kind]}, the other "
+                f"{KIND_NAMES[table.kind]}."
+            )
     matched = [_reorder(tables[0], table) for table in tables]
     with_targets = [table for table in matched if table.targets is not None]
     targets = with_targets[0].targets if with_targets else None
     for table in with_targets:
-        differing = np.flatnonzero(table.targets != targets)
+        differing = np.flatnonzero((table.targets != targets).reshape(len(table.ids), -1).any(1))
         if len(differing):
             raise UserError(
                 f"{with_targets[0].name} and {table.name} have different targets for id {table.ids[differing[0]]}."
             )
-    return [Predictions(table.name, table.ids, table.classes, table.probabilities, targets) for table in matched]
+    return [replace(table, targets=targets) for table in matched]
 
 
 def average_by_id(name: str, tables: Sequence[Predictions], order: Sequence[str]) -> Predictions:
@@ -151,20 +200,20 @@ def average_by_id(name: str, tables: Sequence[Predictions], order: Sequence[str]
     """
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
-    targets: dict[str, int] = {}
+    targets: dict[str, np.ndarray] = {}
     for table in tables:
         check_same_names("class", tables[0].name, tables[0].classes, table.name, table.classes)
         for row, sample in enumerate(table.ids):
-            values = table.probabilities[row]
+            values = table.values[row]
             sums[sample] = sums[sample] + values if sample in sums else values
             counts[sample] = counts.get(sample, 0) + 1
             if table.targets is not None:
-                targets[sample] = int(table.targets[row])
+                targets[sample] = table.targets[row]
     ids = tuple(sample for sample in order if sample in sums)
     assert len(ids) == len(sums), "an id is missing in the order"
     means = np.stack([sums[sample] / counts[sample] for sample in ids])
     known_targets = np.array([targets[sample] for sample in ids]) if len(targets) == len(ids) else None
-    return Predictions(name, ids, tables[0].classes, means, known_targets)
+    return Predictions(name, ids, tables[0].classes, means, known_targets, tables[0].kind)
 
 
 def _reorder(first: Predictions, table: Predictions) -> Predictions:
@@ -176,8 +225,9 @@ def _reorder(first: Predictions, table: Predictions) -> Predictions:
     columns = [table.classes.index(name) for name in first.classes]
     targets = None
     if table.targets is not None:
-        targets = np.argsort(columns)[table.targets[rows]]
-    return Predictions(table.name, first.ids, first.classes, table.probabilities[rows][:, columns], targets)
+        targets = table.targets[rows]
+        targets = np.argsort(columns)[targets] if table.kind == "class" else targets[:, columns]
+    return replace(table, ids=first.ids, classes=first.classes, values=table.values[rows][:, columns], targets=targets)
 
 
 def check_same_names(
@@ -201,7 +251,7 @@ def _check_header(name: object, header: Sequence[str]) -> None:
     classes = [column for column in header if column not in KEYS]
     if "id" not in header or not classes:
         raise UserError(
-            f"{name} needs a column id and one column of probabilities per class; it has {', '.join(header) or 'none'}."
+            f"{name} needs a column id and one column for each output; it has {', '.join(header) or 'none'}."
         )
     if repeated := find_repeated(header):
         raise UserError(f"{name} has more than one column {', '.join(repeated)}.")
@@ -216,10 +266,24 @@ def _parse_numbers(path: Path, ids: Sequence[str], column: str, values: Sequence
     except ValueError:
         for name, value in zip(ids, values, strict=True):
             if not _is_number(value):
-                raise UserError(
-                    f"{path} has {value!r} for class {column} of id {name}; a probability is a number."
-                ) from None
+                raise UserError(f"{path} has {value!r} in column {column} of id {name}; use a number.") from None
         raise
+
+
+def _parse_numeric_targets(path: Path, table: CsvTable, names: Sequence[str], kind: Kind) -> np.ndarray | None:
+    """Convert the columns `names` to labels (N, C), int64, or numbers (N, C), float64; None if all are empty."""
+    ids = table.column("id")
+    columns = [table.column(name) for name in names]
+    if not any(cell for column in columns for cell in column):
+        return None
+    numbers = [_parse_numbers(path, ids, name, column) for name, column in zip(names, columns, strict=True)]
+    targets = np.stack(numbers, axis=1)
+    invalid = np.argwhere(~np.isfinite(targets) if kind == "numbers" else (targets != 0) & (targets != 1))
+    if len(invalid):
+        row, column = invalid[0]
+        rule = "use a finite number" if kind == "numbers" else "a label is 0 or 1"
+        raise UserError(f"{path} has {targets[row, column]} in column {names[column]} of id {ids[row]}; {rule}.")
+    return targets if kind == "numbers" else targets.astype(np.int64)
 
 
 def _is_number(text: str) -> bool:

@@ -1,30 +1,42 @@
 """Scores of predictions, and bootstrap intervals for the difference between two splits."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from batteries.evaluation.predictions import Predictions
+from batteries.core.metric_names import ScoreFunction, name_values
+from batteries.evaluation.predictions import Kind, Predictions
 
 SMALLEST = 1e-15  # minimum probability in a logarithm: a wrong prediction with probability 1 costs 34.5, not infinity
 RESAMPLES = 2000
-ScoreFunction = Callable[[Any, np.ndarray, np.ndarray], float]
+MEANS: dict[Kind, tuple[str, ...]] = {  # the metrics of `sample_scores`
+    "class": ("accuracy", "log_loss"),
+    "labels": ("label_accuracy", "log_loss"),
+    "numbers": ("mae",),
+}
 
 
 def sample_scores(predictions: Predictions) -> dict[str, np.ndarray]:
     """Compute the scores that are means over samples. Add a custom metric of this kind here.
 
     Returns:
-        One number per sample, each (N,), float64: accuracy, and log_loss if rows sum to one. Empty if targets are not
-        known. The log loss is the cross-entropy of the probabilities, which is not the loss of a run with another loss
-        function.
+        One number per sample, each (N,), float64. For one class per sample: accuracy, and log_loss if rows sum to one.
+        For labels: label_accuracy, and log_loss, both means over the labels. For numbers: mae, the mean absolute error
+        over the outputs. Empty if targets are not known. The log loss is the cross-entropy of the probabilities, which
+        is not the loss of a run with another loss function.
     """
     if predictions.targets is None:
         return {}
-    values = predictions.probabilities
+    values = predictions.values
     targets = predictions.targets
+    if predictions.kind == "numbers":
+        return {"mae": np.abs(values - targets).mean(1)}
+    if predictions.kind == "labels":
+        of_target = np.where(targets == 1, values, 1 - values)
+        losses = -np.log(np.maximum(of_target, SMALLEST))
+        return {"label_accuracy": ((values >= 0.5) == targets).mean(1), "log_loss": losses.mean(1)}
     scores = {"accuracy": (values.argmax(1) == targets).astype(np.float64)}
     if predictions.sums_to_one():
         target_probabilities = values[np.arange(len(targets)), targets]
@@ -37,23 +49,22 @@ def score(predictions: Predictions, functions: Mapping[str, ScoreFunction] | Non
 
     Args:
         predictions: A table of predictions.
-        functions: More scores, such as train.SCORES: functions of (sklearn.metrics, targets, probabilities).
+        functions: More scores, such as SCORES of experiment/task.py: functions of (sklearn.metrics, targets, values).
 
     Returns:
         The means of `sample_scores`, and one number per function; NaN if that score is undefined. Empty if targets are
         not known.
     """
-    scores = {name: float(values.mean()) for name, values in sample_scores(predictions).items()}
-    if not functions or predictions.targets is None:
-        return scores
-    from sklearn import metrics
+    scores: dict[str, Any] = {name: values.mean() for name, values in sample_scores(predictions).items()}
+    if functions and predictions.targets is not None:
+        from sklearn import metrics
 
-    for name, function in functions.items():
-        try:
-            scores[name] = float(function(metrics, predictions.targets, predictions.probabilities))
-        except ValueError:  # such as ROC AUC of a class without samples
-            scores[name] = math.nan
-    return scores
+        for name, function in functions.items():
+            try:
+                scores[name] = function(metrics, predictions.targets, predictions.values)
+            except ValueError:  # such as ROC AUC of a class without samples
+                scores[name] = math.nan
+    return name_values(scores, predictions.classes)
 
 
 class Gap(NamedTuple):

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 
 from batteries.core.config_io import flatten
-from batteries.core.metric_names import LOWER_IS_BETTER
+from batteries.core.metric_names import is_lower_better
 from batteries.core.text import count_of
 from batteries.evaluation.error_analysis import (
     bin_by_confidence,
@@ -106,7 +106,7 @@ def _draw_metric(run: RunHistory, metric: str) -> Plot:
             marked = best if split == run.ranked_split else None
             lines.append(Line(split, run.curve(split, metric), colour, style, marked))
     name = _file_name("curve", metric)
-    return draw_curves(name, metric, metric, lines, run.stage_spans(), may_be_log=metric in LOWER_IS_BETTER)
+    return draw_curves(name, metric, metric, lines, run.stage_spans(), may_be_log=is_lower_better(metric))
 
 
 def render_scores_section(run: RunHistory, scores: Mapping[str, Mapping[str, float]]) -> Section:
@@ -239,7 +239,7 @@ def _render_sample(predictions: Predictions, row: int, thumbnail_of: Callable[[s
     assert predictions.targets is not None
     name = predictions.ids[row]
     classes = predictions.classes
-    probabilities = predictions.probabilities[row]
+    probabilities = predictions.values[row]
     target = int(predictions.targets[row])
     predicted = int(probabilities.argmax())
     if predicted == target:
@@ -383,7 +383,7 @@ def render_curves_comparison(runs: Sequence[RunHistory]) -> Section:
             if lines:
                 name = _file_name(split, metric)
                 title = f"{metric}, {split}"
-                plots.append(draw_curves(name, title, metric, lines, may_be_log=metric in LOWER_IS_BETTER))
+                plots.append(draw_curves(name, title, metric, lines, may_be_log=is_lower_better(metric)))
     rates = [Line(run.name, run.learning_rates(), *_line_style(number)) for number, run in enumerate(runs)]
     plots.append(_draw_learning_rates(runs, rates))
     return Section("Curves", plots)

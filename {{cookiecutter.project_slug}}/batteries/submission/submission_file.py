@@ -92,7 +92,7 @@ def make_submission(
     differences = _find_differences(predictions, ids, column_classes)
     if differences:
         raise UserError(f"{predictions.name} does not fit the sample: {'; '.join(differences)}.")
-    probabilities = predictions.probabilities[[row_of[name] for name in ids]]
+    probabilities = predictions.values[[row_of[name] for name in ids]]
     submission = sample.copy()
     if values in PER_ROW:
         submission[columns[0]] = _describe_rows(probabilities, predictions.classes, values, threshold)

@@ -10,14 +10,34 @@ import numpy as np
 import torch
 
 from batteries.core.errors import UserError
-from batteries.core.metric_names import HIGHER_IS_BETTER, LOWER_IS_BETTER
+from batteries.core.metric_names import (
+    ScoreFunction,
+    is_higher_better,
+    is_lower_better,
+    name_values,
+    select_scores,
+)
 from batteries.core.ranks import is_rank_zero, rank, world_size
 from batteries.core.text import did_you_mean
-from batteries.distributed.collectives import gather_over_ranks, interleave_over_ranks, sum_over_ranks, union_over_ranks
+from batteries.distributed.collectives import gather_over_ranks, interleave_over_ranks, sum_over_ranks
 
 logger = logging.getLogger("batteries")
 
-USUAL_METRICS = ("loss", "accuracy")  # what valid_fn reports in a new project
+Means = dict[str, Any]  # floats, and arrays of float64
+
+
+class MetricNames(Protocol):
+    """What experiment/task.py defines of its metrics."""
+
+    @property
+    def MAIN_METRIC(self) -> str:  # noqa: N802 (a constant of a module)
+        """The default main metric."""
+        ...
+
+    @property
+    def SCORES(self) -> Mapping[str, ScoreFunction]:  # noqa: N802
+        """The scores of the whole validation split."""
+        ...
 
 
 class MeanMetrics:
@@ -26,21 +46,28 @@ class MeanMetrics:
     Values are summed in float64 in the order of the batches, so the result does not depend on when they are read. They
     are read from the device only by `compute`, `compute_local` and `state`.
 
+    Args:
+        summarize: Computes the metrics from the means; by default the metrics are the means.
+        classes: The names of the values of a metric that is an array (C,): `iou/` becomes `iou/cat` and `iou/dog`.
+            Without them, arrays are left out.
+
     Attributes:
         count: The number of samples on this rank so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, summarize: Callable[[Means], Mapping[str, Any]] = dict, classes: Sequence[str] = ()) -> None:
         self.count = 0
-        self._sums: dict[str, float] = {}
-        self._unread: dict[str, list[tuple[torch.Tensor, int]]] = {}  # values of shape () and their weights
+        self._summarize = summarize
+        self._classes = classes
+        self._sums: dict[str, Any] = {}  # floats, and tensors for values that are arrays
+        self._unread: dict[str, list[tuple[torch.Tensor, int]]] = {}  # values, and their weights
 
     def update(self, count: int, **values: torch.Tensor) -> None:
         """Add a batch. Does not wait for the device.
 
         Args:
             count: The number of samples.
-            values: For each metric one value per sample, shape (count,), or their mean, shape ().
+            values: For each metric one value per sample, shape (count,) or (count, ...), or their mean, shape ().
 
         Raises:
             ValueError: If a value has another shape.
@@ -49,29 +76,40 @@ class MeanMetrics:
         for name, value in values.items():
             if value.ndim == 0:
                 unread = value.detach(), count
-            elif value.shape == (count,):
+            elif len(value) == count:
                 unread = _sum(value.detach()), 1
             else:
                 shape = tuple(value.shape)
-                raise ValueError(f"metric {name} has shape {shape} for {count} samples; give () or ({count},)")
+                raise ValueError(f"metric {name} has shape {shape} for {count} samples; give () or ({count}, ...)")
             self._unread.setdefault(name, []).append(unread)
 
     def compute(self, expected_count: int | None = None) -> dict[str, float]:
-        """Return the means over all ranks. Every rank must call it. Waits for the device.
+        """Return the metrics over all ranks. Every rank must call it. Waits for the device.
 
         Args:
             expected_count: Assert that the ranks have this number of samples together.
         """
-        sums = self._read()
-        names = union_over_ranks(sums)  # a rank without a batch has no names
-        local = torch.tensor([self.count, *(sums.get(name, 0.0) for name in names)], dtype=torch.float64)
-        count, *totals = sum_over_ranks(local).tolist()
+        sums = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in self._read().items()}
+        shapes: dict[str, torch.Size] = {}  # a rank without a batch has none
+        for known in gather_over_ranks({name: value.shape for name, value in sums.items()}):
+            shapes |= known
+        names = sorted(shapes)
+        local = [sums[name] if name in sums else torch.zeros(shapes[name], dtype=torch.float64) for name in names]
+        flat = torch.cat([torch.tensor([self.count], dtype=torch.float64), *(value.flatten() for value in local)])
+        count, *totals = sum_over_ranks(flat).split([1, *(shapes[name].numel() for name in names)])
         assert expected_count is None or count == expected_count, f"{count} samples instead of {expected_count}"
-        return {name: total / count for name, total in zip(names, totals, strict=True)}
+        means = {name: (total / count).view(shapes[name]) for name, total in zip(names, totals, strict=True)}
+        return self._to_metrics(means)
 
     def compute_local(self) -> dict[str, float]:
-        """Return the means on this rank so far. Waits for the device."""
-        return {name: total / self.count for name, total in self._read().items()}
+        """Return the metrics on this rank so far. Waits for the device."""
+        return self._to_metrics(
+            {name: torch.as_tensor(total, dtype=torch.float64) / self.count for name, total in self._read().items()}
+        )
+
+    def _to_metrics(self, means: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        values = {name: mean.item() if mean.ndim == 0 else mean.numpy() for name, mean in means.items()}
+        return name_values(self._summarize(values), self._classes)
 
     def state(self) -> list[dict[str, Any]]:
         """Return the count and the sums of each rank, as plain values. Every rank must call it."""
@@ -88,56 +126,65 @@ class MeanMetrics:
         names = sorted(set().union(*(part["sums"] for part in parts)))
         self._sums = {name: sum(part["sums"].get(name, 0.0) for part in parts) for name in names}
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> dict[str, Any]:
         """Return the sums, after adding the unread values one by one: so the time of a read changes no bit."""
         for name, unread in self._unread.items():
-            values = torch.stack([value for value, _ in unread]).tolist()
+            stacked = torch.stack([value for value, _ in unread])
+            values = stacked.tolist() if stacked.ndim == 1 else stacked.cpu().double()
             total = self._sums.get(name, 0.0)
             for value, (_, weight) in zip(values, unread, strict=True):
-                total += value * weight
+                total = total + value * weight  # not in place: a checkpoint may be written with the old sum
             self._sums[name] = total
         self._unread.clear()
         return self._sums
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum in float64, or in float32 on mps, which has no float64."""
-    return values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64)
-
-
-ScoreFunction = Callable[[Any, np.ndarray, np.ndarray], float]
+    """Return the sum over samples in float64, or in float32 on mps, which has no float64."""
+    return values.sum(0, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 class PredictionCollector:
-    """Collects the outputs and targets of a complete split, for metrics that are not means over samples."""
+    """Collects the predictions and targets of a complete split, for metrics that are not means over samples.
 
-    def __init__(self) -> None:
+    Args:
+        functions: The scores that exist.
+        names: The metrics that are requested, such as `macro_f1` or `roc_auc/cat`; others than scores are ignored.
+        classes: The names of the values of a score that is an array.
+
+    Attributes:
+        functions: The scores that are requested. If there are none, nothing needs to be added.
+    """
+
+    def __init__(
+        self, functions: Mapping[str, ScoreFunction], names: Iterable[str], classes: Sequence[str] = ()
+    ) -> None:
+        self.functions = select_scores(functions, names)
+        self._classes = classes
         self._batches: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Add a batch of an EvalLoader. Waits for the device.
 
         Args:
-            outputs: The outputs of the model, such as probabilities (N, classes).
+            outputs: The predictions, such as probabilities (N, classes).
             targets: The targets (N, ...).
         """
         self._batches.append((outputs.cpu().numpy(), targets.cpu().numpy()))
 
-    def score(self, functions: Mapping[str, ScoreFunction]) -> dict[str, float]:
-        """Compute scores over all ranks. Every rank must call it.
-
-        Args:
-            functions: Functions of (sklearn.metrics, targets, outputs), with the name of each score.
+    def score(self) -> dict[str, float]:
+        """Compute the scores over all ranks. Every rank must call it.
 
         Returns:
-            The scores, with the same names; NaN if one is undefined, such as ROC AUC of a class without samples.
+            The scores; NaN if one is undefined, such as ROC AUC of a class without samples.
         """
-        if not functions:
+        if not self.functions:
             return {}
         from sklearn import metrics
 
         outputs, targets = self.gather()
-        return {name: _score(name, function, metrics, targets, outputs) for name, function in functions.items()}
+        scores = {name: _score(name, function, metrics, targets, outputs) for name, function in self.functions.items()}
+        return name_values(scores, self._classes)
 
     def gather(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all outputs and all targets, in the order of the split, equal on all ranks. Every rank must call it.
@@ -148,28 +195,6 @@ class PredictionCollector:
         return np.concatenate(outputs), np.concatenate(targets)
 
 
-def check_metrics(names: Iterable[str], scores: Iterable[str], main_metric: str, *, minimize: bool) -> None:
-    """Check the names of additional metrics, and the direction of the main metric.
-
-    Args:
-        names: The metrics that are requested with `--scores`.
-        scores: The metrics that exist besides those that valid_fn reports.
-        main_metric: The main metric; `check_main_metric` checks its name.
-        minimize: Whether `--minimize-metric` was given.
-
-    Raises:
-        UserError: If a metric is unknown, or the direction of a known main metric is wrong.
-    """
-    known = (*USUAL_METRICS, *scores)
-    for name in names:
-        if name not in known:
-            raise _unknown_metric("--scores", name, known)
-    if main_metric in LOWER_IS_BETTER and not minimize:
-        raise UserError(f"--main-metric {main_metric}: lower is better. Add --minimize-metric.")
-    if main_metric in HIGHER_IS_BETTER and minimize:
-        raise UserError(f"--main-metric {main_metric}: higher is better. Remove --minimize-metric.")
-
-
 class ValidationConfig(Protocol):
     """The options of validation."""
 
@@ -178,32 +203,62 @@ class ValidationConfig(Protocol):
         """The metric that ranks checkpoints."""
         ...
 
+    @property
+    def minimize_metric(self) -> bool:
+        """Whether a lower value is better."""
+        ...
+
+    @property
+    def scores(self) -> Sequence[str]:
+        """Other metrics that are requested."""
+        ...
+
+
+def check_metrics(config: ValidationConfig, task: MetricNames) -> None:
+    """Check the names of additional metrics, and the direction of the main metric; its name is checked later.
+
+    Raises:
+        UserError: If a metric is unknown, or the direction of a known main metric is wrong.
+    """
+    known = _known_metrics(task)
+    for name in config.scores:
+        if name not in known:
+            raise _unknown_metric("--scores", name, known)
+    name = config.main_metric
+    if is_lower_better(name) and not config.minimize_metric:
+        raise UserError(f"--main-metric {name}: lower is better. Add --minimize-metric.")
+    if is_higher_better(name) and config.minimize_metric:
+        raise UserError(f"--main-metric {name}: higher is better. Use --no-minimize-metric.")
+
+
+def _known_metrics(task: MetricNames) -> list[str]:
+    """Return the metrics that are known before validation."""
+    return list(dict.fromkeys(["loss", task.MAIN_METRIC, *task.SCORES]))
+
 
 ConfigT = TypeVar("ConfigT", bound=ValidationConfig)
 
 
-def check_main_metric(
-    config: ConfigT, scores: Iterable[str], validate: Callable[[ConfigT], Mapping[str, float]]
-) -> None:
+def check_main_metric(config: ConfigT, task: MetricNames, validate: Callable[[ConfigT], Mapping[str, float]]) -> None:
     """Check the name of the main metric before training. A custom name is one that valid_fn must report.
 
     Args:
         config: The options.
-        scores: The metrics that exist besides those that valid_fn reports.
+        task: The metrics of experiment/task.py.
         validate: Calls valid_fn with other options, those for one sample; only called for a custom name. Every rank
             must call it.
 
     Raises:
         UserError: If valid_fn does not report it.
     """
-    known = [*USUAL_METRICS, *scores]
+    known = _known_metrics(task)
     if config.main_metric in known:
         return
     one_sample: Any = {"scores": (), "valid_batch_size": 1, "limit_batches": 1, "num_workers": 0}
     reported = validate(replace(config, **one_sample))  # type: ignore[type-var]
     if config.main_metric not in reported:
-        usual = [name for name in USUAL_METRICS if name in reported]
-        raise _unknown_metric("--main-metric", config.main_metric, [*usual, *reported, *scores])
+        usual = [name for name in known if name in reported]
+        raise _unknown_metric("--main-metric", config.main_metric, [*usual, *reported, *task.SCORES])
 
 
 def main_score(metrics: Mapping[str, float], main_metric: str) -> float:
@@ -226,9 +281,9 @@ def _unknown_metric(flag: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"{flag} {name} is not a known metric{hint} Use one of: {', '.join(known)}.")
 
 
-def _score(name: str, function: ScoreFunction, metrics: Any, targets: np.ndarray, outputs: np.ndarray) -> float:
+def _score(name: str, function: ScoreFunction, metrics: Any, targets: np.ndarray, outputs: np.ndarray) -> Any:
     try:
-        return float(function(metrics, targets, outputs))
+        return function(metrics, targets, outputs)
     except ValueError as error:
         logger.warning(f"{name} is undefined: {str(error).splitlines()[0]}")
         return math.nan

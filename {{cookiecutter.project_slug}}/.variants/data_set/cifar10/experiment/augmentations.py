@@ -1,8 +1,7 @@
 """Transforms and augmentations of samples.
 
 `train_transform` and `valid_transform` get one sample (image, target) on the CPU; each sample has a separate random
-stream. `batch_transform` mixes the samples of a batch in training. `normalize` gets each batch last, in training and
-validation. Both run on the device.
+stream. `normalize` gets each batch, on the device, in training and validation.
 """
 
 from collections.abc import Callable
@@ -36,30 +35,6 @@ def valid_transform(image_size: int | None = None) -> Callable[..., tuple[Any, A
 def _resize(image_size: int | None) -> list[Callable]:
     """Return the transform to `image_size`; an empty list if the size stays."""
     return [] if image_size is None else [v2.Resize((image_size, image_size), antialias=True)]
-
-
-def batch_transform(
-    num_classes: int, mixup: float = 0.0, cutmix: float = 0.0
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """Return the mixing of a batch (images, targets), or None if both alphas are 0.
-
-    Each sample is mixed with the one before it, by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019); if both have
-    an alpha, one of them is drawn for each step, with equal probability.
-
-    Args:
-        num_classes: The number of classes.
-        mixup: The alpha of mixup.
-        cutmix: The alpha of CutMix.
-
-    Returns:
-        A function to mixed float images and soft targets (N, num_classes).
-    """
-    mixers: list[Callable] = []
-    if mixup > 0:
-        mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-    if cutmix > 0:
-        mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
-    return v2.Compose([v2.ToDtype(torch.float32), v2.RandomChoice(mixers)]) if mixers else None
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

@@ -263,7 +263,7 @@ def test_images_are_predicted_as_they_are_trained_on(monkeypatch, tmp_path):
     table, valid = read_predictions(tmp_path / "out/data.csv"), read_predictions(tmp_path / "run/predictions/valid.csv")
     assert list(table.ids) == ImageFolder(root).ids
     rows = [table.ids.index(name) for name in valid.ids]
-    np.testing.assert_allclose(table.probabilities[rows], valid.probabilities, atol=1e-6)
+    np.testing.assert_allclose(table.values[rows], valid.values, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_pack_that_changes_no_image_gives_the_numbers_of_its_source(monkeypatc
         assert end.code == 0, end.err
         tables.append(read_predictions(logdir / "predictions/valid.csv"))
     assert tables[0].ids == tables[1].ids
-    assert np.array_equal(tables[0].probabilities, tables[1].probabilities)
+    assert np.array_equal(tables[0].values, tables[1].values)
 
 
 @KINDS
