@@ -11,7 +11,21 @@ CHOICES: dict[str, list[str]] = {
     name: answers for name, answers in QUESTIONS.items() if isinstance(answers, list) and not name.startswith("_")
 }
 
+# The data sets that have targets of each task.
+DATA_SETS = {
+    "classification": ["digits", "image_folder", "csv", "cifar10", "mnist"],
+    "multilabel": ["digits", "csv"],
+    "regression": ["digits", "csv"],
+    "segmentation": ["digits", "image_folder", "csv"],
+}
+COMBINATIONS = [(task, data_set) for task, data_sets in DATA_SETS.items() for data_set in data_sets]
+
 Pair = tuple[tuple[str, str], tuple[str, str]]
+
+
+def is_possible(answers: dict[str, str]) -> bool:
+    """Return whether the data set has targets of the task."""
+    return answers.get("data_set", "digits") in DATA_SETS[answers.get("task", "classification")]
 
 
 def pairs_in(answers: dict[str, str]) -> set[Pair]:
@@ -20,21 +34,23 @@ def pairs_in(answers: dict[str, str]) -> set[Pair]:
 
 
 def all_pairs(choices: dict[str, list[str]]) -> set[Pair]:
-    """Return every pair of answers to different questions."""
+    """Return every possible pair of answers to different questions."""
     return {
         ((first, one), (second, other))
         for first, second in itertools.combinations(sorted(choices), 2)
         for one, other in itertools.product(choices[first], choices[second])
+        if is_possible({first: one, second: other})
     }
 
 
 def pairwise(choices: dict[str, list[str]]) -> list[dict[str, str]]:
     """Return sets of answers that contain every pair; each next set is the one with the most new pairs."""
-    candidates = [dict(zip(choices, answers, strict=True)) for answers in itertools.product(*choices.values())]
+    answers = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    candidates = list(filter(is_possible, answers))
     left = all_pairs(choices)
     chosen = []
     while left:
-        chosen.append(max(candidates, key=lambda answers: len(pairs_in(answers) & left)))
+        chosen.append(max(candidates, key=lambda candidate: len(pairs_in(candidate) & left)))
         left -= pairs_in(chosen[-1])
     return chosen
 

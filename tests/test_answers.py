@@ -47,6 +47,13 @@ LONG = "x" * 61
         ({"author": "{{ 1 / 0 }}"}, "has template markup"),
         ({"project_name": "{{ cookiecutter.nothing }}"}, "has template markup"),
         ({"project_slug": "# {% include 'x' %}"}, "has template markup"),
+        (
+            {"task": "multilabel", "data_set": "image_folder"},
+            "data_set image_folder has no targets for task multilabel; use data_set digits or csv, or task "
+            "classification or segmentation.",
+        ),
+        ({"task": "regression", "data_set": "mnist"}, "use data_set digits or csv, or task classification."),
+        ({"task": "segmentation", "data_set": "cifar10"}, "use data_set digits or image_folder or csv, or task"),
     ],
 )
 def test_invalid_answers_are_rejected_in_one_line_without_side_effects(template, tmp_path, answers, message):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pairs
 import pytest
-from options import CHOICES
+from options import CHOICES, COMBINATIONS
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +44,10 @@ def logs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("tracker", CHOICES["tracker"])
-@pytest.mark.parametrize("data_set", CHOICES["data_set"])
-def test_every_data_set_trains_two_epochs_with_every_tracker(render, run, logs, data_set, tracker):
-    folder, logdir, out = render(data_set=data_set, tracker=tracker), logs / f"{data_set}-{tracker}", logs / "out.txt"
+@pytest.mark.parametrize(("task", "data_set"), COMBINATIONS)
+def test_every_data_set_trains_two_epochs_with_every_tracker(render, run, logs, task, data_set, tracker):
+    folder, logdir = render(task=task, data_set=data_set, tracker=tracker), logs / f"{task}-{data_set}-{tracker}"
+    out = logs / "out.txt"
     assert run(pairs.train_two_epochs, folder, logdir, out) == 0, out.read_text()[-3000:]
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["epoch"]) for line in lines] == [("stage0", 1), ("stage1", 1)]
@@ -60,9 +61,9 @@ def test_every_data_set_trains_two_epochs_with_every_tracker(render, run, logs, 
     assert found == {tracker} - {"none"}
 
 
-@pytest.mark.parametrize("data_set", CHOICES["data_set"])
-def test_every_command_prints_its_help(render, run, tmp_path, data_set):
-    folder, out = render(data_set=data_set, tracker="none"), tmp_path / "out.txt"
+@pytest.mark.parametrize(("task", "data_set"), COMBINATIONS)
+def test_every_command_prints_its_help(render, run, tmp_path, task, data_set):
+    folder, out = render(task=task, data_set=data_set, tracker="none"), tmp_path / "out.txt"
     assert run(pairs.print_help, folder, out) == 0, out.read_text()
     text = out.read_text()
     commands = pairs.commands(folder)

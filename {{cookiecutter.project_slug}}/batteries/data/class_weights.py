@@ -40,7 +40,7 @@ def find_class_weights(option: str | None, dataset: Any, train: np.ndarray) -> t
         return None
     if not has_classes(dataset) and not has_labels(dataset):
         raise UserError(f"--class-weights {option} needs targets that are classes or labels; leave it out.")
-    targets = np.asarray(dataset_info(dataset).targets)[train]
+    targets = np.asarray(dataset_info(dataset).targets)[train].astype(np.int64)
     if has_classes(dataset):
         counts = np.bincount(targets, minlength=len(dataset.classes))
     else:

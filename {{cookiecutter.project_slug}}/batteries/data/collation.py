@@ -9,6 +9,7 @@ from torch.utils.data import default_collate
 
 from batteries.core.errors import UserError
 from batteries.core.project import source_of
+from batteries.metrics.masks import IGNORED
 
 Stack = Callable[[list[torch.Tensor]], torch.Tensor]
 
@@ -110,18 +111,23 @@ def _is_channels_last(image: torch.Tensor) -> bool:
 
 
 def check_class_targets(dataset: object, targets: Any, names: SampleNames, num_classes: int) -> None:
-    """Raise UserError if a target of a batch is not an index into the classes. -1, for an unknown class, is accepted.
+    """Raise UserError if a target of a batch is not an index into the classes: a class, or the pixels of a mask.
+
+    -1, for an unknown class, and IGNORED pixels are accepted.
 
     On a GPU, the loss would end with an assertion that names neither the target nor the sample.
 
     Args:
         dataset: The data set.
-        targets: The targets; only integers of shape (N,) are checked.
+        targets: The targets; only integers of shape (N,), and masks (N, H, W), are checked.
         names: The names of the samples.
         num_classes: The number of classes; of a single one the targets are not checked, because it can be a number.
     """
-    is_class = isinstance(targets, torch.Tensor) and targets.ndim == 1 and not targets.is_floating_point()
-    if not is_class or num_classes < 2 or not len(targets):
+    is_index = isinstance(targets, torch.Tensor) and targets.ndim in (1, 3) and not targets.is_floating_point()
+    if not is_index or num_classes < 2 or not len(targets):
+        return
+    if targets.ndim == 3:
+        _check_masks(dataset, targets, names, num_classes)
         return
     if targets.min() >= -1 and targets.max() < num_classes:
         return
@@ -129,6 +135,18 @@ def check_class_targets(dataset: object, targets: Any, names: SampleNames, num_c
     raise UserError(
         f"{_getitem(dataset)} returned target {int(targets[position])} for sample {names.of(position)}; with "
         f"{num_classes} classes it must be an integer from 0 to {num_classes - 1}."
+    )
+
+
+def _check_masks(dataset: object, masks: torch.Tensor, names: SampleNames, num_classes: int) -> None:
+    is_valid = (masks >= 0) & (masks < num_classes) | (masks == IGNORED)
+    if is_valid.all():
+        return
+    position, row, column = (~is_valid).nonzero()[0].tolist()
+    raise UserError(
+        f"{_getitem(dataset)} returned a mask with {int(masks[position, row, column])} for sample "
+        f"{names.of(position)}; with {num_classes} classes a pixel must be 0 to {num_classes - 1}, or {IGNORED} to be "
+        "ignored."
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 TRIES = 10  # boxes that are drawn until one fits into the image, as in torchvision
@@ -72,8 +73,13 @@ class RandomResizedCrop:
     flip: float = 0.5
 
     def __call__(self, image: torch.Tensor, target: Any) -> tuple[torch.Tensor, Any]:
-        """Return the crop, shape (C, size, size), and the unchanged target."""
+        """Return the crop, shape (C, size, size), and the target: a mask is cropped with its image."""
         height, width = image.shape[-2:]
         box = draw_box(height, width, self.scale, self.ratio)
+        is_flipped = random.random() < self.flip
         crop = resized_crop(image, box, self.size)
-        return (crop.flip(-1) if random.random() < self.flip else crop), target
+        crop = crop.flip(-1) if is_flipped else crop
+        if isinstance(target, tv_tensors.Mask):  # functions of v2 take its nearest pixels, and return a mask
+            target = functional.resized_crop(target, *box, [self.size, self.size])
+            target = functional.horizontal_flip(target) if is_flipped else target
+        return crop, target

@@ -60,10 +60,10 @@ def balance_classes(dataset: object, indices: np.ndarray) -> Balance:
         UserError: If the targets are not classes or labels.
     """
     if has_classes(dataset):
-        targets = np.asarray(dataset_info(dataset).targets)[indices]
+        targets = np.asarray(dataset_info(dataset).targets)[indices].astype(np.int64)
         weights = 1 / np.bincount(targets)[targets]
     elif has_labels(dataset):
-        targets = np.asarray(dataset_info(dataset).targets)[indices]
+        targets = np.asarray(dataset_info(dataset).targets)[indices].astype(np.int64)
         labels = np.hstack([targets, targets.sum(1, keepdims=True) == 0])
         weights = (labels / np.maximum(labels.sum(0), 1)).sum(1) / labels.sum(1)
     else:

@@ -291,9 +291,10 @@ def _check_targets(dataset: Dataset, folds: np.ndarray, name: str) -> None:
 
 def _is_unknown(dataset: Dataset, targets: Any) -> np.ndarray:
     """Return whether the target of each sample, shape (N, ...), is not known; shape (N,)."""
+    values = np.asarray(targets).reshape(len(targets), -1)
     has_indices = has_classes(dataset) or has_labels(dataset)
-    unknown = np.equal(targets, UNKNOWN) if has_indices else np.isnan(targets.astype(float))
-    return np.asarray(unknown).reshape(len(targets), -1).any(1)
+    unknown = values == UNKNOWN if has_indices else np.isnan(values.astype(float))
+    return np.any(unknown, axis=1)
 
 
 def _check_class_indices(dataset: Dataset) -> None:

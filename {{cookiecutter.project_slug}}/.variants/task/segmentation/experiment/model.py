@@ -1,0 +1,73 @@
+"""The model: a small U-Net. Other networks for masks are in torchvision.models.segmentation."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+CHANNELS = 1  # of an image
+WIDTH = 32  # channels of the first level; each further level has twice as many
+LEVELS = 3  # resolutions; height and width must be at least 2^(LEVELS - 1) pixels
+
+
+class UNet(nn.Module):
+    """A U-Net (Ronneberger et al. 2015) with batch norm and padding, so that the output has the size of the input.
+
+    Args:
+        channels: The channels of an image.
+        num_classes: The number of classes.
+        width: The channels of the first level.
+        levels: The number of resolutions, each half of the one before.
+    """
+
+    def __init__(self, channels: int, num_classes: int, width: int = WIDTH, levels: int = LEVELS) -> None:
+        super().__init__()
+        widths = [width * 2**level for level in range(levels)]
+        inputs = [channels, *widths[:-1]]
+        self.down = nn.ModuleList(_two_convolutions(*pair) for pair in zip(inputs, widths, strict=True))
+        self.up = nn.ModuleList(_two_convolutions(3 * narrow, narrow) for narrow in reversed(widths[:-1]))
+        self.classify = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, num_classes, H, W) of normalised images (N, channels, H, W)."""
+        features: list[torch.Tensor] = []
+        for block in self.down:
+            images = block(functional.max_pool2d(features[-1], 2) if features else images)
+            features.append(images)
+        result = features.pop()
+        for block in self.up:
+            skipped = features.pop()
+            larger = functional.interpolate(result, size=skipped.shape[-2:], mode="nearest")
+            result = block(torch.cat([skipped, larger], dim=1))
+        return self.classify(result)
+
+
+def build_model(num_classes: int) -> nn.Module:
+    """Build a network from normalised images (N, CHANNELS, H, W) to logits (N, num_classes, H, W).
+
+    For one of torchvision, return `OutputOf(torchvision.models.get_model("deeplabv3_resnet50", num_classes=num_classes,
+    weights_backbone=None))` instead; `--pretrained` loads weights that fit.
+    """
+    return UNet(CHANNELS, num_classes)
+
+
+class OutputOf(nn.Module):
+    """A segmentation network of torchvision, which returns a dict, as one that returns its logits.
+
+    Args:
+        network: The network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (N, num_classes, H, W)."""
+        return self.network(images)["out"]
+
+
+def _two_convolutions(channels: int, width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs in (channels, width):
+        layers += [nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers)
