@@ -60,7 +60,9 @@ def main() -> None:
         answer = ANSWERS[question]
         for variant in (BASE_VARIANTS.get(answer, answer), answer):
             move_files(f"{VARIANTS}/{question}/{variant}")
-    move_files(f"{VARIANTS}/combination/{ANSWERS['data_set']}-{ANSWERS['task']}")
+    data_set = ANSWERS["data_set"]
+    for variant in (BASE_VARIANTS.get(data_set, data_set), data_set):
+        move_files(f"{VARIANTS}/combination/{variant}-{ANSWERS['task']}")
     delete_directory(VARIANTS)
     if ANSWERS["toolkit"] == "training":
         delete_files(LEFT_OUT)

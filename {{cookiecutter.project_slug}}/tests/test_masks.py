@@ -20,7 +20,7 @@ from batteries.data.cropping import RandomResizedCrop
 from batteries.data.loaders import EvalLoader
 from batteries.data.masks import decode_runs, encode_mask, encode_runs, palette, read_mask
 from batteries.data.mixing import MaskCutMix
-from batteries.metrics.masks import IGNORED, count_pixels, dice_scores, intersections_over_unions, mask_metrics
+from batteries.metrics.masks import IGNORED, PixelCounts, count_pixels
 
 MASKS = arrays.arrays(np.bool_, arrays.array_shapes(min_dims=2, max_dims=2, max_side=9))
 CPU = torch.device("cpu")
@@ -139,7 +139,8 @@ def test_metrics_equal_those_of_scikit_learn_over_all_counted_pixels():
         pairs = targets[image][counted[image]], predicted[image][counted[image]]
         np.testing.assert_array_equal(counts[image], metrics.confusion_matrix(*pairs, labels=range(3)))
     pixels = targets[counted], predicted[counted]
-    computed = mask_metrics(counts.mean(0))
+    computed = PixelCounts.of(counts.mean(0)).metrics()
+    assert PixelCounts.of(counts).total().metrics()["mean_iou"] == pytest.approx(computed["mean_iou"])
     np.testing.assert_allclose(computed["iou/"], metrics.jaccard_score(*pixels, average=None))
     assert computed["mean_iou"] == pytest.approx(metrics.jaccard_score(*pixels, average="macro"))
     assert computed["mean_dice"] == pytest.approx(metrics.f1_score(*pixels, average="macro"))
@@ -148,10 +149,11 @@ def test_metrics_equal_those_of_scikit_learn_over_all_counted_pixels():
 
 def test_classes_that_do_not_occur_are_left_out_of_the_mean():
     counts = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
-    np.testing.assert_allclose(intersections_over_unions(counts), [3 / 4, 4 / 5, np.nan])
-    np.testing.assert_allclose(dice_scores(counts), [6 / 7, 8 / 9, np.nan])
-    assert mask_metrics(counts)["mean_iou"] == pytest.approx((3 / 4 + 4 / 5) / 2)
-    assert np.isnan(mask_metrics(np.zeros((2, 2)))["mean_iou"])
+    pixels = PixelCounts.of(counts)
+    np.testing.assert_allclose(pixels.iou(), [3 / 4, 4 / 5, np.nan])
+    np.testing.assert_allclose(pixels.dice(), [6 / 7, 8 / 9, np.nan])
+    assert pixels.metrics()["mean_iou"] == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert np.isnan(PixelCounts.of(np.zeros((2, 2))).metrics()["mean_iou"])
 
 
 def test_a_random_crop_moves_a_mask_with_its_image():

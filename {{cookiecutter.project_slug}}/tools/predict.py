@@ -7,17 +7,32 @@
 Several processes (`python -m batteries.distributed.launch tools/predict.py …`) write the same bytes as one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
+import torch
 
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
 from batteries.core.metric_names import select_scores
 from batteries.core.text import find_repeated, list_first
+from batteries.data.dataset import Dataset, Samples
 from batteries.distributed.collectives import local_rank_zero_first, run_on_rank_zero
-from batteries.evaluation.inference import Experiment, InferenceOptions, predict_run, run_config
+from batteries.evaluation.inference import (
+    Experiment,
+    InferenceOptions,
+    load_model,
+    load_split,
+    open_images,
+    predict_run,
+    run_config,
+    select_indices,
+)
+from batteries.evaluation.mask_inference import MaskJob, MaskOptions, Member, make_jobs, write_masks
+from batteries.evaluation.mask_table import MaskTable
 from batteries.evaluation.predictions import Predictions, average_by_id, check_same_names, write_all
 from batteries.evaluation.scoring import bootstrap_gap, sample_scores, score
 from batteries.evaluation.tta import Views
@@ -42,6 +57,8 @@ class Options:
     tta: Views = "none"  # test-time augmentation: the mean over mirrored images, shifted images, or both
     output: Path | None = None  # output directory; by default predictions/ of the run
     overwrite: bool = False  # replace predictions that exist and differ
+    probabilities: bool = False  # of masks: also write the probabilities of each pixel, which tools/blend.py needs
+    rle: bool = False  # of masks: also write their run-length encoding, as valid_rle.csv and test_rle.csv
 
     data_dir: Path | None = None  # directory of the data set; by default that of the run
     batch_size: int | None = None  # by default the run's valid_batch_size; another one may change the last digits
@@ -49,7 +66,7 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
 
 
-def main(options: Options) -> dict[str, Predictions]:
+def main(options: Options) -> Mapping[str, Predictions | MaskTable]:
     """Predict, write and score; return the predictions by the name of their split."""
     check_options(options)
     configs = [run_config(folder, Config, options.device, options.data_dir) for folder in options.run]
@@ -57,6 +74,8 @@ def main(options: Options) -> dict[str, Predictions]:
     first = configs[0]
     with setup_training(first) as device:
         dataset = local_rank_zero_first(lambda: load_dataset(first.data_dir))
+        if task.PREDICTIONS == "mask":
+            return predict_all_masks(options, configs, dataset, output, device)
         tables = [
             predict_run(folder, config, dataset, device, make_experiment(), inference_options(options))
             for folder, config in zip(options.run, configs, strict=True)
@@ -72,8 +91,54 @@ def main(options: Options) -> dict[str, Predictions]:
     return merged
 
 
+def predict_all_masks(
+    options: Options, configs: Sequence[Config], dataset: Dataset, output: Path, device: torch.device
+) -> dict[str, MaskTable]:
+    """Predict, write and score masks; return their tables by the name of the split."""
+    experiment = make_experiment()
+    mask_options = MaskOptions(
+        tta=options.tta,
+        batch_size=options.batch_size or configs[0].valid_batch_size,
+        num_workers=options.num_workers,
+        probabilities=options.probabilities,
+        runs=options.rle,
+        overwrite=options.overwrite,
+    )
+    members, splits = [], []
+    for folder, config in zip(options.run, configs, strict=True):
+        split = load_split(dataset, config, make_folds)
+        model, size = load_model(folder, config, dataset, split, device, experiment, inference_options(options))
+        members.append(Member(model, valid_transform(size), config.precision))
+        splits.append(split)
+    source: Samples = dataset
+    if options.images is not None:
+        source = open_images(options.images, dataset, experiment.channels)
+        jobs_of = {options.images.resolve().stem: [MaskJob(members, np.arange(len(source)))]}
+    else:
+        selected = [select_indices(split, options.split) for split in splits]
+        jobs_of = {name: make_jobs(members, [indices[name] for indices in selected]) for name in selected[0]}
+    tables = {
+        name: write_masks(output / f"{name}.csv", jobs, source, dataset.classes, device, experiment, mask_options)
+        for name, jobs in jobs_of.items()
+    }
+    run_on_rank_zero(lambda: print_mask_scores(tables, len(members)))
+    return tables
+
+
+def print_mask_scores(tables: Mapping[str, MaskTable], num_models: int) -> None:
+    """Print the scores of tables with targets, and the gap between valid and test."""
+    for name, table in tables.items():
+        scores = "".join(f"  {metric} {value:.4f}" for metric, value in table.scores().items())
+        print(f"{name:<8} {len(table.ids):,} masks{scores}  in {table.path}")
+    if {"valid", "test"} <= set(tables):
+        print_gap(tables["valid"].image_scores(), tables["test"].image_scores(), num_models)
+
+
 def check_options(options: Options) -> None:
     """Raise UserError for options that do not make sense."""
+    for flag in ("probabilities", "rle"):
+        if getattr(options, flag) and task.PREDICTIONS != "mask":
+            raise UserError(f"--{flag} is for masks; PREDICTIONS in experiment/task.py is {task.PREDICTIONS!r}.")
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} must be 1 or more.")
     if not options.run:
@@ -139,12 +204,15 @@ def print_scores(tables: dict[str, Predictions], num_models: int, config: Config
         scores = "".join(f"  {metric} {value:.4f}" for metric, value in score(table, functions).items())
         print(f"{name:<8} {len(table.ids):,} rows{scores}  in {table.name}")
     if {"valid", "test"} <= set(tables):
-        valid_scores = sample_scores(tables["valid"])
-        test_scores = sample_scores(tables["test"])
-        for metric in (name for name in valid_scores if name in test_scores):
-            print(f"gap      {metric} of test minus valid {bootstrap_gap(valid_scores[metric], test_scores[metric])}")
-        if num_models > 1:
-            print(f"note     test is the mean of {num_models} models, valid has one model per sample: expect a gap")
+        print_gap(sample_scores(tables["valid"]), sample_scores(tables["test"]), num_models)
+
+
+def print_gap(valid: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray], num_models: int) -> None:
+    """Print the difference of each mean over samples between valid and test, given by one value per sample."""
+    for metric in (name for name in valid if name in test):
+        print(f"gap      {metric} of test minus valid {bootstrap_gap(valid[metric], test[metric])}")
+    if num_models > 1:
+        print(f"note     test is the mean of {num_models} models, valid has one model per sample: expect a gap")
 
 
 if __name__ == "__main__":

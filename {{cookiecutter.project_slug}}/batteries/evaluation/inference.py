@@ -19,7 +19,7 @@ from batteries.data.image_files import ImageFiles
 from batteries.data.loaders import EvalLoader
 from batteries.data.splits import Split, SplitFile
 from batteries.distributed.collectives import interleave_over_ranks, run_on_rank_zero
-from batteries.evaluation.predictions import Kind, Predictions
+from batteries.evaluation.predictions import KIND_NAMES, Kind, Predictions
 from batteries.evaluation.run_selection import find_checkpoint, read_config
 from batteries.evaluation.tta import Views, make_views
 from batteries.training.precision import Precision, autocast
@@ -62,7 +62,7 @@ class Task(Protocol):
     """What inference reads of experiment/task.py."""
 
     @property
-    def PREDICTIONS(self) -> Kind: ...  # noqa: N802 (a constant of a module)
+    def PREDICTIONS(self) -> str: ...  # noqa: N802 (a constant of a module): a Kind, or "mask"
     @property
     def to_predictions(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
 
@@ -160,7 +160,7 @@ def predict_run(
         UserError: If there is no checkpoint, the data differ, or the split is empty.
     """
     split = load_split(dataset, config, experiment.make_folds)
-    model, image_size = _load_model(folder, config, dataset, split, device, experiment, options)
+    model, image_size = load_model(folder, config, dataset, split, device, experiment, options)
     transform = experiment.valid_transform(image_size)
     batch_size = options.batch_size or config.valid_batch_size
 
@@ -174,17 +174,33 @@ def predict_run(
                 "for each class."
             )
         ids = tuple(str(source.ids[index]) for index in indices)
-        known_targets = known_or_none(targets, experiment.task.PREDICTIONS, values.shape)
-        return Predictions(str(folder), ids, tuple(dataset.classes), values, known_targets, experiment.task.PREDICTIONS)
+        kind = find_kind(experiment.task)
+        known_targets = known_or_none(targets, kind, values.shape)
+        return Predictions(str(folder), ids, tuple(dataset.classes), values, known_targets, kind)
 
     if options.images is not None:
         files = open_images(options.images, dataset, experiment.channels)
         return {options.images.resolve().stem: predict(files, np.arange(len(files)))}
+    return {name: predict(dataset, indices) for name, indices in select_indices(split, options.split).items()}
+
+
+def select_indices(split: Split, wanted: str) -> dict[str, np.ndarray]:
+    """Return the samples of `valid`, `test` or all of these splits, by name. Raises UserError if there are none."""
     indices_of = {"valid": split.valid, "test": split.test}
-    wanted = [name for name, indices in indices_of.items() if options.split in (name, "all") and len(indices)]
-    if not wanted:
-        raise UserError(f"--split {options.split} is empty in this data set; use --split valid, or --images.")
-    return {name: predict(dataset, indices_of[name]) for name in wanted}
+    found = {name: indices for name, indices in indices_of.items() if wanted in (name, "all") and len(indices)}
+    if not found:
+        raise UserError(f"--split {wanted} is empty in this data set; use --split valid, or --images.")
+    return found
+
+
+def find_kind(task: Task) -> Kind:
+    """Return what a table of predictions has. Raises UserError if PREDICTIONS is not valid."""
+    for kind in KIND_NAMES:
+        if kind == task.PREDICTIONS:
+            return kind
+    raise UserError(
+        f"PREDICTIONS in experiment/task.py is {task.PREDICTIONS!r}; use {', '.join(map(repr, KIND_NAMES))} or 'mask'."
+    )
 
 
 def known_or_none(targets: np.ndarray, kind: Kind, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -209,7 +225,7 @@ def known_or_none(targets: np.ndarray, kind: Kind, shape: tuple[int, ...]) -> np
     return targets.astype(np.int64) if np.isin(targets, (0, 1)).all() else None
 
 
-def _load_model(
+def load_model(
     folder: Path,
     config: InferenceConfig,
     dataset: Dataset,
@@ -253,7 +269,7 @@ def predict_loader(
             if views[0].ndim != 2:
                 raise UserError(
                     f"the output of the model has shape {tuple(views[0].shape[1:])} per sample, and a table of "
-                    "predictions has one number per class; write outputs such as masks with a separate script."
+                    "predictions has one number per class; PREDICTIONS in experiment/task.py is 'mask' for masks."
                 )
             batches.append((torch.stack(views).mean(0).numpy(), targets.cpu().numpy()))
     values, targets = map(np.concatenate, zip(*interleave_over_ranks(batches), strict=True))

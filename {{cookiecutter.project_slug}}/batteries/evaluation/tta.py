@@ -1,4 +1,4 @@
-"""Test-time augmentation: several views of an image, whose probabilities are averaged."""
+"""Test-time augmentation: several views of an image, whose predictions are averaged."""
 
 from typing import Literal
 
@@ -35,3 +35,42 @@ def _shifts(images: torch.Tensor, pixels: int) -> list[torch.Tensor]:
     padded = F.pad(images.float(), padding, mode="reflect")  # exact for integers up to 2^24
     corners = [(top, left) for top in (0, 2 * pixels) for left in (0, 2 * pixels)]
     return [padded[..., top : top + height, left : left + width] for top, left in corners]
+
+
+def undo_views(masks: list[torch.Tensor], views: Views) -> list[torch.Tensor]:
+    """Move what was predicted for the pixels of each view back to the pixels of the image.
+
+    Args:
+        masks: The predictions of the views of `make_views`, (N, C, H, W).
+        views: As in `make_views`.
+
+    Returns:
+        The predictions (N, C, H, W). Pixels that a shifted view does not have get those of the unshifted images.
+    """
+    count = len(masks) // 2 if "flip" in views else len(masks)
+    mirrored = [mask.flip(-1) for mask in masks[count:]]
+    found = [*_undo_shifts(masks[:count])]
+    return found + _undo_shifts(mirrored) if mirrored else found
+
+
+def _undo_shifts(masks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Undo `_shifts` for the predictions of an image, the first one, and of its shifted views, if there are any."""
+    first, *shifted = masks
+    if not shifted:
+        return [first]
+    height, width = first.shape[-2:]
+    pixels = max(1, min(height, width) // 8)
+    found = [first]
+    corners = [(top, left) for top in (0, 2 * pixels) for left in (0, 2 * pixels)]
+    for mask, (top, left) in zip(shifted, corners, strict=True):
+        aligned = first.clone()  # row r of the view is row r + top - pixels of the image
+        rows, view_rows = _overlap(height, top - pixels)
+        columns, view_columns = _overlap(width, left - pixels)
+        aligned[..., rows, columns] = mask[..., view_rows, view_columns]
+        found.append(aligned)
+    return found
+
+
+def _overlap(size: int, offset: int) -> tuple[slice, slice]:
+    """Return the pixels of an image that a view shifted by `offset` has, and where they are in the view."""
+    return slice(max(0, offset), size + min(0, offset)), slice(max(0, -offset), size - max(0, offset))

@@ -1,5 +1,7 @@
 """Metrics of masks, from counts of pixels: a confusion matrix for each image."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 
@@ -25,49 +27,58 @@ def count_pixels(predicted: torch.Tensor, targets: torch.Tensor, num_classes: in
     return counts.view(images, num_classes, num_classes)
 
 
-def intersections_over_unions(counts: np.ndarray) -> np.ndarray:
-    """Return the intersection over union of each class; NaN if it is neither in the targets nor predicted.
+class PixelCounts(NamedTuple):
+    """Numbers of pixels of each class, arrays of one shape (..., C); their means can stand for them.
 
-    Args:
-        counts: Confusion matrices (..., C, C), or their means.
-
-    Returns:
-        Scores (..., C).
+    Attributes:
+        correct: The pixels of the class that are predicted as it.
+        target: The pixels of the class.
+        predicted: The pixels that are predicted as the class.
     """
-    correct, total = _correct_and_total(counts)
-    union = total - correct
-    return np.divide(correct, union, out=np.full(union.shape, np.nan), where=union > 0)
+
+    correct: np.ndarray
+    target: np.ndarray
+    predicted: np.ndarray
+
+    @classmethod
+    def of(cls, confusion: np.ndarray) -> "PixelCounts":
+        """Return the counts of confusion matrices (..., C, C), targets in rows."""
+        confusion = np.asarray(confusion, dtype=np.float64)
+        return cls(np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2))
+
+    def total(self) -> "PixelCounts":
+        """Return the sums over all images, shape (C,)."""
+        return PixelCounts(*(np.asarray(part).reshape(-1, np.shape(part)[-1]).sum(0) for part in self))
+
+    def iou(self) -> np.ndarray:
+        """Return the intersection over union of each class; NaN if it is neither in the target nor predicted."""
+        return _ratio(self.correct, self.target + self.predicted - self.correct)
+
+    def dice(self) -> np.ndarray:
+        """Return the Dice score (F1) of each class; NaN if it is neither in the target nor predicted."""
+        return _ratio(2 * self.correct, self.target + self.predicted)
+
+    def accuracy(self) -> np.ndarray:
+        """Return the fraction of correct pixels, shape (...); NaN without a pixel."""
+        return _ratio(np.sum(self.correct, -1), np.sum(self.target, -1))
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the metrics of counts (C,): means over the classes that occur, and the IoU of each class."""
+        return {
+            "mean_iou": mean_of_known(self.iou()),
+            "mean_dice": mean_of_known(self.dice()),
+            "pixel_accuracy": float(self.accuracy()),
+            "iou/": self.iou(),
+        }
 
 
-def dice_scores(counts: np.ndarray) -> np.ndarray:
-    """Return the Dice score (F1) of each class, shape (..., C); NaN if it is neither in the targets nor predicted."""
-    correct, total = _correct_and_total(counts)
-    return np.divide(2 * correct, total, out=np.full(total.shape, np.nan), where=total > 0)
+def mean_of_known(scores: np.ndarray) -> Any:
+    """Return the mean over the last axis without NaN; NaN if there is no other value."""
+    known = ~np.isnan(scores)
+    return _ratio(np.where(known, scores, 0).sum(-1), known.sum(-1))[()]
 
 
-def pixel_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Return the fraction of the pixels that are predicted correctly, shape (...); NaN if none is counted."""
-    correct, _ = _correct_and_total(counts)
-    pixels = np.asarray(counts, dtype=np.float64).sum((-2, -1))
-    return np.divide(correct.sum(-1), pixels, out=np.full(pixels.shape, np.nan), where=pixels > 0)
-
-
-def mask_metrics(counts: np.ndarray) -> dict[str, object]:
-    """Return the metrics of one confusion matrix (C, C): means over the classes that occur, and the IoU of each."""
-    ious = intersections_over_unions(counts)
-    dice = dice_scores(counts)
-    occurs = ~np.isnan(ious)
-    if not occurs.any():
-        return {"mean_iou": np.nan, "mean_dice": np.nan, "pixel_accuracy": np.nan, "iou/": ious}
-    return {
-        "mean_iou": ious[occurs].mean(),
-        "mean_dice": dice[occurs].mean(),
-        "pixel_accuracy": pixel_accuracy(counts),
-        "iou/": ious,
-    }
-
-
-def _correct_and_total(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each class, the correct pixels, and the pixels of the target plus those of the prediction."""
-    counts = np.asarray(counts, dtype=np.float64)
-    return np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1) + counts.sum(-2)
+def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+    """Divide; NaN for 0 / 0."""
+    above, below = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-CHANNELS = 1  # of an image
+from experiment.augmentations import MEAN
+
+CHANNELS = len(MEAN)  # of an image
 WIDTH = 32  # channels of the first level; each further level has twice as many
 LEVELS = 3  # resolutions; height and width must be at least 2^(LEVELS - 1) pixels
 

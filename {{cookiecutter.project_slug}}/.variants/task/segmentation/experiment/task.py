@@ -11,7 +11,7 @@ from torch import nn
 from batteries.core.errors import UserError
 from batteries.data.dataset import Dataset, Mixer
 from batteries.data.mixing import MaskCutMix
-from batteries.metrics.masks import IGNORED, count_pixels, mask_metrics
+from batteries.metrics.masks import IGNORED, PixelCounts, count_pixels
 
 MAIN_METRIC = "mean_iou"  # ranks checkpoints: a metric of `summarize`, or loss
 MINIMIZE_METRIC = False  # whether a lower value is better
@@ -63,7 +63,7 @@ def batch_metrics(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torc
 
 def summarize(means: dict[str, Any]) -> dict[str, Any]:
     """Return the metrics of an epoch. Ratios of sums are those of means, so the mean confusion matrix is sufficient."""
-    return {"loss": means["loss"], **mask_metrics(means["confusion"])}
+    return {"loss": means["loss"], **PixelCounts.of(means["confusion"]).metrics()}
 
 
 def batch_transform(num_classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> Mixer | None:
