@@ -3,11 +3,12 @@
     python tools/blend.py logs/{a,b}/predictions/test.csv --output logs/blend/predictions/test.csv
 
 Rows are matched by id and columns by class, in any order. `--fit-on` finds the weights on out-of-fold predictions of
-the same models, and prints the loss that cross-validation estimates for them.
+the same models, and prints the loss that cross-validation estimates for them. Masks are blended by their probabilities,
+which tools/predict.py writes with `--probabilities`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from tyro.conf import Positional
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
 from batteries.core.text import count_of
+from batteries.evaluation.mask_table import is_mask_table, read_mask_table
 from batteries.evaluation.predictions import (
+    Kind,
     Predictions,
     check_same_names,
     check_sums,
@@ -25,7 +28,9 @@ from batteries.evaluation.predictions import (
     write_predictions,
 )
 from batteries.evaluation.scoring import score
-from batteries.submission.blending import Method, blend, correlations, fit_weights, normalize_weights
+from batteries.metrics.labels import best_threshold
+from batteries.submission.blending import LOSS_NAMES, Method, blend, correlations, fit_weights, normalize_weights
+from batteries.submission.mask_blending import blend_masks
 
 DEFAULT_POWER = 2.0
 
@@ -49,19 +54,60 @@ def main(options: Options) -> None:
     if len(options.inputs) < 2:
         raise UserError(f"blend.py needs two or more predictions files, not {len(options.inputs)}.")
     power = find_power(options)
+    if any(map(is_mask_table, options.inputs)):
+        blend_all_masks(options, power)
+        return
     tables = read_tables(options.inputs, options)
     weights = find_weights(options, power, tables[0])
-    first = tables[0]
-    probabilities = blend(
-        stack(tables),
+    values = blend_tables(stack(tables), weights, power, tables[0].kind, options)
+    blended = replace(tables[0], name=str(options.output), values=values)
+    blended = replace(blended, threshold=find_threshold(blended, tables, weights))
+    write_predictions(options.output, blended, overwrite=options.overwrite)
+    print_summary(tables, weights, blended)
+
+
+def blend_tables(tables: np.ndarray, weights: np.ndarray, power: float, kind: Kind, options: Options) -> np.ndarray:
+    """Blend predictions (M, N, C) of a kind with weights (M,)."""
+    return blend(
+        tables,
         options.method,
         weights,
         power,
-        normalize_rows=not options.independent,
+        normalize_rows=kind == "class" and not options.independent,
+        is_probability=kind != "numbers",
     )
-    blended = Predictions(str(options.output), first.ids, first.classes, probabilities, first.targets)
-    write_predictions(options.output, blended, overwrite=options.overwrite)
-    print_summary(tables, weights, blended)
+
+
+def find_threshold(blended: Predictions, tables: Sequence[Predictions], weights: np.ndarray) -> float | None:
+    """Return the threshold of blended labels: the best one if targets are known, else the mean of the inputs."""
+    if blended.kind != "labels":
+        return None
+    if blended.targets is not None:
+        return best_threshold(blended.targets, blended.values)
+    thresholds = [table.threshold for table in tables]
+    if None in thresholds:
+        return None
+    return float(np.dot(weights, np.array(thresholds, dtype=np.float64)))
+
+
+def blend_all_masks(options: Options, power: float) -> None:
+    """Blend the probabilities of masks, and write and score the result."""
+    if options.fit_on:
+        raise UserError("--fit-on is not available for masks; give --weights.")
+    if options.method == "rank":
+        raise UserError("--method rank is not available for masks; use mean, power or geometric.")
+    count = len(options.inputs)
+    equal = np.full(count, 1 / count)
+    weights = equal if options.weights is None else parse_weights(options.weights, count)
+
+    def blend_image(probabilities: np.ndarray) -> np.ndarray:
+        return blend(probabilities, options.method, weights, power)
+
+    tables = [read_mask_table(path) for path in options.inputs]
+    blended = blend_masks(options.output, tables, blend_image, overwrite=options.overwrite)
+    for number, (table, weight) in enumerate(zip(tables, weights, strict=True), start=1):
+        print(f"{number:<8} {table.path}  weight {weight:.4f}{format_metrics(table.scores())}")
+    print(f"wrote    {blended.path}: {len(blended.ids):,} masks{format_metrics(blended.scores())}")
 
 
 def find_power(options: Options) -> float:
@@ -79,7 +125,9 @@ def read_tables(paths: Sequence[Path], options: Options) -> list[Predictions]:
     """Read predictions files, and match them to the first one."""
     tables = [read_predictions(path) for path in paths]
     for table in tables:
-        if options.method != "rank" and not options.independent:
+        if table.kind == "numbers" and options.method != "mean":
+            raise UserError(f"--method {options.method} is for probabilities, and {table.name} has numbers; use mean.")
+        if table.kind == "class" and options.method != "rank" and not options.independent:
             check_sums(table)
     return match_predictions(tables)
 
@@ -134,19 +182,21 @@ def fit(options: Options, power: float, first: Predictions) -> np.ndarray:
     if targets is None:
         raise UserError("--fit-on needs a file with a column target, because weights are fitted to known targets.")
 
-    def blend_tables(probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return blend(probabilities, options.method, weights, power)
+    kind = tables[0].kind
 
-    fitted = fit_weights(stack(tables), targets, blend_tables)
+    def blend_fitted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return blend_tables(values, weights, power, kind, options)
+
+    fitted = fit_weights(stack(tables), targets, blend_fitted, kind)
     print(
-        f"fit      log_loss {fitted.loss:.4f} by cross-validation of the weights, "
+        f"fit      {LOSS_NAMES[kind]} {fitted.loss:.4f} by cross-validation of the weights, "
         f"{fitted.equal_loss:.4f} with equal weights"
     )
     return fitted.weights
 
 
 def stack(tables: Sequence[Predictions]) -> np.ndarray:
-    """Stack the probabilities of matched tables; shape (M, N, C)."""
+    """Stack the predictions of matched tables; shape (M, N, C)."""
     return np.stack([table.values for table in tables])
 
 
@@ -163,7 +213,12 @@ def print_summary(tables: Sequence[Predictions], weights: np.ndarray, blended: P
 
 def format_scores(table: Predictions) -> str:
     """Format the scores of a table; empty if its targets are not known."""
-    return "".join(f"  {name} {value:.4f}" for name, value in score(table).items())
+    return format_metrics(score(table))
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Format metrics after two spaces each."""
+    return "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
 
 
 if __name__ == "__main__":

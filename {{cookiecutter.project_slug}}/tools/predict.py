@@ -107,8 +107,8 @@ def predict_all_masks(
     members, splits = [], []
     for folder, config in zip(options.run, configs, strict=True):
         split = load_split(dataset, config, make_folds)
-        model, size = load_model(folder, config, dataset, split, device, experiment, inference_options(options))
-        members.append(Member(model, valid_transform(size), config.precision))
+        loaded = load_model(folder, config, dataset, split, device, experiment, inference_options(options))
+        members.append(Member(loaded.model, valid_transform(loaded.image_size), config.precision))
         splits.append(split)
     source: Samples = dataset
     if options.images is not None:
@@ -203,6 +203,8 @@ def print_scores(tables: dict[str, Predictions], num_models: int, config: Config
     for name, table in tables.items():
         scores = "".join(f"  {metric} {value:.4f}" for metric, value in score(table, functions).items())
         print(f"{name:<8} {len(table.ids):,} rows{scores}  in {table.name}")
+    if (threshold := next(iter(tables.values())).threshold) is not None:
+        print(f"note     labels count as present from the probability {threshold:.2f} on, chosen on validation")
     if {"valid", "test"} <= set(tables):
         print_gap(sample_scores(tables["valid"]), sample_scores(tables["test"]), num_models)
 

@@ -10,7 +10,7 @@ blend) that holds their predictions.
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from batteries.core.fonts import ignore_missing_glyphs
 from batteries.core.metric_names import is_lower_better, select_scores
 from batteries.core.project import ROOT
 from batteries.core.text import count_of, did_you_mean
+from batteries.evaluation.mask_table import is_mask_table, read_mask_table
 from batteries.evaluation.predictions import read_predictions
 from batteries.evaluation.scoring import MEANS, score
 from batteries.submission.score_log import (
@@ -327,7 +328,10 @@ def score_predictions(directory: Path, split: str, metric: str, reported: Collec
     Returns:
         The score; None if the targets are not known, or if the score is undefined or not one of predictions.
     """
-    table = read_predictions(directory / "predictions" / f"{split}.csv")
+    path = directory / "predictions" / f"{split}.csv"
+    if is_mask_table(path):
+        return score_masks(path, split, metric, reported)
+    table = read_predictions(path)
     if metric in MEANS[table.kind]:
         return score(table).get(metric)
     from experiment.task import SCORES
@@ -338,14 +342,29 @@ def score_predictions(directory: Path, split: str, metric: str, reported: Collec
         return None
     scores = score(table, functions)
     if not functions or (scores and metric not in scores):
-        known = dict.fromkeys((*MEANS[table.kind], *SCORES, *scores))
-        hint = did_you_mean(metric, known) or "."
-        raise UserError(f"--metric {metric} is not a known metric{hint} Use one of: {', '.join(known)}.")
+        raise unknown_metric(metric, (*MEANS[table.kind], *SCORES, *scores))
     value = scores.get(metric, math.nan)
     if math.isnan(value):
         print(f"note     {metric} is undefined for {table.name}: {split} stays empty; --{split} sets it")
         return None
     return value
+
+
+def score_masks(path: Path, split: str, metric: str, reported: Collection[str | None]) -> float | None:
+    """Score the masks of a split; None as in `score_predictions`."""
+    scores = read_mask_table(path).scores()
+    if scores and metric not in scores and metric not in reported:
+        raise unknown_metric(metric, scores)
+    if metric not in scores:
+        print(f"note     {metric} of {split} is not known from {path}; --{split} sets it")
+    return scores.get(metric)
+
+
+def unknown_metric(metric: str, known: Iterable[str]) -> UserError:
+    """Return the error for a metric that does not exist."""
+    known = list(dict.fromkeys(known))
+    hint = did_you_mean(metric, known) or "."
+    return UserError(f"--metric {metric} is not a known metric{hint} Use one of: {', '.join(known)}.")
 
 
 def read_object(path: Path) -> dict[str, Any]:

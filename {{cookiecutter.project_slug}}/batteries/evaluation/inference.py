@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -160,8 +160,9 @@ def predict_run(
         UserError: If there is no checkpoint, the data differ, or the split is empty.
     """
     split = load_split(dataset, config, experiment.make_folds)
-    model, image_size = load_model(folder, config, dataset, split, device, experiment, options)
-    transform = experiment.valid_transform(image_size)
+    loaded = load_model(folder, config, dataset, split, device, experiment, options)
+    model = loaded.model
+    transform = experiment.valid_transform(loaded.image_size)
     batch_size = options.batch_size or config.valid_batch_size
 
     def predict(source: Samples, indices: np.ndarray) -> Predictions:
@@ -176,7 +177,8 @@ def predict_run(
         ids = tuple(str(source.ids[index]) for index in indices)
         kind = find_kind(experiment.task)
         known_targets = known_or_none(targets, kind, values.shape)
-        return Predictions(str(folder), ids, tuple(dataset.classes), values, known_targets, kind)
+        threshold = loaded.threshold if kind == "labels" else None
+        return Predictions(str(folder), ids, tuple(dataset.classes), values, known_targets, kind, threshold)
 
     if options.images is not None:
         files = open_images(options.images, dataset, experiment.channels)
@@ -225,6 +227,20 @@ def known_or_none(targets: np.ndarray, kind: Kind, shape: tuple[int, ...]) -> np
     return targets.astype(np.int64) if np.isin(targets, (0, 1)).all() else None
 
 
+class LoadedModel(NamedTuple):
+    """A trained model.
+
+    Attributes:
+        model: The model on its device.
+        image_size: The image size of its stage; None for the default.
+        threshold: The threshold of labels that was chosen on validation; None if there is none.
+    """
+
+    model: nn.Module
+    image_size: int | None
+    threshold: float | None
+
+
 def load_model(
     folder: Path,
     config: InferenceConfig,
@@ -233,8 +249,8 @@ def load_model(
     device: torch.device,
     experiment: Experiment,
     options: InferenceOptions,
-) -> tuple[nn.Module, int | None]:
-    """Load the model with the weights of the chosen checkpoint; also return the image size of its stage."""
+) -> LoadedModel:
+    """Load the model with the weights of the chosen checkpoint."""
     stages = [stage.name for stage in config.stages]
     path = run_on_rank_zero(
         lambda: find_checkpoint(folder, stages, options.stage, options.checkpoint, minimize=config.minimize_metric)
@@ -244,7 +260,12 @@ def load_model(
     model = experiment.build_model(num_classes=len(dataset.classes))
     apply_checkpoint({"model_state_dict": scored_weights(checkpoint)}, str(path), model)
     run_on_rank_zero(lambda: print(f"weights  {path}, epoch {checkpoint.get('epoch')}"))
-    return model.to(device), find_stage(config.stages, checkpoint["stage"]).image_size
+    metrics = checkpoint.get("metrics") or {}
+    return LoadedModel(
+        model=model.to(device),
+        image_size=find_stage(config.stages, checkpoint["stage"]).image_size,
+        threshold=metrics.get("valid_ema", metrics.get("valid", {})).get("threshold"),
+    )
 
 
 def predict_loader(

@@ -252,7 +252,10 @@ class MaskWriter:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode_mask(mask))
         if self._writes_probabilities:
-            np.savez_compressed(_npz(file), probabilities=predicted.probabilities.half().numpy())
+            arrays: dict[str, Any] = {"probabilities": predicted.probabilities.half().numpy()}
+            if predicted.target is not None:
+                arrays["target"] = predicted.target.numpy()
+            np.savez_compressed(_npz(file), **arrays)
         runs = [encode_runs(mask == number) for number in range(1, len(self.classes))] if self._writes_runs else []
         self._rows.append((position, predicted.confusion(), predicted.target is not None, runs))
 

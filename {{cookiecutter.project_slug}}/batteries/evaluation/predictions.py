@@ -4,6 +4,7 @@ The columns are `id`, one for each output of the model, and the targets, by whic
 
 - one class per sample: probabilities, and a column `target` with the class, if it is known;
 - several labels per sample: probabilities, and a column `label_NAME` with 0 or 1 for each output, empty if not known;
+  also a column `threshold` with the probability from which on a label counts as present, if it was chosen;
 - numbers: values, and a column `target_NAME` with the number for each output, empty if not known.
 """
 
@@ -23,6 +24,7 @@ TOLERANCE = 1e-3  # of the sum of a row: files with three decimals and ten class
 
 Kind = Literal["class", "labels", "numbers"]
 KIND_NAMES: dict[Kind, str] = {"class": "one class per sample", "labels": "several labels", "numbers": "numbers"}
+THRESHOLD = "threshold"  # the column of the threshold of labels
 PREFIXES: dict[str, Kind] = {"label_": "labels", "target_": "numbers"}  # of the columns of targets
 
 
@@ -38,6 +40,7 @@ class Predictions:
         targets: Class indices (N), int64; labels, 0 and 1, (N, C), int64; or numbers (N, C), float64. None if they are
             not known.
         kind: What is predicted: one class, several labels, or numbers.
+        threshold: The probability from which on a label counts as present, chosen on validation; None if not known.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Predictions:
     values: np.ndarray
     targets: np.ndarray | None = None
     kind: Kind = "class"
+    threshold: float | None = None
 
     def sums_to_one(self) -> bool:
         """Return whether every row is a distribution over the classes."""
@@ -88,10 +92,13 @@ def _target_columns(predictions: Predictions) -> dict[str, object]:
         return {} if targets is None else {"target": [predictions.classes[index] for index in targets]}
     prefix = next(prefix for prefix, kind in PREFIXES.items() if kind == predictions.kind)
     empty = [""] * len(predictions.ids)
-    return {
+    columns: dict[str, object] = {
         f"{prefix}{name}": empty if targets is None else targets[:, index]
         for index, name in enumerate(predictions.classes)
     }
+    if predictions.threshold is not None:
+        columns[THRESHOLD] = [predictions.threshold] * len(predictions.ids)
+    return columns
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -102,7 +109,7 @@ def read_predictions(path: Path) -> Predictions:
     table = read_table(path)
     _check_header(path, table.columns)
     kind, prefix = _find_kind(table.columns)
-    classes = tuple(name for name in table.columns if name not in KEYS and not (prefix and name.startswith(prefix)))
+    classes = tuple(_outputs(table.columns, prefix) if prefix else [name for name in table.columns if name not in KEYS])
     ids = tuple(table.column("id"))
     columns = [_parse_numbers(path, ids, name, table.column(name)) for name in classes]
     targets = None
@@ -110,7 +117,10 @@ def read_predictions(path: Path) -> Predictions:
         targets = _parse_numeric_targets(path, table, [f"{prefix}{name}" for name in classes], kind)
     elif "target" in table.columns:
         targets = _parse_targets(path, ids, table.column("target"), classes)
-    predictions = Predictions(str(path), ids, classes, np.stack(columns, axis=1), targets, kind)
+    threshold = None
+    if kind == "labels" and THRESHOLD in table.columns:
+        threshold = float(_parse_numbers(path, ids[:1], THRESHOLD, table.column(THRESHOLD)[:1])[0])
+    predictions = Predictions(str(path), ids, classes, np.stack(columns, axis=1), targets, kind, threshold)
     check_predictions(predictions)
     return predictions
 
@@ -119,10 +129,14 @@ def _find_kind(columns: Sequence[str]) -> tuple[Kind, str]:
     """Return what a table predicts, and the prefix of its columns of targets; the prefix is empty for classes."""
     for prefix, kind in PREFIXES.items():
         targets = {name.removeprefix(prefix) for name in columns if name.startswith(prefix)}
-        outputs = {name for name in columns if name not in KEYS and not name.startswith(prefix)}
-        if targets and targets == outputs:
+        if targets and targets == set(_outputs(columns, prefix)):
             return kind, prefix
     return "class", ""
+
+
+def _outputs(columns: Sequence[str], prefix: str) -> list[str]:
+    """Return the columns of predictions in a table whose columns of targets have a prefix."""
+    return [name for name in columns if name not in (*KEYS, THRESHOLD) and not name.startswith(prefix)]
 
 
 def check_predictions(predictions: Predictions) -> None:
@@ -213,7 +227,9 @@ def average_by_id(name: str, tables: Sequence[Predictions], order: Sequence[str]
     assert len(ids) == len(sums), "an id is missing in the order"
     means = np.stack([sums[sample] / counts[sample] for sample in ids])
     known_targets = np.array([targets[sample] for sample in ids]) if len(targets) == len(ids) else None
-    return Predictions(name, ids, tables[0].classes, means, known_targets, tables[0].kind)
+    thresholds = [table.threshold for table in tables if table.threshold is not None]
+    threshold = float(np.mean(thresholds)) if thresholds else None
+    return Predictions(name, ids, tables[0].classes, means, known_targets, tables[0].kind, threshold)
 
 
 def _reorder(first: Predictions, table: Predictions) -> Predictions:

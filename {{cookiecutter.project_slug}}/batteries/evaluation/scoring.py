@@ -8,9 +8,11 @@ import numpy as np
 
 from batteries.core.metric_names import ScoreFunction, name_values
 from batteries.evaluation.predictions import Kind, Predictions
+from batteries.metrics.labels import f1_score
 
 SMALLEST = 1e-15  # minimum probability in a logarithm: a wrong prediction with probability 1 costs 34.5, not infinity
 RESAMPLES = 2000
+DEFAULT_THRESHOLD = 0.5  # of labels
 MEANS: dict[Kind, tuple[str, ...]] = {  # the metrics of `sample_scores`
     "class": ("accuracy", "log_loss"),
     "labels": ("label_accuracy", "log_loss"),
@@ -36,7 +38,8 @@ def sample_scores(predictions: Predictions) -> dict[str, np.ndarray]:
     if predictions.kind == "labels":
         of_target = np.where(targets == 1, values, 1 - values)
         losses = -np.log(np.maximum(of_target, SMALLEST))
-        return {"label_accuracy": ((values >= 0.5) == targets).mean(1), "log_loss": losses.mean(1)}
+        threshold = DEFAULT_THRESHOLD if predictions.threshold is None else predictions.threshold
+        return {"label_accuracy": ((values >= threshold) == targets).mean(1), "log_loss": losses.mean(1)}
     scores = {"accuracy": (values.argmax(1) == targets).astype(np.float64)}
     if predictions.sums_to_one():
         target_probabilities = values[np.arange(len(targets)), targets]
@@ -53,7 +56,8 @@ def score(predictions: Predictions, functions: Mapping[str, ScoreFunction] | Non
 
     Returns:
         The means of `sample_scores`, and one number per function; NaN if that score is undefined. Empty if targets are
-        not known.
+        not known. Scores of labels that depend on a threshold use that of the table, which was chosen on validation,
+        and not the best one for these samples.
     """
     scores: dict[str, Any] = {name: values.mean() for name, values in sample_scores(predictions).items()}
     if functions and predictions.targets is not None:
@@ -64,7 +68,21 @@ def score(predictions: Predictions, functions: Mapping[str, ScoreFunction] | Non
                 scores[name] = function(metrics, predictions.targets, predictions.values)
             except ValueError:  # such as ROC AUC of a class without samples
                 scores[name] = math.nan
+        if predictions.threshold is not None:
+            scores |= {name: value for name, value in _at_threshold(predictions).items() if name in functions}
     return name_values(scores, predictions.classes)
+
+
+def _at_threshold(predictions: Predictions) -> dict[str, float]:
+    """Return the scores of labels that depend on the threshold, at that of the table."""
+    assert predictions.targets is not None
+    assert predictions.threshold is not None
+    is_present = predictions.values >= predictions.threshold
+    return {
+        "macro_f1": f1_score(predictions.targets, is_present, "macro"),
+        "micro_f1": f1_score(predictions.targets, is_present, "micro"),
+        "threshold": predictions.threshold,
+    }
 
 
 class Gap(NamedTuple):

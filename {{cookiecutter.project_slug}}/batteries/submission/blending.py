@@ -6,10 +6,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from batteries.core.errors import UserError
+from batteries.evaluation.predictions import Kind
 from batteries.evaluation.scoring import SMALLEST
 
 Method = Literal["mean", "power", "geometric", "rank"]
 BlendFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of tables (M, N, C) and weights (M,)
+LossFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 FOLDS = 5  # of the cross-validation of weights
 
 
@@ -20,20 +22,22 @@ def blend(
     power: float = 2.0,
     *,
     normalize_rows: bool = True,
+    is_probability: bool = True,
 ) -> np.ndarray:
-    """Blend the probabilities of M models.
+    """Blend the predictions of M models.
 
     Args:
-        tables: Probabilities (M, N, C).
+        tables: Probabilities (M, N, C), or numbers of any range, which have the method "mean" only.
         method: "mean": mean of the probabilities. "power": (sum of w p^power)^(1/power), which favours the model that
             is more confident. "geometric": mean of the logarithms (Hinton 2002, products of experts). "rank": mean of
             `ranks`, which does not depend on the calibration of the models.
         weights: Weights (M,), 0 or more and finite; they are normalized to a sum of one.
         power: The power of "power", over 0.
         normalize_rows: Whether the rows of "power" and "geometric" are normalized to a sum of one.
+        is_probability: Whether the predictions are probabilities.
 
     Returns:
-        Probabilities (N, C).
+        Predictions (N, C).
     """
     normalized = normalize_weights(weights)
     if method == "mean":
@@ -46,7 +50,7 @@ def blend(
         blended = np.exp(_weighted_mean(normalized, np.log(np.maximum(tables, SMALLEST))))
     if normalize_rows and method in ("power", "geometric"):
         blended = blended / blended.sum(1, keepdims=True)
-    return np.clip(blended, 0, 1)  # rounding can leave the range
+    return np.clip(blended, 0, 1) if is_probability else blended  # rounding can leave the range
 
 
 def normalize_weights(weights: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -91,7 +95,7 @@ def correlations(tables: np.ndarray) -> np.ndarray:
 
 
 class FittedWeights(NamedTuple):
-    """Weights of a blend, and the cross-entropy that can be expected of them.
+    """Weights of a blend, and the loss that can be expected of them.
 
     Attributes:
         weights: Weights (M,) with a sum of one.
@@ -104,16 +108,19 @@ class FittedWeights(NamedTuple):
     equal_loss: float
 
 
-def fit_weights(tables: np.ndarray, targets: np.ndarray, blend_tables: BlendFunction) -> FittedWeights:
-    """Fit the weights with the lowest cross-entropy.
+def fit_weights(
+    tables: np.ndarray, targets: np.ndarray, blend_tables: BlendFunction, kind: Kind = "class"
+) -> FittedWeights:
+    """Fit the weights with the lowest loss: the cross-entropy of probabilities, or the mean squared error of numbers.
 
     Their loss is estimated by cross-validation: weights fitted on four fifths of the samples are scored on the last
     fifth. The loss on the samples of the fit would be too low.
 
     Args:
-        tables: Probabilities (M, N, C).
-        targets: Class indices (N).
+        tables: Predictions (M, N, C).
+        targets: Class indices (N), labels (N, C) or numbers (N, C).
         blend_tables: Blends tables with weights.
+        kind: What is predicted.
 
     Raises:
         UserError: If there are fewer than FOLDS samples.
@@ -122,17 +129,20 @@ def fit_weights(tables: np.ndarray, targets: np.ndarray, blend_tables: BlendFunc
 
     if len(targets) < FOLDS:
         raise UserError(f"--fit-on needs {FOLDS} samples or more, not {len(targets)}.")
+    loss_of = LOSSES[kind]
     losses = np.empty(len(targets))
     for fitted, held_out in KFold(FOLDS, shuffle=True, random_state=0).split(targets):
-        weights = _minimize_loss(tables[:, fitted], targets[fitted], blend_tables)
-        losses[held_out] = _losses(blend_tables(tables[:, held_out], weights), targets[held_out])
+        weights = _minimize_loss(tables[:, fitted], targets[fitted], blend_tables, loss_of)
+        losses[held_out] = loss_of(blend_tables(tables[:, held_out], weights), targets[held_out])
     equal = np.full(len(tables), 1 / len(tables))
-    equal_loss = _losses(blend_tables(tables, equal), targets).mean()
-    weights = _minimize_loss(tables, targets, blend_tables)
+    equal_loss = loss_of(blend_tables(tables, equal), targets).mean()
+    weights = _minimize_loss(tables, targets, blend_tables, loss_of)
     return FittedWeights(weights, float(losses.mean()), float(equal_loss))
 
 
-def _minimize_loss(tables: np.ndarray, targets: np.ndarray, blend_tables: BlendFunction) -> np.ndarray:
+def _minimize_loss(
+    tables: np.ndarray, targets: np.ndarray, blend_tables: BlendFunction, loss_of: LossFunction
+) -> np.ndarray:
     """Minimise the loss over weights with a sum of one by sequential least squares (Kraft 1988), from equal weights.
 
     The loss is divided by that of equal weights, because the optimiser stops at a change of 1e-6 at any scale.
@@ -141,10 +151,10 @@ def _minimize_loss(tables: np.ndarray, targets: np.ndarray, blend_tables: BlendF
 
     count = len(tables)
     equal = np.full(count, 1 / count)
-    scale = _losses(blend_tables(tables, equal), targets).mean() or 1.0
+    scale = loss_of(blend_tables(tables, equal), targets).mean() or 1.0
 
     def relative_loss(weights: np.ndarray) -> float:
-        return _losses(blend_tables(tables, _to_simplex(weights)), targets).mean() / scale
+        return loss_of(blend_tables(tables, _to_simplex(weights)), targets).mean() / scale
 
     def excess_sum(weights: np.ndarray) -> float:
         return weights.sum() - 1
@@ -165,8 +175,21 @@ def _to_simplex(weights: np.ndarray) -> np.ndarray:
     return clipped / clipped.sum()
 
 
-def _losses(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _class_losses(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(probabilities[np.arange(len(targets)), targets], SMALLEST))
+
+
+def _label_losses(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return -np.log(np.maximum(np.where(targets == 1, probabilities, 1 - probabilities), SMALLEST)).mean(1)
+
+
+def _squared_errors(values: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return np.square(values - targets).mean(1)
+
+
+# Losses per sample (N), of predictions (N, C) and targets.
+LOSSES: dict[Kind, LossFunction] = {"class": _class_losses, "labels": _label_losses, "numbers": _squared_errors}
+LOSS_NAMES: dict[Kind, str] = {"class": "log_loss", "labels": "log_loss", "numbers": "squared error"}
 
 
 def _weighted_mean(weights: np.ndarray, tables: np.ndarray) -> np.ndarray:

@@ -10,17 +10,26 @@ import numpy as np
 from batteries.core.errors import UserError
 from batteries.core.tables import read_table
 from batteries.core.text import find_repeated, summarize_names
-from batteries.evaluation.predictions import Predictions
+from batteries.evaluation.predictions import KIND_NAMES, Kind, Predictions
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Values = Literal["label", "index", "probability", "binary", "labels"]
+Values = Literal["label", "index", "probability", "binary", "labels", "number", "rle"]
+VALUES_OF: dict[Kind, tuple[Values, ...]] = {  # the values that predictions of a kind can be written as
+    "class": ("label", "index", "probability", "binary", "labels"),
+    "labels": ("labels", "binary", "probability"),
+    "numbers": ("number",),
+}
 PER_ROW = ("label", "index", "labels")  # these describe the whole row; the others describe one class
 
 
-def read_sample(path: Path) -> "pd.DataFrame":
+def read_sample(path: Path, *, repeats: bool = False) -> "pd.DataFrame":
     """Read a sample submission as text; the first column is the id.
+
+    Args:
+        path: The file.
+        repeats: Ids can be repeated, as with one row for each class of an image.
 
     Raises:
         UserError: If it is not a table, has only one column, or repeats an id.
@@ -30,7 +39,7 @@ def read_sample(path: Path) -> "pd.DataFrame":
     table = read_table(path, f"--sample {path}")
     if len(table.columns) < 2 or not table.rows:
         raise UserError(f"--sample {path} needs a column of ids, a column to fill in, and rows.")
-    if repeated := find_repeated(row.cells[0] for row in table.rows):
+    if not repeats and (repeated := find_repeated(row.cells[0] for row in table.rows)):
         raise UserError(f"--sample {path} has more than one row of {summarize_names('id', repeated)}.")
     return pd.DataFrame([row.cells for row in table.rows], columns=table.columns, dtype=str)
 
@@ -64,12 +73,32 @@ def _without_both(name: str) -> str:
     return _without_suffix(_without_directory(name))
 
 
+def choose_values(predictions: Predictions, sample: "pd.DataFrame", values: Values | None) -> Values:
+    """Return what the columns get: `values`, or the default of what is predicted.
+
+    Raises:
+        UserError: If the predictions cannot be written as `values`.
+    """
+    possible = VALUES_OF[predictions.kind]
+    if values is None:
+        is_per_class = predictions.kind == "labels" and len(sample.columns) > 2
+        return "binary" if is_per_class else possible[0]
+    if values not in possible:
+        raise UserError(
+            f"--values {values} does not fit {predictions.name}, which has {KIND_NAMES[predictions.kind]}; use "
+            f"{' or '.join(possible)}."
+        )
+    return values
+
+
 def make_submission(
     predictions: Predictions,
     sample: "pd.DataFrame",
     values: Values,
     threshold: float = 0.5,
     column_class: str | None = None,
+    *,
+    at_least_one: bool = True,
 ) -> "pd.DataFrame":
     """Fill a sample submission with predictions; its columns, ids and order stay.
 
@@ -77,10 +106,11 @@ def make_submission(
         predictions: The predictions.
         sample: The output of `read_sample`.
         values: What the columns after the id get. One column per row: "label", the most probable class; "index", its
-            index from 0; "labels", all classes whose probability reaches the threshold, or else the most probable one,
-            separated by spaces. One column per class: "probability"; "binary", whether it reaches the threshold (0, 1).
+            index from 0; "labels", all classes whose probability reaches the threshold, separated by spaces. One column
+            per class: "probability"; "binary", whether it reaches the threshold (0, 1); "number", a predicted number.
         threshold: The threshold of "labels" and "binary".
         column_class: The class of the only column, if the column is not named after it.
+        at_least_one: "labels" writes the most probable class if none reaches the threshold.
 
     Raises:
         UserError: If the predictions do not fit the sample; the message lists every difference.
@@ -95,11 +125,12 @@ def make_submission(
     probabilities = predictions.values[[row_of[name] for name in ids]]
     submission = sample.copy()
     if values in PER_ROW:
-        submission[columns[0]] = _describe_rows(probabilities, predictions.classes, values, threshold)
+        cells = _describe_rows(probabilities, predictions.classes, values, threshold, at_least_one=at_least_one)
+        submission[columns[0]] = cells
         return submission
     for column, name in zip(columns, column_classes, strict=True):
         numbers = probabilities[:, predictions.classes.index(name)]
-        submission[column] = numbers if values == "probability" else (numbers >= threshold).astype(np.int64)
+        submission[column] = (numbers >= threshold).astype(np.int64) if values == "binary" else numbers
     return submission
 
 
@@ -110,6 +141,8 @@ def _choose_classes(
     if values in PER_ROW:
         _check_options_per_row(predictions, columns, values, column_class)
         return []
+    if values == "number" and column_class is None and len(columns) == len(predictions.classes) == 1:
+        return list(predictions.classes)
     if column_class is None:
         if len(columns) == 1 and columns[0] not in predictions.classes:
             raise UserError(
@@ -173,7 +206,7 @@ def _find_differences(predictions: Predictions, ids: Sequence[str], column_class
 
 
 def _describe_rows(
-    probabilities: np.ndarray, classes: Sequence[str], values: Values, threshold: float
+    probabilities: np.ndarray, classes: Sequence[str], values: Values, threshold: float, *, at_least_one: bool
 ) -> list[str] | list[int]:
     """Return the cell of each row: the index, the label or the labels."""
     best: list[int] = probabilities.argmax(1).tolist()
@@ -183,6 +216,6 @@ def _describe_rows(
         return [classes[index] for index in best]
     cells = []
     for row, top in zip(probabilities, best, strict=True):
-        chosen = np.flatnonzero(row >= threshold).tolist() or [top]
+        chosen = np.flatnonzero(row >= threshold).tolist() or ([top] if at_least_one else [])
         cells.append(" ".join(classes[index] for index in chosen))
     return cells
