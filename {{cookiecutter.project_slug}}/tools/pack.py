@@ -38,7 +38,7 @@ from batteries.data.packing import (
     prepare_output,
     write_pack,
 )
-from batteries.data.packs import FileDataset, PackRecord, is_pack
+from batteries.data.packs import FileDataset, PackRecord, image_paths, is_pack
 from experiment import augmentations
 from experiment.dataset import load_dataset
 
@@ -106,7 +106,12 @@ def open_source(config: Config) -> FileDataset:
     if dataset_info(dataset).read_image is None or not hasattr(dataset, "data_dir"):
         raise UserError(
             f"{type(dataset).__name__} in experiment/dataset.py cannot be packed: it needs read_image, data_dir, and "
-            "ids that are paths of image files in data_dir."
+            "ids or paths that are those of image files in data_dir."
+        )
+    if dataset_info(dataset).targets is None:
+        raise UserError(
+            f"{type(dataset).__name__} in experiment/dataset.py cannot be packed: its targets are files too, such as "
+            "masks, which would keep their size."
         )
     return dataset
 
@@ -189,7 +194,7 @@ def print_table(config: Config, dataset: FileDataset, record: PackRecord) -> Non
 
     packed = load_dataset(config.output)
     measured = measure(dataset, packed, record)
-    size = sum((dataset.data_dir / name).stat().st_size for name in dataset.ids)
+    size = sum((dataset.data_dir / name).stat().st_size for name in image_paths(dataset))
     quality = "equal" if math.isinf(measured.psnr) else f"{measured.psnr:.1f} dB"
     print(f"{config.output}: {count_of(record.images, 'image')}, {record.kind}, PSNR of crops {quality}")
     print(f"{'':20}{'before':>12}{'after':>12}{'ratio':>8}")

@@ -26,6 +26,7 @@ from batteries.data.packs import (
     PackRecord,
     hash_files,
     hash_source,
+    image_paths,
     index_arrays,
     is_pack,
     pack_files,
@@ -78,7 +79,7 @@ def encode_jpeg(image: torch.Tensor, quality: int) -> bytes:
 
 def pack_image(dataset: FileDataset, index: int, record: PackRecord) -> bytes | np.ndarray:
     """Return one image of a pack: the bytes of its file, or the pixels (H, W, C) in a raw pack."""
-    path = dataset.data_dir / dataset.ids[index]
+    path = dataset.data_dir / image_paths(dataset)[index]
     image = dataset.read_image(path)
     small = shrink(image, record.side)
     if record.quality is None:
@@ -191,7 +192,7 @@ def _write_jpeg(dataset: FileDataset, output: Path, record: PackRecord, threads:
     """Write the files of a JPEG pack that do not exist yet, and copy the tables."""
 
     def pack(index: int) -> None:
-        target = output / dataset.ids[index]
+        target = output / image_paths(dataset)[index]
         if not target.exists():
             data = pack_image(dataset, index, record)
             assert isinstance(data, bytes)

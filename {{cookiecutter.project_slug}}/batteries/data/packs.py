@@ -136,7 +136,12 @@ def pack_files(record: PackRecord, dataset: Any) -> list[str]:
 
 def source_files(dataset: FileDataset) -> list[str]:
     """List the files of a data set: images and tables, relative to its directory."""
-    return [*dataset.ids, *getattr(dataset, "tables", ())]
+    return [*image_paths(dataset), *getattr(dataset, "tables", ())]
+
+
+def image_paths(dataset: FileDataset) -> Sequence[str]:
+    """Return the path of each image relative to the directory of the data set: `paths` if it has them, else `ids`."""
+    return getattr(dataset, "paths", dataset.ids)
 
 
 def hash_source(dataset: FileDataset) -> str:

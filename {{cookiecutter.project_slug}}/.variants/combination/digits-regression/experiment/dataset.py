@@ -13,6 +13,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, rotate
 
 MAX_ANGLE = 45.0  # degrees
+# The loss compares (target - TARGET_MEAN) / TARGET_STD; one value for each target, or one for all. `tools/split.py
+# --keep --statistics` prints those of the train split.
+TARGET_MEAN = (0.0,)
+TARGET_STD = (26.0,)
 
 
 class TurnedDigits:

@@ -14,15 +14,11 @@ from batteries.core.errors import UserError
 from batteries.data.dataset import Dataset, Mixer, dataset_info
 from batteries.data.mixing import make_mixer
 from batteries.data.stratification import quantile_bins
+from experiment.dataset import TARGET_MEAN, TARGET_STD
 
 MAIN_METRIC = "mae"  # ranks checkpoints: a metric of `batch_metrics` or SCORES, or loss
 MINIMIZE_METRIC = True  # whether a lower value is better
 PREDICTIONS = "numbers"  # what tools/predict.py writes: the value of each target
-
-# The loss compares (target - TARGET_MEAN) / TARGET_STD, one value for each target, or one for all.
-# `python tools/split.py --keep --statistics` prints those of the train split.
-TARGET_MEAN = (0.0,)
-TARGET_STD = (26.0,)
 
 # Scores of the whole validation split, from sklearn.metrics, targets and predictions (N, targets). A name that ends in
 # a slash has one value for each target.
