@@ -17,7 +17,7 @@ from batteries.evaluation.label_analysis import Threshold, choose_threshold, sto
 from batteries.evaluation.predictions import Predictions
 from batteries.metrics.labels import THRESHOLDS
 from batteries.report import label_sections, number_sections, plots
-from batteries.report.html import Section, make_report, plots_of
+from batteries.report.html import Section, make_report, plots_of, png_size
 from tools.report import ValidPredictions, render_predictions
 
 assert matplotlib.backends.backend_agg, "imported before the first plot, which would be slow otherwise"
@@ -245,6 +245,23 @@ def test_errors_by_size_are_means_over_deciles(targets):
     assert targets != "different" or {group.samples for group in found} == {23}
 
 
+def test_a_bin_of_one_number_is_named_by_it(monkeypatch):
+    named = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_xticks", lambda _, places, names, **__: named.extend(names))
+    sizes = np.array([-0.0, 0.0, 2.0, 3.0, 1234.5])
+    bins = [number_analysis.SizeBin(low, high, 1, 1.0) for low, high in itertools.pairwise(sizes.tolist())]
+    number_sections.draw_errors_by_size(0, "x", bins)
+    assert named == ["0", "0 to 2", "2 to 3", "3 to 1.23e+03"]
+
+
+@pytest.mark.parametrize(("name", "is_wide"), [("cat", False), ("a cat on a mat", True)])
+def test_a_plot_with_long_names_of_labels_has_the_full_width(name, is_wide):
+    table = label_predictions(names=("dog", name))
+    curves = label_analysis.precision_recall_curves(table, 0.5, 10)
+    plot = label_sections.draw_precision_recall(curves, "x")
+    assert (plot.is_wide, png_size(plot.png)[0] > 150) == (is_wide, is_wide)
+
+
 def test_the_worst_samples_have_the_largest_error_in_deviations_of_a_target():
     table = number_predictions()
     table.values[7, 0] = table.targets[7, 0] + 3  # three deviations of width; the errors of mass are up to one of 10
@@ -280,7 +297,7 @@ def test_many_targets_have_plots_of_those_with_the_lowest_r2():
 
 @pytest.mark.parametrize("make", [label_predictions, number_predictions])
 def test_names_from_outside_are_escaped_and_files_of_plots_have_valid_names(make):
-    table = make(names=HOSTILE)
+    table = make(names=(*HOSTILE, "東京"))  # as a file name, it is the same as another name
     tiles, shown = render_predictions(ValidPredictions(table, "x", lambda _: None, None))
     made = render(*shown)
     assert "script" not in {element.tag for element in made.root.iter()}

@@ -232,9 +232,9 @@ def file_name(kind: str, name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", f"{kind}_{name}")
 
 
-def legend_label(text: str, most: int = 28) -> str:
+def legend_label(text: str) -> str:
     """Return a label that the legend shows: matplotlib hides labels that begin with an underscore."""
-    return shorten(f" {text}" if text.startswith("_") else text, most)
+    return shorten(f" {text}" if text.startswith("_") else text, 28)
 
 
 def shorten(text: str, most: int) -> str:

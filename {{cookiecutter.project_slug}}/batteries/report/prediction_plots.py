@@ -13,6 +13,7 @@ from batteries.report.plots import COLOURS, GREY, WIDTH, Plot, draw_plot, file_n
 MAX_CLASSES = 24  # of a confusion matrix with readable names
 MAX_NARROW_CLASSES = 12  # of a confusion matrix that is readable at half the width of a report
 RESIDUAL_BINS = 40
+NARROW_NAME = 12  # characters of a label up to which the legend leaves room for curves at half the width of a report
 OPAQUE_POINTS = 200  # points of a scatter plot up to which they are not transparent
 
 
@@ -98,19 +99,22 @@ def draw_precision_recall(curves: Sequence[PrecisionRecall], title: str) -> Plot
         title: The title of the plot.
     """
 
+    is_wide = any(len(score.name) > NARROW_NAME for score, _, _ in curves)
+
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for number, (score, precisions, recalls) in enumerate(curves):
             colour = COLOURS[number % len(COLOURS)]
             style = "-" if number < len(COLOURS) else "--"
-            label = f"{legend_label(score.name, 16)} {score.average_precision:.3f}"
+            label = f"{legend_label(score.name)} {score.average_precision:.3f}"
             axes.plot(recalls, precisions, style, color=colour, drawstyle="steps-post", label=label, linewidth=1.4)
             if score.recall:  # without a correct prediction, precision and recall are both 0
                 axes.plot(score.recall, score.precision, "o", color=colour, markersize=5, markeredgecolor="white")
         axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
         figure.legend(loc="outside right upper", fontsize=8.5, title="average precision", title_fontsize=8.5)
 
-    return draw_plot("precision_recall", f"{title}: precision for each recall", draw, width=1.2 * WIDTH, height=4.2)
+    width = WIDTH * (1.6 if is_wide else 1.2)
+    return draw_plot("precision_recall", f"{title}: precision for each recall", draw, width, height=4.2, wide=is_wide)
 
 
 def draw_predicted_numbers(index: int, name: str, values: np.ndarray, targets: np.ndarray) -> Plot:
@@ -165,7 +169,7 @@ def draw_errors_by_size(index: int, name: str, bins: Sequence[SizeBin]) -> Plot:
         bins: The bins, such as deciles.
     """
     title = f"{shorten(name, 28)}: error by size"
-    ranges = [f"{group.low:.3g} to {group.high:.3g}" for group in bins]
+    ranges = [_format_range(group.low, group.high) for group in bins]
     samples = sum(group.samples for group in bins)
     overall = sum(group.samples * group.mae for group in bins) / samples
 
@@ -179,3 +183,9 @@ def draw_errors_by_size(index: int, name: str, bins: Sequence[SizeBin]) -> Plot:
         figure.legend(loc="outside lower center", fontsize=8.5)
 
     return draw_plot(file_name(f"size_{index}", name), f"{name}: mean absolute error by decile", draw, height=4.2)
+
+
+def _format_range(low: float, high: float) -> str:
+    """Format a range, or one number if both ends are equal; 0 instead of -0."""
+    ends = dict.fromkeys(f"{value + 0.0:.3g}" for value in (low, high))
+    return " to ".join(ends)
