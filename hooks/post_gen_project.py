@@ -19,13 +19,16 @@ BASE_VARIANTS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an ans
 # The files that toolkit=training leaves out, by directory. They are listed one by one, so that generating over an
 # existing repository deletes no file of the user. tests/test_toolkit.py compares the list with the template.
 LEFT_OUT = {
-    "batteries/preflight": "__init__.py data_checks.py machine_checks.py model_checks.py results.py",
-    "batteries/report": "__init__.py history.py html.py plots.py sections.py",
+    "batteries/preflight": "__init__.py data_checks.py machine_checks.py model_checks.py results.py target_checks.py",
+    "batteries/report": """
+        __init__.py calibration.py class_sections.py history.py html.py label_sections.py number_sections.py plots.py
+        prediction_plots.py sample_list.py sections.py
+    """,
     "batteries/submission": "__init__.py blending.py score_log.py submission_file.py",
     "docs": "checks.md reports.md submission.md",
     "tests": """
-        test_blend.py test_check.py test_full_commands.py test_full_toolkit.py test_report.py test_scores.py
-        test_submission_walkthrough.py test_submit.py
+        test_blend.py test_check.py test_full_commands.py test_full_toolkit.py test_report.py
+        test_report_tasks.py test_scores.py test_submission_walkthrough.py test_submit.py
     """,
     "tools": "blend.py check.py report.py scores.py submit.py",
 }

@@ -24,7 +24,7 @@ def is_left_out(name: str) -> bool:
     pattern = (
         r"batteries/(preflight|report|submission)/\w+\.py"
         r"|tools/(blend|check|report|scores|submit)\.py"
-        r"|tests/test_(blend|check|full_\w+|report|scores|submission\w*|submit)\.py"
+        r"|tests/test_(blend|check|full_\w+|report\w*|scores|submission\w*|submit)\.py"
         r"|docs/(checks|reports|submission)\.md"
     )
     return re.fullmatch(pattern, name) is not None

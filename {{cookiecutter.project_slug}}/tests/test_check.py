@@ -29,10 +29,8 @@ from batteries.data.splits import SplitFile, to_csv
 from batteries.distributed import connectivity
 from batteries.preflight import machine_checks
 from batteries.preflight.data_checks import (
-    check_class_counts,
     check_duplicates,
     check_normalization,
-    choose_balanced,
     choose_samples,
     open_samples,
 )
@@ -52,6 +50,7 @@ from batteries.preflight.model_checks import (
     nearest_directory,
 )
 from batteries.preflight.results import CheckResult, is_user_code, raise_if_failed, run_checks, run_one_check
+from batteries.preflight.target_checks import TargetConstants, check_class_counts, choose_balanced
 from batteries.training.setup import FP32_SETTINGS, preserved_settings
 from tools import check
 
@@ -275,13 +274,158 @@ def test_rare_class_is_a_warning_and_counts_are_correct(tmp_path, rare_count, ou
     assert has_warning == is_imbalanced == (outcome == "warning")
 
 
-def test_targets_that_are_not_classes_are_not_counted(tmp_path):
+def check_counts(tmp_path, targets, names, constants=None) -> CheckResult:
+    """Check a data set with these targets, of which every fifth sample is in valid and every fifth in test."""
     dataset = Samples()
-    dataset.targets, dataset.classes = np.linspace(0, 1, SIZE), None
-    result = check_class_counts(SplitFile(tmp_path / "x.csv", dataset, lambda dataset: np.arange(SIZE) % 2), 0)
-    assert result == CheckResult(
-        "pass", "samples: train 80, valid 80, test 0; the targets are not classes, so classes are not counted"
+    dataset.targets, dataset.classes = targets, names
+    folds = np.where(np.arange(SIZE) % 5 == 4, -1, np.arange(SIZE) % 5 % 2)  # 1 validates: two fifths
+    return check_class_counts(SplitFile(tmp_path / "x.csv", dataset, lambda _: folds), 1, constants)
+
+
+def test_targets_of_no_known_kind_are_not_counted(tmp_path):
+    assert check_counts(tmp_path, None, None) == CheckResult(
+        "pass", "samples: train 64, valid 64, test 32; the targets are not classes, labels or numbers"
     )
+
+
+def random_labels() -> np.ndarray:
+    return np.random.default_rng(0).integers(2, size=(SIZE, 3))
+
+
+def test_samples_of_each_label_are_counted_in_each_split(tmp_path):
+    labels = random_labels()
+    labels[4::5][::2] = -1  # unknown targets of test samples
+    result = check_counts(tmp_path, labels, ("cat", "dog", "owl"))
+    counts = {"train": [0] * 3, "valid": [0] * 3, "test": [0] * 3}
+    for index, row in enumerate(labels.tolist()):
+        split = "test" if index % 5 == 4 else ("train", "valid")[index % 5 % 2]
+        for label, value in enumerate(row):
+            counts[split][label] += value == 1
+    sizes = {"train": 64, "valid": 64, "test": 32}
+    listed = [f"{name} {sizes[name]} ({min(found)} to {max(found)})" for name, found in counts.items()]
+    assert result == CheckResult("pass", f"3 labels, samples (per label): {', '.join(listed)}")
+    labels[4::5] = -1
+    assert check_counts(tmp_path, labels, ("cat", "dog", "owl")).details.endswith("test 32 (targets unknown)")
+
+
+def test_a_rare_label_is_a_warning_and_one_without_train_samples_is_rejected(tmp_path, monkeypatch):
+    names = ("cat", "dog", "owl")
+    labels = random_labels()
+    labels[:, 1] = 0
+    labels[[0, 5], 1] = 1  # two train samples
+    result = check_counts(tmp_path, labels, names)
+    assert result.outcome == "warning"
+    assert result.details.endswith("; rare labels: dog (train 2, valid 0)")
+    labels[[1, 3], 1] = 1
+    assert check_counts(tmp_path, labels, names).outcome == "pass"
+    monkeypatch.setattr("batteries.preflight.target_checks.RARE_FRACTION", 0.05)  # 3.2 of 64
+    assert check_counts(tmp_path, labels, names).details.endswith("; rare labels: dog (train 2, valid 2)")
+    labels[[0, 5], 1] = 0
+    with pytest.raises(UserError, match="the train split of fold 1 has no sample with label dog"):
+        check_counts(tmp_path, labels, names)
+
+
+def test_the_range_mean_and_deviation_of_numbers_are_reported_for_each_split(tmp_path):
+    numbers = np.random.default_rng(0).normal(100, 20, size=SIZE)
+    numbers[4] = np.nan  # a test sample
+    result = check_counts(tmp_path, numbers, ("age",))
+    train = [value for index, value in enumerate(numbers.tolist()) if index % 5 in (0, 2)]
+    mean = sum(train) / len(train)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in train) / len(train))
+    wanted = f"train 64 (age: {min(train):.4g} to {max(train):.4g}, mean {mean:.4g}, deviation {deviation:.4g}); valid"
+    assert (result.outcome, result.details[: len(wanted)]) == ("pass", wanted)
+    numbers[4::5] = np.nan
+    assert check_counts(tmp_path, numbers, ("age",)).details.endswith("; test 32 (targets unknown)")
+
+
+@pytest.mark.parametrize(
+    ("rows", "value", "outcome", "problem"),
+    [
+        (slice(None), 3.5, "fail", "one value only in the train split: mass = 3.5; "),
+        (slice(1, None, 5), 3.5, "pass", "train 64"),  # a half of valid
+        (
+            [index for index in range(SIZE) if index % 5 in (1, 3)],
+            3.5,
+            "warning",
+            "one value only in the valid split: ",
+        ),
+        (7, np.inf, "fail", "not every target of the train split is finite: mass"),
+        (4, -np.inf, "fail", "not every target of the test split is finite: mass"),
+    ],
+)
+def test_constant_and_infinite_numbers_are_found(tmp_path, rows, value, outcome, problem):
+    numbers = np.random.default_rng(0).normal(size=(SIZE, 2))
+    numbers[rows, 1] = value
+    result = check_counts(tmp_path, numbers, ("age", "mass"))
+    assert (result.outcome, result.details[: len(problem)]) == (outcome, problem)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "far"),
+    [
+        ((100.0, -5.0), (20.0, 2.0), ""),
+        ((0.0,), (20.0,), "age, mass"),
+        ((100.0, 0.0), (20.0, 2.0), "mass"),
+        ((92.0, -5.0), (20.0, 2.0), ""),
+        ((85.0, -5.0), (20.0, 2.0), "age"),
+        ((100.0, -5.0), (11.0, 3.9), "age, mass"),
+        (100.0, 20.0, "mass"),
+    ],
+)
+def test_constants_far_from_the_train_split_are_a_warning(tmp_path, mean, std, far):
+    numbers = np.random.default_rng(0).normal((100, -5), (20, 2), size=(SIZE, 2))
+    result = check_counts(tmp_path, numbers, ("age", "mass"), TargetConstants(mean, std))
+    assert result.outcome == ("warning" if far else "pass")
+    assert not far or result.details.startswith(f"TARGET_MEAN or TARGET_STD is far from the train split: {far}; train")
+    assert ("python tools/split.py --keep --statistics" in result.hint) == bool(far)
+
+
+def test_the_constants_of_the_task_are_compared_if_it_has_them(make_context, monkeypatch):
+    dataset = Samples()
+    dataset.targets, dataset.classes = np.random.default_rng(0).normal(100, 20, size=SIZE).astype(np.float32), ("age",)
+    monkeypatch.setattr(check, "check_main_metric", lambda *_: None)
+    monkeypatch.setattr(check, "make_folds", lambda _: np.arange(SIZE) % 3 - 1)
+    context = make_context(dataset)
+    for name, value in (("TARGET_MEAN", (0.0,)), ("TARGET_STD", (1.0,))):
+        assert check.check_class_counts(context).outcome == "pass"
+        monkeypatch.setattr(check.task, name, value, raising=False)
+    assert check.check_class_counts(context).outcome == "warning"
+
+
+@pytest.mark.parametrize(
+    ("targets", "change", "message"),
+    [
+        (random_labels(), [0, 1, 0], "its target is 0, 1, 0, but dataset.targets[7] is"),
+        (np.linspace(0, 1, SIZE), 0.25, "its target is 0.25, but dataset.targets[7] is 0.0440251572"),
+        (np.linspace((0, 1), (1, 2), SIZE), [0.25], "its target is 0.25, but dataset.targets[7] is 0.0440251572, 1.04"),
+    ],
+)
+def test_labels_and_numbers_that_differ_from_the_targets_of_the_data_set_fail(targets, change, message):
+    class Changed(Samples):
+        changed = -1
+
+        def __getitem__(self, index):
+            return self.images[index], torch.tensor(change if index == self.changed else self.targets[index])
+
+    dataset = Changed()
+    dataset.classes, dataset.targets = None, targets.copy()
+    dataset.targets[7] = [1, 0, 1] if targets.dtype == np.int64 else targets[7]
+    assert not [found for found in open_samples(dataset, np.arange(SIZE)) if isinstance(found, str)]
+    dataset.changed = 7
+    [error] = [found for found in open_samples(dataset, np.arange(SIZE)) if isinstance(found, str)]
+    assert message in error
+    dataset.targets[7] = -1 if targets.dtype == np.int64 else np.nan  # unknown, so there is nothing to compare
+    assert not [found for found in open_samples(dataset, np.arange(SIZE)) if isinstance(found, str)]
+
+
+def test_single_precision_numbers_of_samples_are_equal_to_double_precision_targets():
+    class Rounded(Samples):
+        def __getitem__(self, index):
+            return self.images[index], torch.tensor(self.targets[index], dtype=torch.float32).view(1)
+
+    dataset = Rounded()
+    dataset.classes, dataset.targets = ("age",), np.random.default_rng(0).normal(size=SIZE)
+    assert not [found for found in open_samples(dataset, np.arange(SIZE)) if isinstance(found, str)]
 
 
 @pytest.mark.parametrize(("copies", "outcome"), [(0, "pass"), (1, "fail"), (3, "fail")])
@@ -374,6 +518,31 @@ def test_balanced_choice_takes_equal_numbers_of_each_class():
     chosen = choose_balanced(dataset, np.arange(SIZE), 8)
     assert Counter(dataset.targets[chosen].tolist()) == {0: 3, 1: 3, 2: 2}
     assert len(set(chosen.tolist())) == 8
+
+
+def test_balanced_choice_takes_equal_numbers_of_each_label():
+    dataset = Samples()
+    dataset.classes, dataset.targets = ("cat", "dog", "owl"), np.zeros((SIZE, 3), int)
+    dataset.targets[:100, 0] = 1
+    dataset.targets[96:110, 1] = 1
+    dataset.targets[108:112, 2] = 1
+    chosen = choose_balanced(dataset, np.arange(2, SIZE), 8)
+    assert len(set(chosen.tolist())) == 8
+    assert dataset.targets[chosen].sum(0).tolist() == [3, 3, 3]  # a sample with cat and dog counts for both
+    assert (dataset.targets[chosen].sum(1) == 0).sum() == 2  # a quarter has no label
+    assert choose_balanced(dataset, np.arange(5), 8).tolist() == list(range(5))
+
+
+def test_balanced_choice_covers_the_range_of_numbers():
+    dataset = Samples()
+    dataset.classes, dataset.targets = ("age",), np.random.default_rng(0).permutation(SIZE).astype(float)
+    indices = np.arange(10, SIZE)
+    chosen = choose_balanced(dataset, indices, 8)
+    in_order = sorted(dataset.targets[indices])
+    assert dataset.targets[chosen].tolist() == [in_order[round(rank * (len(indices) - 1) / 7)] for rank in range(8)]
+    assert sorted(choose_balanced(dataset, indices[:5], 8).tolist()) == indices[:5].tolist()
+    dataset.targets = None
+    assert choose_balanced(dataset, indices, 8).tolist() == indices[:8].tolist()
 
 
 # The model

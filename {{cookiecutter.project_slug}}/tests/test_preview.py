@@ -135,3 +135,30 @@ def test_samples_that_are_not_images_have_no_grid(cpu):
 )
 def test_targets_of_any_kind_are_described(target, words):
     assert preview.describe_target(target, SimpleNamespace(classes=("sky", "land", "sea"))) == words
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (torch.tensor([1, 0, 1]), "sky, sea"),
+        (torch.tensor([0.0, 1.0, 0.0]), "land"),
+        (torch.tensor([0, 0, 0]), "no label"),
+        (torch.tensor([0.25, 1.0, 0.75]), "1.00 land, 0.75 sea, 0.25 sky"),
+    ],
+)
+def test_labels_are_listed_with_weights_if_they_are_mixed(target, words):
+    dataset = SimpleNamespace(classes=("sky", "land", "sea"), targets=np.eye(3, dtype=int))
+    assert preview.describe_target(target, dataset) == words
+
+
+@pytest.mark.parametrize(
+    ("targets", "target", "words"),
+    [
+        (np.linspace(0, 9, 5), torch.tensor(41.5), "age 41.5"),
+        (np.linspace(0, 9, 5), torch.tensor([0.0]), "age 0"),  # as mixup returns it
+        (np.linspace((0, 1), (8, 9), 5), torch.tensor([-1.25, 3e6]), "age -1.25, mass 3e+06"),
+    ],
+)
+def test_numbers_are_described_with_their_names(targets, target, words):
+    names = ("age", "mass")[: targets[:1].size]
+    assert preview.describe_target(target, SimpleNamespace(classes=names, targets=targets)) == words

@@ -33,7 +33,7 @@ from batteries.data.image_grid import thumbnail, to_rgb
 from batteries.evaluation import error_analysis
 from batteries.evaluation.predictions import Predictions, read_predictions
 from batteries.evaluation.run_selection import read_config
-from batteries.report import plots, sections
+from batteries.report import calibration, class_sections, plots, sections
 from batteries.report.history import RunHistory, StageSpan, find_runs, read_history
 from batteries.report.html import make_report, make_table, plots_of, png_size, tag, write_report
 from batteries.report.plots import Plot
@@ -197,7 +197,7 @@ def test_learning_rates_of_a_run_of_an_earlier_version_are_those_of_the_last_ste
 )
 def test_texts_of_a_plot_of_curves_do_not_overlap(monkeypatch, values, stages):
     figure = matplotlib.figure.Figure(figsize=(plots.WIDTH, plots.HEIGHT), layout="constrained")
-    monkeypatch.setattr(plots, "_draw", lambda name, alt, draw: draw(figure))
+    monkeypatch.setattr(plots, "draw_plot", lambda name, alt, draw: draw(figure))
     spans = [StageSpan(f"a_long_name_{number}", number, number) for number in range(1, stages + 1)]
     with matplotlib.rc_context(plots.STYLE):
         plots.draw_curves("x", "learning rate", "highest of each epoch", [plots.Line("", values, "black")], spans)
@@ -296,9 +296,9 @@ def test_the_confusion_matrix_is_correct(size, classes):
 
 def test_the_classes_with_the_most_errors_are_drawn(monkeypatch):
     drawn = []
-    monkeypatch.setattr(sections, "draw_confusion_matrix", lambda *given: drawn.append(given))
+    monkeypatch.setattr(class_sections, "draw_confusion_matrix", lambda *given: drawn.append(given))
     table = inaccurate_predictions(2000, 1000)
-    sections.render_classes_section(table)
+    class_sections.render_classes_section(table)
     [(counts, samples, names, title)] = drawn
     assert title == "Confusion matrix of the 24 of 1,000 classes with the most errors"
     assert counts.shape == (24, 24)
@@ -508,12 +508,12 @@ def test_text_from_outside_is_escaped():
     shown = [
         sections.render_curves_section(run),
         sections.render_scores_section(run, {HOSTILE[0]: scores}),
-        sections.render_classes_section(table),
-        sections.render_samples_section(table, lambda _: thumbnail(torch.zeros(1, 2, 2))),
+        class_sections.render_classes_section(table),
+        class_sections.render_samples_section(table, lambda _: thumbnail(torch.zeros(1, 2, 2))),
         sections.render_metadata_section(run),
         sections.render_options_section({HOSTILE[0]: run.config, HOSTILE[1]: {}}),
     ]
-    lead = [tag("p", HOSTILE[1], class_="note"), sections.render_tiles(run, table)]
+    lead = [tag("p", HOSTILE[1], class_="note"), sections.render_tiles(run, class_sections.make_class_tiles(table))]
     made = Report(make_report(run.name, run.summary(), lead, shown, HOSTILE[0]))
     assert "script" not in {element.tag for element in made.root.iter()}
     assert all(str(element.get("src")).startswith("data:") for element in made.root.iter("img"))
@@ -537,9 +537,9 @@ def any_plot(fast_runs) -> Plot:
 @pytest.fixture
 def copied_run(runs, tmp_path, monkeypatch, any_plot) -> Path:
     """A copy of the first run that a test may change; its plots are not drawn again."""
-    for draw in ("draw_curves", "draw_reliability"):
-        monkeypatch.setattr(sections, draw, lambda *_, **__: any_plot)
-    monkeypatch.setattr(sections, "draw_confusion_matrix", lambda *_: any_plot._replace(name="confusion"))
+    monkeypatch.setattr(sections, "draw_curves", lambda *_, **__: any_plot)
+    monkeypatch.setattr(calibration, "draw_reliability", lambda *_: any_plot)
+    monkeypatch.setattr(class_sections, "draw_confusion_matrix", lambda *_: any_plot._replace(name="confusion"))
     monkeypatch.setattr(sections, "draw_times", lambda *_: [any_plot])
     return shutil.copytree(runs[0], tmp_path / "copy", ignore=shutil.ignore_patterns("report.html", "plots"))
 
@@ -637,8 +637,38 @@ def test_predictions_that_cannot_be_analysed_are_omitted_with_a_note(copied_run,
     assert {"Curves", "Time", "Run metadata"} < set(shown.titles())
 
 
+@pytest.mark.parametrize(("kind", "section"), [("labels", "Labels"), ("numbers", "Numbers")])
+@pytest.mark.parametrize("stored", [None, 0.37])
+def test_predictions_of_other_kinds_have_their_sections(copied_run, monkeypatch, kind, section, stored):
+    table = random_predictions()
+    targets = (table.values > 0.3).astype(np.int64) if kind == "labels" else table.values.round(1)
+    made = {"valid": dataclasses.replace(table, targets=targets, kind=kind)}
+    monkeypatch.setattr("batteries.evaluation.inference.predict_run", lambda *_: made)
+    if stored is not None:
+        saved = {"metrics": {"valid": {"threshold": stored}}}
+        monkeypatch.setattr("batteries.checkpoint.io.read_checkpoint", lambda _: saved)
+    monkeypatch.setattr(report, "predict_valid", without_thumbnails(report.predict_valid))
+    end = call_report(copied_run)
+    assert (end.code, end.err) == (0, ""), end
+    shown = Report((copied_run / "report.html").read_text())
+    assert (shown.notes(), section in shown.titles(), "Samples" in shown.titles()) == ([], True, True)
+    assert ("Classes" in shown.titles(), "Calibration" in shown.titles()) == (False, kind == "labels")
+    assert ("calibration error" in shown.tiles()) == ("threshold" in shown.tiles()) == (kind == "labels")
+    assert ("R2" in shown.tiles()) == (kind == "numbers")
+    if kind == "labels":
+        text = "".join(shown.section("Labels").itertext())
+        assert ("the threshold of the checkpoint" in text) == (stored is not None)
+        assert ("because the checkpoint has none" in text) == (stored is None)
+        assert stored is None or shown.tiles()["threshold"] == "0.37"
+
+
+def without_thumbnails(predict_valid):
+    """Return the same function for predictions of samples that the data set does not have."""
+    return lambda *given: predict_valid(*given)._replace(thumbnail_of=lambda _: None)
+
+
 def test_samples_that_are_not_images_are_listed_without_an_image():
-    shown = sections.render_samples_section(random_predictions(), lambda _: thumbnail(torch.rand(5)))
+    shown = class_sections.render_samples_section(random_predictions(), lambda _: thumbnail(torch.rand(5)))
     made = Report(make_report("x", "x", [], [shown], "x"))
     assert list(made.root.iter("img")) == []
     assert len(list(made.root.iter("li"))) > 12
@@ -647,7 +677,7 @@ def test_samples_that_are_not_images_are_listed_without_an_image():
 def test_a_model_without_errors_has_a_report():
     values = np.eye(3)[[0, 1, 2, 0]]
     table = Predictions("x", tuple("abcd"), ("u", "v", "w"), values, np.array([0, 1, 2, 0]))
-    shown = [sections.render_classes_section(table), sections.render_samples_section(table, lambda _: None)]
+    shown = [class_sections.render_classes_section(table), class_sections.render_samples_section(table, lambda _: None)]
     made = Report(make_report("x", "x", [], shown, "x"))
     assert "No errors in 4 samples." in made.text
     assert "No sample is misclassified." in made.text

@@ -642,6 +642,89 @@ def test_samples_without_a_label_are_counted():
     assert summary_lines(Samples(classes=None)) == []
 
 
+def with_labels(labels: np.ndarray, names: tuple[str, ...], **attributes: object) -> Samples:
+    """Return samples with several labels each."""
+    return Samples(len(labels), targets=labels, classes=names, **attributes)
+
+
+def test_labels_are_counted_in_the_summary():
+    labels = np.array([[1, 0], [1, 1], [0, 0], [0, 0], [-1, -1]])
+    assert summary_lines(with_labels(labels, ("cat", "dog"))) == [
+        "labels   2, with samples: cat: 2, dog: 1; 2 samples with none of them",
+        "unknown  1 sample without a label, which can only be in the test split",
+    ]
+    assert summary_lines(with_labels(labels[:2], ("cat", "dog"))) == ["labels   2, with samples: cat: 2, dog: 1"]
+
+
+def test_the_range_of_numbers_is_in_the_summary():
+    numbers = np.array([[1.5, 1e6], [-2.0, 3e6], [np.nan, 1.0]])
+    assert summary_lines(Samples(3, targets=numbers, classes=("age", "mass"))) == [
+        "numbers  2: age: -2 to 1.5, mean -0.25, mass: 1e+06 to 3e+06, mean 2e+06",
+        "unknown  1 sample without a target, which can only be in the test split",
+    ]
+    assert summary_lines(Samples(3, targets=np.arange(3.0), classes=("age",))) == ["numbers  1: age: 0 to 2, mean 1"]
+
+
+def test_unusual_names_of_labels_and_constant_numbers_are_warned_of():
+    names = ("cat", "dog", "cat dog", "Cat ", "nan")
+    assert find_unusual(with_labels(np.eye(5, dtype=int), names), np.zeros(5, int)) == [
+        "label 'nan' (1 sample) looks like a missing value, but is a class; leave it empty, or the samples out, if it "
+        "is none.",
+        "labels 'cat' (1 sample) and 'Cat ' (1 sample) are different classes; write them in one way if they are one "
+        "class.",
+        "label 'cat dog' (1 sample) is one label, but looks like several labels, cat and dog; check what separates the "
+        "labels.",
+    ]
+    numbers = np.array([[1.0, 7.0], [2.0, 7.0], [3.0, np.nan]])
+    assert find_unusual(Samples(3, targets=numbers, classes=("age", "mass")), np.zeros(3, int)) == [
+        "mass is 7 in all samples, so there is nothing to learn; check its column."
+    ]
+
+
+def rows_of_table(out: str) -> dict[str, list[str]]:
+    """Return the cells of each row of the table that tools/split.py prints, by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_table_has_a_row_for_each_label(monkeypatch, tmp_path):
+    labels = np.random.default_rng(0).integers(2, size=(80, 3))
+    labels[:10] = -1
+    folds = np.where(np.arange(80) < 20, TEST, np.arange(80) % 3)
+    end = run_split(monkeypatch, tmp_path, dataset=with_labels(labels, ("cat", "dog", "owl"), folds=folds))
+    assert (end.code, end.err) == (0, "")
+    assert "┃ label " in end.out
+    wanted = {}
+    for column, name in enumerate(("cat", "dog", "owl")):
+        counts = [sum(labels[row][column] == 1 for row in np.flatnonzero(folds == fold)) for fold in (0, 1, 2, TEST)]
+        wanted[name] = [str(count) for count in [*counts, sum(counts)]]
+    rows = rows_of_table(end.out)
+    assert {name: rows[name] for name in wanted} == wanted
+    empty = [int(sum(not labels[row].any() for row in np.flatnonzero(folds == fold))) for fold in (0, 1, 2, TEST)]
+    assert rows["no label"] == [str(count) for count in [*empty, sum(empty)]]
+    assert rows["unknown"] == ["0", "0", "0", "10", "10"]
+    assert rows["all"] == ["20", "20", "20", "20", "80"]
+
+
+def test_the_table_has_the_mean_of_each_number_and_statistics_are_those_of_the_train_split(monkeypatch, tmp_path):
+    numbers = np.random.default_rng(0).normal((5, -1e6), (2, 1e5), size=(80, 2))
+    numbers[:20] = np.nan
+    folds = np.where(np.arange(80) < 20, TEST, np.arange(80) % 3)
+    dataset = Samples(targets=numbers, classes=("age", "mass"), folds=folds)
+    end = run_split(monkeypatch, tmp_path, "--statistics", "--fold", "1", dataset=dataset)
+    assert (end.code, end.err) == (0, "")
+    rows = rows_of_table(end.out)
+    for column, name in enumerate(("age", "mass")):
+        means = [np.mean([numbers[row, column] for row in np.flatnonzero(folds == fold)]) for fold in (0, 1, 2)]
+        assert rows[f"mean {name}"] == [*[f"{mean:.4g}" for mean in means], "–", f"{numbers[20:, column].mean():.4g}"]
+    assert rows["unknown"] == ["0", "0", "0", "20", "20"]
+    train = numbers[(folds == 0) | (folds == 2)]
+    constants = dict(re.findall(r"^(TARGET_\w+) = \((.+),\)$", end.out, re.MULTILINE))
+    for name, wanted in (("TARGET_MEAN", train.mean(0)), ("TARGET_STD", train.std(0))):
+        assert [float(value) for value in constants[name].split(", ")] == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert "TARGET_MEAN" not in run_split(monkeypatch, tmp_path / "other", "--statistics").out
+
+
 def test_the_libraries_are_recorded_when_a_split_is_made(tmp_path):
     splits = open_splits(tmp_path)
     assert (splits.is_new, splits.describe()["made_with"]["scikit-learn"]) == (True, sklearn.__version__)
@@ -672,6 +755,28 @@ def test_equal_images_with_different_targets_are_listed(monkeypatch, tmp_path):
     )
     dataset.images[1] = Samples().images[1]
     assert "contradictions" not in run_split(monkeypatch, tmp_path, "--keep", dataset=dataset).out
+
+
+@pytest.mark.parametrize(
+    ("targets", "names", "described"),
+    [
+        (np.arange(80)[:, None] % (2, 3) % 2, ("cat", "dog"), ["(no label)", "(cat, dog)"]),
+        (np.arange(80) / 8, ("age",), ["(age 0)", "(age 0.125)"]),
+        (np.arange(80)[:, None] / (8, -4), ("age", "mass"), ["(age 0, mass 0)", "(age 0.125, mass -0.25)"]),
+    ],
+)
+def test_equal_images_with_different_labels_or_numbers_are_listed(monkeypatch, tmp_path, targets, names, described):
+    dataset = Samples(folds=np.arange(80) // 2 % 3, targets=targets, classes=names)
+    dataset.images[1] = dataset.images[0]
+    first, second = described
+    line = f"image 0, a {first} and image 1, a {second} are equal but have different targets\n"
+    assert line in run_split(monkeypatch, tmp_path, dataset=dataset).out
+    dataset.targets = targets.copy()
+    dataset.targets[1] = targets[0]
+    assert "contradictions" not in run_split(monkeypatch, tmp_path / "other", dataset=dataset).out
+    dataset.targets[0] = np.nan if targets.dtype == float else -1
+    dataset.folds = np.where(np.arange(80) < 1, TEST, dataset.folds)
+    assert "contradictions" not in run_split(monkeypatch, tmp_path / "third", dataset=dataset).out
 
 
 def test_unknown_targets_are_not_contradictions(monkeypatch, tmp_path):

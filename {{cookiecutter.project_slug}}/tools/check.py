@@ -34,7 +34,7 @@ from batteries.data.splits import Split, SplitFile
 from batteries.data.workers import choose_num_workers
 from batteries.distributed.process_group import require_single_process
 from batteries.distributed.unwrap import unwrap_model
-from batteries.preflight import data_checks, machine_checks, model_checks
+from batteries.preflight import data_checks, machine_checks, model_checks, target_checks
 from batteries.preflight.machine_checks import LoadingTimes, Speed, measure_intervals
 from batteries.preflight.results import CheckResult, raise_if_failed, run_checks
 from batteries.training.metrics import check_main_metric
@@ -245,8 +245,15 @@ def check_samples_load(context: CheckContext) -> CheckResult:
 
 
 def check_class_counts(context: CheckContext) -> CheckResult:
-    """Check how many samples of each class each split has."""
-    return data_checks.check_class_counts(context.split_file, context.options.fold)
+    """Check how many samples of each class or label each split has, or the range of its numbers."""
+    return target_checks.check_class_counts(context.split_file, context.options.fold, target_constants())
+
+
+def target_constants() -> target_checks.TargetConstants | None:
+    """Return TARGET_MEAN and TARGET_STD of experiment/task.py, if it defines them."""
+    mean = getattr(task, "TARGET_MEAN", None)
+    std = getattr(task, "TARGET_STD", None)
+    return None if mean is None or std is None else target_checks.TargetConstants(mean, std)
 
 
 def check_duplicates(context: CheckContext) -> CheckResult:
@@ -268,7 +275,7 @@ def check_overfit_one_batch(context: CheckContext) -> CheckResult:
     options = replace(context.options, label_smoothing=0.0)
     stage = replace(context.first_stage, schedule="constant", epochs=1, warmup_epochs=0.2)
     size = context.small_options.batch_size
-    indices = data_checks.choose_balanced(context.dataset, context.split.train, size)
+    indices = target_checks.choose_balanced(context.dataset, context.split.train, size)
     loader = TrainLoader(
         context.dataset,
         indices,

@@ -24,6 +24,7 @@ from batteries.data.dataset import Dataset
 from batteries.data.image_grid import stretch, to_rgb
 from batteries.data.loaders import TrainLoader
 from batteries.data.splits import Split, SplitFile, check_files
+from batteries.data.targets import describe_target
 from experiment.augmentations import normalize, train_transform
 from experiment.dataset import load_dataset
 from experiment.splits import make_folds
@@ -143,16 +144,6 @@ def draw(
 def wrap_title(title: str) -> str:
     """Wrap a title to the width of an image, in at most three lines."""
     return textwrap.fill(title, 28, max_lines=3, placeholder=" …")
-
-
-def describe_target(target: torch.Tensor, dataset: Dataset) -> str:
-    """Describe a target: a class, a number, the weights of the classes of a soft target, or the size of a mask."""
-    if target.ndim == 0:
-        return f"{target:.4g}" if target.is_floating_point() else str(dataset.classes[int(target)])
-    if target.ndim > 1:
-        return " x ".join(map(str, target.shape))
-    weights = [(float(weight), name) for weight, name in zip(target.tolist(), dataset.classes, strict=True)]
-    return " + ".join(f"{weight:.2f} {name}" for weight, name in sorted(weights, reverse=True) if weight > 0)
 
 
 def describe_transform(transform: object) -> str:

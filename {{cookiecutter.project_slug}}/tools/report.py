@@ -1,4 +1,4 @@
-"""Build an HTML report of a run: curves, confusion matrix, calibration, worst errors, time and metadata.
+"""Build an HTML report of a run: curves, analysis of predictions, worst errors, time and metadata.
 
     python tools/report.py logs/baseline                 # logs/baseline/report.html, with plots in logs/baseline/plots
     python tools/report.py logs/baseline logs/larger     # compare runs, differences highlighted: logs/report.html
@@ -24,19 +24,20 @@ from batteries.core.errors import UserError
 from batteries.core.metric_names import select_scores
 from batteries.core.project import ROOT
 from batteries.evaluation.error_analysis import check_targets
+from batteries.evaluation.label_analysis import choose_threshold, stored_threshold
 from batteries.evaluation.predictions import Predictions, read_predictions
 from batteries.evaluation.scoring import score
+from batteries.report.class_sections import make_class_tiles, render_class_sections
 from batteries.report.history import RunHistory, common_directory, find_runs, read_histories
-from batteries.report.html import Section, check_replaceable, make_report, plots_of, tag, write_report
+from batteries.report.html import Section, Tile, check_replaceable, make_report, plots_of, tag, write_report
+from batteries.report.label_sections import make_label_tiles, render_label_sections
+from batteries.report.number_sections import make_number_tiles, render_number_sections
 from batteries.report.sections import (
-    render_calibration_section,
-    render_classes_section,
     render_curves_comparison,
     render_curves_section,
     render_metadata_section,
     render_options_section,
     render_runs_section,
-    render_samples_section,
     render_scores_section,
     render_tiles,
     render_time_section,
@@ -64,11 +65,13 @@ class ValidPredictions(NamedTuple):
         predictions: The predictions.
         checkpoint: The stage and file of the checkpoint.
         thumbnail_of: Returns the image of an id as a PNG file; None if the sample is not an image.
+        threshold: The threshold of labels that the checkpoint has; None if it has none.
     """
 
     predictions: Predictions
     checkpoint: str
     thumbnail_of: Callable[[str], bytes | None]
+    threshold: float | None
 
 
 def main(options: Options) -> Path:
@@ -113,25 +116,30 @@ def describe(run: RunHistory, options: Options) -> tuple[str, list[Section]]:
     tables = {} if valid is None else {f"valid, by {valid.checkpoint}": valid.predictions}
     tables |= test
     sections = [render_curves_section(run), render_scores_section(run, score_all(run, tables))]
+    tiles: list[Tile] = []
     if valid is not None:
-        sections += render_prediction_sections(valid)
+        tiles, sections_of_predictions = render_predictions(valid)
+        sections += sections_of_predictions
     defaults = to_json(Config())
     defaults.pop("resume")  # config.json does not have it
     sections.append(render_time_section(run))
     sections.append(render_options_section({"this run": run.config, "default": defaults}))
     sections.append(render_metadata_section(run))
     lead = [tag("p", note, class_="note") for note in notes]
-    lead.append(render_tiles(run, None if valid is None else valid.predictions))
+    lead.append(render_tiles(run, tiles))
     return make_report(run.name, run.summary(), lead, sections, footer_text()), sections
 
 
-def render_prediction_sections(valid: ValidPredictions) -> list[Section]:
-    """Build the sections that need predictions of the valid split."""
-    return [
-        render_classes_section(valid.predictions),
-        render_calibration_section(valid.predictions),
-        render_samples_section(valid.predictions, valid.thumbnail_of),
-    ]
+def render_predictions(valid: ValidPredictions) -> tuple[list[Tile], list[Section]]:
+    """Build the key numbers and the sections that need predictions of the valid split."""
+    predictions = valid.predictions
+    if predictions.kind == "labels":
+        threshold = choose_threshold(predictions, valid.threshold)
+        sections = render_label_sections(predictions, threshold, valid.thumbnail_of)
+        return make_label_tiles(predictions, threshold), sections
+    if predictions.kind == "numbers":
+        return make_number_tiles(predictions), render_number_sections(predictions, valid.thumbnail_of)
+    return make_class_tiles(predictions), render_class_sections(predictions, valid.thumbnail_of)
 
 
 def compare(runs: list[RunHistory], output: Path) -> tuple[str, list[Section]]:
@@ -171,8 +179,9 @@ def predict_valid(directory: Path, options: Options) -> ValidPredictions:
     """Predict the valid split of a run.
 
     Raises:
-        UserError: If there is no checkpoint, the data differ, or the targets are not classes.
+        UserError: If there is no checkpoint, the data differ, or the targets are not known.
     """
+    from batteries.checkpoint.io import read_checkpoint
     from batteries.data.image_grid import thumbnail
     from batteries.evaluation.inference import Experiment, InferenceOptions, predict_run, run_config
     from batteries.evaluation.run_selection import find_checkpoint
@@ -201,12 +210,13 @@ def predict_valid(directory: Path, options: Options) -> ValidPredictions:
         samples: Any = dataset.load_dataset(config.data_dir)
         predictions = predict_run(directory, config, samples, device, experiment, inference)["valid"]
     check_targets(predictions)
+    threshold = stored_threshold(read_checkpoint(path).get("metrics") or {}) if predictions.kind == "labels" else None
     index_of = {str(name): index for index, name in enumerate(samples.ids)}
 
     def thumbnail_of(name: str) -> bytes | None:
         return thumbnail(samples[index_of[name]][0])
 
-    return ValidPredictions(predictions, f"{path.parent.name}/{path.name}", thumbnail_of)
+    return ValidPredictions(predictions, f"{path.parent.name}/{path.name}", thumbnail_of, threshold)
 
 
 def read_test_predictions(run: RunHistory) -> tuple[dict[str, Predictions], str]:

@@ -2,7 +2,7 @@
 
     python tools/split.py                                    # splits/default.csv, by experiment/splits.py
     python tools/split.py --num-folds 10 --split-file splits/ten.csv
-    python tools/split.py --statistics                       # the constants for experiment/augmentations.py
+    python tools/split.py --statistics                       # constants for experiment/augmentations.py and task.py
 
 An existing split file is never changed, because earlier results would no longer be comparable; give another
 --split-file. train.py writes its --split-file too if it does not exist, but does not check the images.
@@ -20,12 +20,13 @@ from tyro.conf import arg
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
 from batteries.core.text import count_of
-from batteries.data.dataset import UNKNOWN, Dataset, dataset_info, has_classes
+from batteries.data.dataset import Dataset, dataset_info, has_classes, has_labels, has_numbers
 from batteries.data.duplicates import find_duplicates
 from batteries.data.image_stats import ImageSignature, channel_statistics, image_signatures
 from batteries.data.loaders import EvalLoader
 from batteries.data.splits import TEST, SplitFile
 from batteries.data.summary import find_unusual, summary_lines
+from batteries.data.targets import describe_target, known_targets, target_names, unknown_samples
 from experiment.augmentations import valid_transform
 from experiment.dataset import load_dataset
 from experiment.splits import NUM_FOLDS, TEST_FRACTION, make_folds
@@ -45,7 +46,7 @@ class Config:
     test_fraction: Annotated[float, arg(aliases=("--test-share",))] = TEST_FRACTION
     keep: bool = False  # accept an existing file with any split
     check_images: bool = True  # read every image once; report invalid ones and duplicates across folds
-    statistics: bool = False  # print the mean and standard deviation of each channel of the train split
+    statistics: bool = False  # print mean and standard deviation of the train split: of each channel, and of numbers
     fold: int = 0  # the fold used for validation, for --statistics
 
 
@@ -57,7 +58,10 @@ def main(config: Config) -> None:
         split_file.select(fold)  # raises if a class is missing
     if config.check_images:
         check_images(dataset, split_file.folds)
-    statistics = channel_lines(dataset, split_file, config.fold) if config.statistics else []
+    statistics: list[str] = []
+    if config.statistics:
+        statistics += channel_lines(dataset, split_file, config.fold)
+        statistics += target_lines(dataset, split_file, config.fold)
     status = "is up to date" if config.split_file.exists() else "is written"
     split_file.write()
     print_counts(dataset, split_file.folds, requested_fractions(config, dataset))
@@ -107,8 +111,7 @@ def check_images(dataset: Dataset, folds: np.ndarray) -> None:
         raise UserError(f"{len(errors)} of {count_of(len(found), 'image')} cannot be read: {listed}")
     signatures = [result for result in found if isinstance(result, ImageSignature)]
     print_duplicates(dataset, folds, signatures)
-    if has_classes(dataset):
-        print_contradictions(dataset, signatures)
+    print_contradictions(dataset, signatures)
 
 
 def print_duplicates(dataset: Dataset, folds: np.ndarray, signatures: Sequence[ImageSignature]) -> None:
@@ -125,16 +128,20 @@ def print_duplicates(dataset: Dataset, folds: np.ndarray, signatures: Sequence[I
 
 def print_contradictions(dataset: Dataset, signatures: Sequence[ImageSignature]) -> None:
     """Print the pairs of equal images with different targets, in the same fold or not."""
-    targets = np.asarray(dataset_info(dataset).targets)
-    known = np.flatnonzero(targets != UNKNOWN).tolist()
-    pairs = [pair for pair in find_duplicates([signatures[index] for index in known], targets[known]) if pair.equal]
+    targets = known_targets(dataset)
+    if targets is None:
+        return
+    known = np.flatnonzero(~unknown_samples(targets)).tolist()
+    _, numbers = np.unique(targets[known].reshape(len(known), -1), axis=0, return_inverse=True)
+    candidates = find_duplicates([signatures[index] for index in known], numbers.reshape(-1))
+    pairs = [pair for pair in candidates if pair.equal]
+    original = np.asarray(dataset_info(dataset).targets)
     for pair in pairs[:MAX_LISTED]:
-        first = known[pair.first]
-        second = known[pair.second]
-        print(
-            f"{dataset.ids[first]} ({dataset.classes[targets[first]]}) and "
-            f"{dataset.ids[second]} ({dataset.classes[targets[second]]}) are equal but have different targets"
+        first, second = (
+            f"{dataset.ids[index]} ({describe_target(original[index], dataset)})"
+            for index in (known[pair.first], known[pair.second])
         )
+        print(f"{first} and {second} are equal but have different targets")
     if pairs:
         count = count_of(len(pairs), "pair")
         print(f"contradictions: {count} of equal images with different targets; fix the targets or remove the images")
@@ -150,7 +157,7 @@ def requested_fractions(config: Config, dataset: Dataset) -> dict[int, float]:
 
 
 def print_counts(dataset: Dataset, folds: np.ndarray, requested: dict[int, float]) -> None:
-    """Print a table of the samples per class and fold, and the fraction of each fold.
+    """Print a table of the samples per class or label and fold, or the means of numbers, and the size of each fold.
 
     Args:
         dataset: The data set.
@@ -161,22 +168,51 @@ def print_counts(dataset: Dataset, folds: np.ndarray, requested: dict[int, float
     from rich.table import Table
 
     numbers = [number for number in [*range(folds.max() + 1), TEST] if (folds == number).any()]
-    rows: dict[str, np.ndarray] = {}
-    targets = np.zeros(len(folds))
-    if has_classes(dataset):
-        targets = np.asarray(dataset_info(dataset).targets)
-        rows = {str(name): targets == index for index, name in enumerate(dataset.classes[:MAX_CLASSES])}
-    rows["all"] = np.ones(len(folds), bool)
-    if (targets < 0).any():
-        rows["unknown"] = targets < 0
-    table = Table("class" if has_classes(dataset) else "", *map(fold_name, numbers), "all")
-    for name, chosen in rows.items():
+    kind = "class" if has_classes(dataset) else "label" if has_labels(dataset) else ""
+    table = Table(kind, *map(fold_name, numbers), "all")
+    for name, chosen in rows_of_counts(dataset).items():
         counts = [int((chosen & (folds == number)).sum()) for number in numbers]
         table.add_row(name, *[f"{count:,}" for count in [*counts, sum(counts)]])
+    for name, values in list(numbers_of(dataset).items())[:MAX_CLASSES]:
+        means = [format_mean(values[folds == number]) for number in numbers]
+        table.add_row(f"mean {name}", *means, format_mean(values))
     if set(numbers) <= set(requested):  # not of a file with other folds, which --keep accepts
         table.add_row("requested", *[f"{requested[number]:.1%}" for number in numbers], "")
     table.add_row("actual", *[f"{(folds == number).mean():.1%}" for number in numbers], "")
     Console(width=max(160, Console().width), soft_wrap=True).print(table)  # wide enough that no number is truncated
+
+
+def rows_of_counts(dataset: Dataset) -> dict[str, np.ndarray]:
+    """Return the rows of the table that count samples: for each row, which samples it counts, shape (N,)."""
+    rows: dict[str, np.ndarray] = {}
+    targets = known_targets(dataset)
+    if targets is not None and has_classes(dataset):
+        rows = {str(name): targets == index for index, name in enumerate(dataset.classes[:MAX_CLASSES])}
+    elif targets is not None and has_labels(dataset):
+        names = target_names(dataset, targets.shape[1])
+        rows = {name: targets[:, index] == 1 for index, name in enumerate(names[:MAX_CLASSES])}
+        if (targets == 0).all(1).any():
+            rows["no label"] = (targets == 0).all(1)
+    rows["all"] = np.ones(len(dataset), bool)
+    if targets is not None and unknown_samples(targets).any():
+        rows["unknown"] = unknown_samples(targets)
+    return rows
+
+
+def numbers_of(dataset: Dataset) -> dict[str, np.ndarray]:
+    """Return the targets that are numbers by their name, each with shape (N,); none for classes and labels."""
+    targets = known_targets(dataset)
+    if targets is None or not has_numbers(dataset):
+        return {}
+    columns = targets.reshape(len(targets), -1)
+    names = target_names(dataset, columns.shape[1])
+    return dict(zip(names, columns.T, strict=True))
+
+
+def format_mean(values: np.ndarray) -> str:
+    """Format the mean of the values that are known; a dash if none is."""
+    known = values[~np.isnan(values)]
+    return f"{known.mean():.4g}" if len(known) else "–"
 
 
 def channel_lines(dataset: Dataset, split_file: SplitFile, fold: int) -> list[str]:
@@ -188,6 +224,19 @@ def channel_lines(dataset: Dataset, split_file: SplitFile, fold: int) -> list[st
         f"# from {count_of(len(train), 'image')}: the train split of fold {fold} in {split_file.path}",
         f"MEAN = ({', '.join(f'{value:.4f}' for value in mean)},)",
         f"STD = ({', '.join(f'{value:.4f}' for value in std)},)",
+    ]
+
+
+def target_lines(dataset: Dataset, split_file: SplitFile, fold: int) -> list[str]:
+    """Return the lines for experiment/task.py: TARGET_MEAN and TARGET_STD of numbers; none for other targets."""
+    train = split_file.select(fold).train
+    numbers = [values[train] for values in numbers_of(dataset).values()]
+    if not numbers:
+        return []
+    return [
+        f"# for experiment/task.py, from {count_of(len(train), 'sample')}: the train split of the same fold",
+        f"TARGET_MEAN = ({', '.join(f'{values.mean():.6g}' for values in numbers)},)",
+        f"TARGET_STD = ({', '.join(f'{values.std():.6g}' for values in numbers)},)",
     ]
 
 

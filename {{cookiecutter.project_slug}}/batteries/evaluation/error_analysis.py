@@ -1,4 +1,4 @@
-"""Error analysis of predictions: confusion matrix, scores per class, calibration, misclassified samples."""
+"""Error analysis of one class per sample: confusion matrix, scores per class, calibration, misclassified samples."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -130,19 +130,27 @@ class ConfidenceBin(NamedTuple):
 
 
 def bin_by_confidence(predictions: Predictions) -> list[ConfidenceBin]:
-    """Group samples into BINS bins of equal width by their largest probability; empty bins are omitted."""
+    """Group samples by their largest probability; see `bin_probabilities`."""
     values = predictions.values
-    confidence = values.max(1)
-    is_correct = values.argmax(1) == predictions.targets
+    return bin_probabilities(values.max(1), values.argmax(1) == predictions.targets)
+
+
+def bin_probabilities(probabilities: np.ndarray, outcomes: np.ndarray) -> list[ConfidenceBin]:
+    """Group decisions into BINS bins of equal width by their probability; empty bins are omitted.
+
+    Args:
+        probabilities: The probability of each decision, shape (N,).
+        outcomes: Whether each decision is correct, or the label is present, shape (N,), bool.
+    """
     edges = np.linspace(0, 1, BINS + 1)
-    bin_of = np.digitize(confidence, edges[1:-1], right=True)
+    bin_of = np.digitize(probabilities, edges[1:-1], right=True)
     bins = []
     for number in range(BINS):
         chosen = np.flatnonzero(bin_of == number)
         if len(chosen):
             low, high = edges[number : number + 2]
             bins.append(
-                ConfidenceBin(low, high, len(chosen), confidence[chosen].mean(), is_correct[chosen].mean()),
+                ConfidenceBin(low, high, len(chosen), probabilities[chosen].mean(), outcomes[chosen].mean()),
             )
     return bins
 

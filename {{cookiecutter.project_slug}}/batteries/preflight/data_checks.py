@@ -1,21 +1,23 @@
-"""Checks of the data: samples, class counts, duplicates and normalization."""
+"""Checks of the data: samples, duplicates and normalization."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
 from batteries.core.errors import UserError
 from batteries.core.text import count_of, list_first
-from batteries.data.dataset import Dataset, dataset_info, has_classes
+from batteries.data.dataset import Dataset, dataset_info
 from batteries.data.duplicates import find_duplicates
 from batteries.data.image_stats import ImageSignature, image_signature
-from batteries.data.splits import Split, SplitFile, check_files
+from batteries.data.splits import Split, check_files
+from batteries.data.targets import known_targets
 from batteries.preflight.results import CheckResult, describe_error
 
 MAX_LISTED = 3  # samples listed in a result
-IMBALANCE_RATIO = 10  # samples of the largest class over those of the rarest, from which on there is a warning
+MAX_VALUES = 10  # values of a target listed in a result
 # Equal images in two splits, as a fraction of the valid and test samples, from which on the check fails: a score can be
 # off by as much.
 MAX_DUPLICATE_FRACTION = 0.01
@@ -33,31 +35,17 @@ def choose_samples(indices: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(indices, most, replace=False))
 
 
-def choose_balanced(dataset: Dataset, indices: np.ndarray, count: int) -> np.ndarray:
-    """Return `count` of `indices`, with as many classes as possible in equal numbers.
-
-    If the targets are not classes, return the first ones.
-    """
-    if not has_classes(dataset):
-        return indices[:count]
-    import pandas as pd
-
-    targets = pd.Series(np.asarray(dataset_info(dataset).targets)[indices])
-    rank_in_class = targets.groupby(targets).cumcount()  # 0 for the first sample of its class, 1 for the second
-    return indices[np.argsort(rank_in_class.to_numpy(), kind="stable")[:count]]
-
-
 def open_samples(dataset: Dataset, indices: np.ndarray, threads: int = 8) -> list[ImageSignature | str | None]:
     """Read samples.
 
     Returns:
         For each sample the signature of its image, None if it is not an image, or the error as text.
     """
-    targets = np.asarray(dataset_info(dataset).targets) if has_classes(dataset) else None
+    targets = known_targets(dataset)
 
     def read(index: int) -> ImageSignature | str | None:
         try:
-            return read_sample(dataset, targets, index)
+            return read_sample(dataset, None if targets is None else targets[index], index)
         except Exception as error:  # noqa: BLE001 (the error is reported with the id of the sample)
             return f"{dataset.ids[index]}: {describe_error(error)}"
 
@@ -65,25 +53,38 @@ def open_samples(dataset: Dataset, indices: np.ndarray, threads: int = 8) -> lis
         return list(pool.map(read, indices.tolist()))
 
 
-def read_sample(dataset: Dataset, targets: np.ndarray | None, index: int) -> ImageSignature | None:
+def read_sample(dataset: Dataset, known: np.ndarray | None, index: int) -> ImageSignature | None:
     """Read one sample and return the signature of its image; None if it is not an image (C, H, W).
 
     Args:
         dataset: The data set.
-        targets: The class of each sample, shape (N,), or None if the targets are not classes.
+        known: Its row in the output of `known_targets`, or None if the data set has no such targets.
         index: The index of the sample.
 
     Raises:
-        UserError: If a value is not finite, or the target differs from `targets`.
+        UserError: If a value is not finite, or the target differs from `known`.
     """
     image, target = dataset[index]
-    if targets is not None and 0 <= targets[index] != int(target):
-        raise UserError(f"its target is {int(target)}, but dataset.targets[{index}] is {targets[index]}.")
+    if known is not None and not np.isnan(known).any() and not _are_equal(target, known):
+        raise UserError(
+            f"its target is {_format_target(target)}, but dataset.targets[{index}] is {_format_target(known)}."
+        )
     if not isinstance(image, torch.Tensor):
         return None
     if not image.isfinite().all():
         raise UserError("not every value is finite.")
     return image_signature(image) if image.ndim == 3 else None
+
+
+def _are_equal(target: Any, known: np.ndarray) -> bool:
+    """Return whether a sample has the same class, labels or numbers as `known`, in single precision."""
+    values = torch.as_tensor(target, dtype=torch.float32).reshape(-1)
+    return torch.equal(values, torch.as_tensor(known, dtype=torch.float32).reshape(-1))
+
+
+def _format_target(target: Any) -> str:
+    values = torch.as_tensor(target).double().reshape(-1).tolist()
+    return list_first((f"{value:.9g}" for value in values), MAX_VALUES)
 
 
 def check_samples_load(
@@ -109,29 +110,6 @@ def check_samples_load(
     left_out = dataset_info(dataset).left_out
     ignored = f"; left out: {left_out}" if left_out else ""
     return CheckResult("pass", f"all {count_of(count, 'sample')}{chosen} load{ignored}")
-
-
-def check_class_counts(split_file: SplitFile, fold: int) -> CheckResult:
-    """Check that each split has samples of each class, and that no class is rare."""
-    dataset = split_file.dataset
-    split_file.select(fold)  # raises UserError if a split lacks a class
-    splits = split_file.select_unchecked(fold)._asdict()
-    if not has_classes(dataset):
-        sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in splits.items())
-        return CheckResult("pass", f"samples: {sizes}; the targets are not classes, so classes are not counted")
-    targets = np.asarray(dataset_info(dataset).targets)
-    classes = list(dataset.classes)
-    counts = {name: _count_classes(targets[indices], len(classes)) for name, indices in splits.items()}
-    sizes = ", ".join(f"{name} {len(splits[name]):,} ({_format_range(count)})" for name, count in counts.items())
-    details = f"{count_of(len(classes), 'class')}, samples (per class): {sizes}"
-    train = counts["train"]
-    if train.max() < IMBALANCE_RATIO * train.min():
-        return CheckResult("pass", details)
-    rare = classes[int(train.argmin())]
-    large = classes[int(train.argmax())]
-    details += f"; {train.max() / train.min():.0f} times as many samples of {large} as of {rare}"
-    hint = "use --main-metric balanced_accuracy or macro_f1, because accuracy hides rare classes"
-    return CheckResult("warning", details, hint)
 
 
 def check_duplicates(
@@ -202,18 +180,6 @@ def check_normalization(batches: Iterable[torch.Tensor]) -> CheckResult:
 
 def _is_off(mean: torch.Tensor, std: torch.Tensor, max_mean: float, max_ratio: float) -> bool:
     return bool(((mean.abs() > max_mean) | (std > max_ratio) | (std < 1 / max_ratio)).any())
-
-
-def _count_classes(targets: np.ndarray, classes: int) -> np.ndarray:
-    return np.bincount(targets[targets >= 0], minlength=classes)
-
-
-def _format_range(counts: np.ndarray) -> str:
-    if not counts.any():
-        return "targets unknown"
-    low = int(counts.min())
-    high = int(counts.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _describe_pair(dataset: Dataset, first: int, second: int, split_of: np.ndarray) -> str:

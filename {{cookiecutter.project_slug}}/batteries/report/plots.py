@@ -1,14 +1,14 @@
-"""Plots of a report as PNG files, in colours that colour-blind people can distinguish."""
+"""Plots as PNG files, in colours that colour-blind people can distinguish; the curves and times of a run."""
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from batteries.evaluation.error_analysis import ConfidenceBin
 from batteries.report.history import StageSpan
 
 MARK = "batteries report.py"  # in each file of a report: a file that contains it may be replaced
@@ -35,8 +35,6 @@ STYLE: dict[Any, Any] = {
 WIDTH = 5.4  # inches
 HEIGHT = 3.5  # inches
 DPI = 160  # pixels per inch: sharp at half the width of a report
-MAX_CLASSES = 24  # of a confusion matrix with readable names
-MAX_NARROW_CLASSES = 12  # of a confusion matrix that is readable at half the width of a report
 LABEL_CHARACTERS = 64  # that fit above a plot, for the names of the stages
 MAX_MARKED_EPOCHS = 40  # of a curve with a dot per epoch
 
@@ -75,7 +73,7 @@ class Line(NamedTuple):
     best: int | None = None
 
 
-def _draw(
+def draw_plot(
     name: str,
     alt: str,
     draw: Callable[[Any], None],
@@ -142,13 +140,13 @@ def draw_curves(
         _draw_stage_boundaries(axes, spans)
         _draw_legend(figure, axes, visible)
 
-    return _draw(name, f"{title} over epochs", draw)
+    return draw_plot(name, f"{title} over epochs", draw)
 
 
 def _draw_line(axes: Any, line: Line) -> None:
     epochs = range(1, len(line.values) + 1)
     marker = "." if len(line.values) <= MAX_MARKED_EPOCHS else ""
-    axes.plot(epochs, line.values, line.style, color=line.colour, label=_legend_label(line.label), marker=marker)
+    axes.plot(epochs, line.values, line.style, color=line.colour, label=legend_label(line.label), marker=marker)
     if line.best:
         value = line.values[line.best - 1]
         axes.plot(line.best, value, "o", color=line.colour, markersize=9, markerfacecolor="none", markeredgewidth=1.8)
@@ -177,7 +175,7 @@ def _draw_stage_boundaries(axes: Any, spans: Sequence[StageSpan]) -> None:
         if span.first > 1:
             axes.axvline(span.first - 0.5, color=GREY, linewidth=0.8, linestyle=":")
         axes.annotate(
-            _shorten(span.name, max(2, min(12, room))),
+            shorten(span.name, max(2, min(12, room))),
             ((span.first + span.last) / 2, 1.0),
             xycoords=axes.get_xaxis_transform(),
             ha="center",
@@ -202,74 +200,6 @@ def _draw_legend(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8.5)
 
 
-def draw_confusion_matrix(counts: np.ndarray, samples: np.ndarray, classes: Sequence[str], title: str) -> Plot:
-    """Draw a confusion matrix, coloured by the fraction of the samples of the target class.
-
-    The colour follows the square root of the fraction, so that a few per cent are visible.
-
-    Args:
-        counts: The counts (C, C) of targets (rows) and predictions (columns).
-        samples: The samples (C,) of each target, including those predicted as a class that is not drawn.
-        classes: The names of the C classes.
-        title: The title of the plot.
-    """
-    from matplotlib.colors import PowerNorm
-
-    fractions = counts / np.maximum(samples, 1)[:, None]
-    names = [_shorten(name, 14) for name in classes]
-    rotation = 90 if max(map(len, names)) > 2 else 0
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        axes.grid(visible=False)
-        image = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-        axes.set_xticks(range(len(names)), names, rotation=rotation, fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.tick_params(length=0)
-        axes.set(title=title, xlabel="prediction", ylabel="target")
-        figure.colorbar(image, ax=axes, shrink=0.7, label="fraction of the target class")
-        _write_counts(axes, counts, fractions)
-
-    size = 0.34 * len(classes)  # inches
-    width = max(WIDTH, size + 2.6)
-    height = max(4.6, size + 1.9)
-    return _draw("confusion", title, draw, width, height, wide=len(classes) > MAX_NARROW_CLASSES)
-
-
-def _write_counts(axes: Any, counts: np.ndarray, fractions: np.ndarray) -> None:
-    for row, column in np.argwhere(counts):
-        colour = "white" if fractions[row, column] > 0.3 else "black"
-        text = f"{counts[row, column]:,}"
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7.5 if len(text) < 4 else 6)
-
-
-def draw_reliability(bins: Sequence[ConfidenceBin], error: float) -> Plot:
-    """Draw a reliability diagram: the accuracy for each confidence, above the number of samples.
-
-    Args:
-        bins: The samples by confidence.
-        error: The expected calibration error.
-    """
-    centres = [(group.low + group.high) / 2 for group in bins]
-    widths = [group.high - group.low for group in bins]
-    confidences = [group.confidence for group in bins]
-    accuracies = [group.accuracy for group in bins]
-    samples = [group.samples for group in bins]
-
-    def draw(figure: Any) -> None:
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        above.bar(centres, accuracies, widths, color="#56B4E9", edgecolor="white", label="accuracy")
-        above.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
-        above.plot(confidences, accuracies, "o", color="#D55E00", markersize=4, label="at the mean confidence")
-        above.set(title=f"Calibration: expected error {error:.4f}", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, 1))
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
-        below.bar(centres, samples, widths, color=GREY, edgecolor="white")
-        below.set(xlabel="confidence (largest probability)", ylabel="samples, log", yscale="log", ylim=(0.5, None))
-        below.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-
-    return _draw("calibration", f"reliability diagram, expected calibration error {error:.4f}", draw)
-
-
 def draw_times(timings: Sequence[dict[str, Any]], spans: Sequence[StageSpan]) -> list[Plot]:
     """Draw the seconds of training per epoch, with the time spent waiting for data, and the throughput.
 
@@ -292,15 +222,21 @@ def draw_times(timings: Sequence[dict[str, Any]], spans: Sequence[StageSpan]) ->
         figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
 
     return [
-        _draw("time", "seconds of training in each epoch", draw),
+        draw_plot("time", "seconds of training in each epoch", draw),
         draw_curves("throughput", "Throughput", "samples per second", [Line("", rates, "#0072B2")], spans),
     ]
 
 
-def _legend_label(text: str) -> str:
+def file_name(kind: str, name: str) -> str:
+    """Return the name of a plot; the characters of `name` that a file name cannot have are replaced."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{kind}_{name}")
+
+
+def legend_label(text: str) -> str:
     """Return a label that the legend shows: matplotlib hides labels that begin with an underscore."""
-    return _shorten(f" {text}" if text.startswith("_") else text, 28)
+    return shorten(f" {text}" if text.startswith("_") else text, 28)
 
 
-def _shorten(text: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
+    """Return a text of at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,57 +1,20 @@
-"""The sections of a report: of one run, of its predictions, and of several runs side by side."""
+"""The sections of a report: of one run without its predictions, and of several runs side by side."""
 
 import math
 import os
-import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from batteries.core.config_io import flatten
 from batteries.core.metric_names import is_lower_better
 from batteries.core.text import count_of
-from batteries.evaluation.error_analysis import (
-    bin_by_confidence,
-    compute_confusion_matrix,
-    expected_calibration_error,
-    least_confident,
-    most_confused_pairs,
-    most_misclassified,
-    score_classes,
-    worst_errors,
-)
-from batteries.evaluation.predictions import Predictions
 from batteries.report.history import RunHistory, StageSpan, unique
-from batteries.report.html import (
-    Aside,
-    Html,
-    Section,
-    Tile,
-    collapsible,
-    make_image,
-    make_table,
-    make_tiles,
-    png_size,
-    tag,
-)
-from batteries.report.plots import (
-    COLOURS,
-    MAX_CLASSES,
-    STYLES,
-    Line,
-    Plot,
-    draw_confusion_matrix,
-    draw_curves,
-    draw_reliability,
-    draw_times,
-)
+from batteries.report.html import Html, Section, Tile, collapsible, make_table, make_tiles, tag
+from batteries.report.plots import COLOURS, STYLES, Line, Plot, draw_curves, draw_times, file_name
 
-MAX_SAMPLES = 12  # in a list of samples
-SMALL = 64  # pixels on a side: images up to this size are enlarged without smoothing
 NONE = "–"
 LINE_STYLES = ("-", "--", "-.", ":")
 CUSTOM_SPLIT_STYLE = ("#CC79A7", ":")  # of a split that is not in STYLES
@@ -59,21 +22,19 @@ PER_RUN_OPTIONS = ("logdir",)  # options that differ between all runs
 REPEAT_OPTIONS = {"fold", "seed"}  # runs that differ only in these are repetitions, so their scores have a mean
 
 
-def render_tiles(run: RunHistory, predictions: Predictions | None) -> Html:
+def render_tiles(run: RunHistory, of_predictions: Sequence[Tile] = ()) -> Html:
     """Build the row of key numbers.
 
     Args:
         run: The run.
-        predictions: The predictions of the valid split, if there are any.
+        of_predictions: The key numbers of the predictions of the valid split, if there are any.
     """
     best = run.best_epoch()
     score = format_number(run.value(best, run.ranked_split, run.main_metric))
     tiles = [Tile(f"best {run.main_metric}", score, f"{run.ranked_split}, {run.describe_epoch(best) or 'no epoch'}")]
     if "loss" in run.metrics and run.main_metric != "loss":
         tiles.append(Tile("loss", format_number(run.value(best, run.ranked_split, "loss")), "in that epoch"))
-    if predictions is not None:
-        error = expected_calibration_error(bin_by_confidence(predictions))
-        tiles.append(Tile("calibration error", format_number(error), "on valid; 0 is perfect"))
+    tiles += of_predictions
     training = format_seconds(run.training_seconds())
     tiles.append(Tile("time", format_seconds(run.total_seconds()), f"of which training {training}"))
     if run.timings:
@@ -105,7 +66,7 @@ def _draw_metric(run: RunHistory, metric: str) -> Plot:
             colour, style = STYLES.get(split, CUSTOM_SPLIT_STYLE)
             marked = best if split == run.ranked_split else None
             lines.append(Line(split, run.curve(split, metric), colour, style, marked))
-    name = _file_name("curve", metric)
+    name = file_name("curve", metric)
     return draw_curves(name, metric, metric, lines, run.stage_spans(), may_be_log=is_lower_better(metric))
 
 
@@ -140,122 +101,6 @@ def _render_stage_table(run: RunHistory) -> Html:
     if not rows:
         return tag("p", f"No {run.ranked_split} {run.main_metric} is finite.")
     return make_table(["stage", "split", "epoch", *run.metrics], rows, text_columns=2)
-
-
-def render_classes_section(predictions: Predictions) -> Section:
-    """Build the section with the confusion matrix, the most confused classes, and the scores of each class."""
-    counts = compute_confusion_matrix(predictions)
-    classes = predictions.classes
-    chosen = most_misclassified(counts, MAX_CLASSES)
-    title = "Confusion matrix"
-    if len(chosen) < len(classes):
-        title = f"Confusion matrix of the {len(chosen)} of {len(classes):,} classes with the most errors"
-    plot = draw_confusion_matrix(
-        counts[np.ix_(chosen, chosen)],
-        counts.sum(1)[chosen],
-        [classes[index] for index in chosen],
-        title,
-    )
-    heading = tag("h3", "Scores of each class, lowest F1 first")
-    return Section(
-        "Classes", [plot, _render_confused_pairs(counts, classes), heading, _render_class_table(counts, classes)]
-    )
-
-
-def _render_class_table(counts: np.ndarray, classes: Sequence[str]) -> Html:
-    rows = [
-        [
-            score.name,
-            score.confused_with,
-            f"{score.samples:,}",
-            f"{score.recall:.3f}",
-            f"{score.precision:.3f}",
-            f"{score.f1:.3f}",
-        ]
-        for score in score_classes(counts, classes)
-    ]
-    header = ["class", "most often confused with", "samples", "recall", "precision", "F1"]
-    return make_table(header, rows, text_columns=2)
-
-
-def _render_confused_pairs(counts: np.ndarray, classes: Sequence[str]) -> Aside:
-    pairs = most_confused_pairs(counts, classes)
-    if not pairs:
-        return Aside(tag("p", f"No errors in {count_of(int(counts.sum()), 'sample')}."))
-    rows = [[pair.target, pair.prediction, f"{pair.samples:,}", f"{pair.fraction:.1%}"] for pair in pairs]
-    table = make_table(["target", "prediction", "samples", "of the target"], rows, text_columns=2)
-    return Aside(tag("div", tag("h3", "Most frequent confusions"), table))
-
-
-def render_calibration_section(predictions: Predictions) -> Section:
-    """Build the section that compares confidence with accuracy."""
-    bins = bin_by_confidence(predictions)
-    error = expected_calibration_error(bins)
-    text = (
-        "If a model is calibrated, 90% of the predictions with probability 0.9 are correct. The expected calibration "
-        f"error is {error:.4f}: the mean gap between confidence and accuracy, over bins of equal width and "
-        f"{count_of(len(predictions.ids), 'sample')}."
-    )
-    rows = [
-        [
-            f"{group.low:.2f} to {group.high:.2f}",
-            f"{group.samples:,}",
-            f"{group.confidence:.4f}",
-            f"{group.accuracy:.4f}",
-        ]
-        for group in bins
-    ]
-    table = make_table(["confidence", "samples", "mean confidence", "accuracy"], rows)
-    return Section("Calibration", [draw_reliability(bins, error), Aside(tag("div", tag("p", text), table))])
-
-
-def render_samples_section(predictions: Predictions, thumbnail_of: Callable[[str], bytes | None]) -> Section:
-    """Build the section with the worst errors and the least confident predictions.
-
-    Args:
-        predictions: The predictions, with targets.
-        thumbnail_of: Returns the image of an id as a PNG file; None if the sample is not an image.
-    """
-    errors = worst_errors(predictions, MAX_SAMPLES)
-    content = [tag("h3", "Worst errors: lowest probability of the target")]
-    if len(errors):
-        content.append(_render_sample_list(predictions, errors, thumbnail_of))
-    else:
-        content.append(tag("p", "No sample is misclassified."))
-    content.append(tag("h3", "Least confident: lowest probability of the prediction, correct or not"))
-    content.append(_render_sample_list(predictions, least_confident(predictions, MAX_SAMPLES), thumbnail_of))
-    return Section("Samples", content)
-
-
-def _render_sample_list(
-    predictions: Predictions, rows: np.ndarray, thumbnail_of: Callable[[str], bytes | None]
-) -> Html:
-    items = [_render_sample(predictions, row, thumbnail_of) for row in rows.tolist()]
-    return tag("ul", *items, class_="samples")
-
-
-def _render_sample(predictions: Predictions, row: int, thumbnail_of: Callable[[str], bytes | None]) -> Html:
-    """Build one sample: its image, its target and its prediction with their probabilities, and its id."""
-    assert predictions.targets is not None
-    name = predictions.ids[row]
-    classes = predictions.classes
-    probabilities = predictions.values[row]
-    target = int(predictions.targets[row])
-    predicted = int(probabilities.argmax())
-    if predicted == target:
-        label = f"{classes[target]}, correct"
-        details = f"with {probabilities[target]:.3f}"
-    else:
-        label = f"{classes[target]} predicted as {classes[predicted]}"
-        details = f"{probabilities[target]:.3f} against {probabilities[predicted]:.3f}"
-    image = _render_thumbnail(name, thumbnail_of(name))
-    return tag("li", image, tag("b", label), tag("span", details), tag("small", name))
-
-
-def _render_thumbnail(name: str, png: bytes | None) -> Html:
-    if png is None:
-        return Html("")
-    return make_image(png, f"sample {name}", "large" if max(png_size(png)) > SMALL else None)
 
 
 def render_time_section(run: RunHistory) -> Section:
@@ -381,7 +226,7 @@ def render_curves_comparison(runs: Sequence[RunHistory]) -> Section:
         for split in ("valid", "train"):
             lines = _lines_of_runs(runs, metric, split)
             if lines:
-                name = _file_name(split, metric)
+                name = file_name(split, metric)
                 title = f"{metric}, {split}"
                 plots.append(draw_curves(name, title, metric, lines, may_be_log=is_lower_better(metric)))
     rates = [Line(run.name, run.learning_rates(), *_line_style(number)) for number, run in enumerate(runs)]
@@ -427,8 +272,3 @@ def format_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(format_value(item) for item in value) or NONE
     return NONE if value is None else str(value)
-
-
-def _file_name(kind: str, metric: str) -> str:
-    """Return the name of a plot; the characters of a metric that a file name cannot have are replaced."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{kind}_{metric}")
