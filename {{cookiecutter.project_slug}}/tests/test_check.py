@@ -13,6 +13,7 @@ import pytest
 import torch
 from flags import override
 from image_data import patterned_images, write_jpeg
+from marks import CLASSES_ONLY
 from models import CHANNELS
 from processes import run_ranks, run_train
 from small_data import make_data
@@ -125,6 +126,7 @@ def clock(monkeypatch) -> SimulatedClock:
     return clock
 
 
+@CLASSES_ONLY
 def test_valid_data_and_model_pass_all_single_process_checks(make_context, clock, tmp_path):
     class Slow(nn.Sequential):
         def forward(self, images):
@@ -153,6 +155,7 @@ class Files(Samples):
         return decode_file(self.data_dir / self.ids[index], "RGB"), int(LABELS[index])
 
 
+@CLASSES_ONLY
 def test_truncated_file_is_reported_with_its_id(make_context, tmp_path):
     dataset = Files(tmp_path)
     path = tmp_path / dataset.ids[77]
@@ -162,6 +165,7 @@ def test_truncated_file_is_reported_with_its_id(make_context, tmp_path):
     assert result.details.startswith(f"errors in 1 of {SIZE} samples: image77: RuntimeError: ")
 
 
+@CLASSES_ONLY
 def test_samples_option_limits_the_number_of_opened_samples(make_context):
     context = make_context(samples=40)
     details = f"all 40 samples (chosen at random from {SIZE}) load"
@@ -173,6 +177,7 @@ def test_samples_option_limits_the_number_of_opened_samples(make_context):
     assert len(context.opened[1]) == 40
 
 
+@CLASSES_ONLY
 def test_target_that_differs_from_the_targets_of_the_data_set_fails(make_context):
     class Shifted(Samples):
         def __getitem__(self, index):
@@ -183,6 +188,7 @@ def test_target_that_differs_from_the_targets_of_the_data_set_fails(make_context
     assert "image9: its target is 2, but dataset.targets[9] is 1." in result.details
 
 
+@CLASSES_ONLY
 def test_non_finite_image_fails(make_context):
     dataset = Samples()
     dataset.images = dataset.images.float()
@@ -191,6 +197,7 @@ def test_non_finite_image_fails(make_context):
     assert (result.outcome, "image3: not every value is finite" in result.details) == ("fail", True)
 
 
+@CLASSES_ONLY
 def test_check_method_of_the_data_set_is_called(make_context):
     class Checked(Samples):
         def check(self, indices):
@@ -202,6 +209,7 @@ def test_check_method_of_the_data_set_is_called(make_context):
     assert "three files are not images" in result.details
 
 
+@CLASSES_ONLY
 def test_get_batch_that_differs_from_single_samples_fails(make_context):
     class Scaled(Samples):
         def get_batch(self, indices):
@@ -212,6 +220,7 @@ def test_get_batch_that_differs_from_single_samples_fails(make_context):
     assert "get_batch and __getitem__ of Scaled in tests/test_check.py differ for sample image" in result.details
 
 
+@CLASSES_ONLY
 def test_code_mistake_is_described_with_its_function(make_context):
     def narrow(num_classes: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(CHANNELS + 4, 2, 1), nn.Flatten(), nn.Linear(128, num_classes))
@@ -222,6 +231,7 @@ def test_code_mistake_is_described_with_its_function(make_context):
     assert f"to have {CHANNELS + 4} channels" in result.details
 
 
+@CLASSES_ONLY
 def test_samples_that_are_not_images_load_and_skip_the_duplicate_check(make_context):
     dataset = Samples()
     dataset.images = dataset.images.float().flatten(1)
@@ -428,6 +438,7 @@ def test_single_precision_numbers_of_samples_are_equal_to_double_precision_targe
     assert not [found for found in open_samples(dataset, np.arange(SIZE)) if isinstance(found, str)]
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize(("copies", "outcome"), [(0, "pass"), (1, "fail"), (3, "fail")])
 def test_image_in_two_splits_is_reported(make_context, copies, outcome):
     dataset = Samples()
@@ -446,6 +457,7 @@ def test_image_in_two_splits_is_reported(make_context, copies, outcome):
         assert " and ".join(f"image{index} ({split})" for index, split in pair) in result.details
 
 
+@CLASSES_ONLY
 def test_duplicates_have_correct_ids_if_another_sample_cannot_be_read(make_context):
     class Broken(Samples):
         def __getitem__(self, index):
@@ -505,6 +517,7 @@ def test_normalization_statistics_equal_numpy_and_outliers_are_reported(scale, s
         assert result.details.startswith(f"mean {mean}, std {std}, values {values.min():.2f} to ")
 
 
+@CLASSES_ONLY
 def test_normalization_without_division_by_255_fails(make_context, monkeypatch):
     context = make_context()
     monkeypatch.setattr(check, "normalize", lambda images: (images - 0.5) / 0.25)
@@ -568,6 +581,7 @@ class Shuffled(Samples):
         return self.images[index], int(self.generator.integers(4))
 
 
+@CLASSES_ONLY
 def test_one_batch_is_overfitted_by_a_correct_model(make_context):
     result = check.check_overfit_one_batch(make_context())
     assert result.outcome == "pass"
@@ -575,6 +589,7 @@ def test_one_batch_is_overfitted_by_a_correct_model(make_context):
     assert last <= first / 10
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("broken", [{"dataset": Shuffled()}, {"model": Constant}])
 def test_one_batch_check_fails_for_random_labels_or_a_constant_model(make_context, broken):
     result = check.check_overfit_one_batch(make_context(**broken))
@@ -582,6 +597,7 @@ def test_one_batch_check_fails_for_random_labels_or_a_constant_model(make_contex
     assert "the model does not learn them" in result.details
 
 
+@CLASSES_ONLY
 def test_one_batch_check_passes_with_mixup_label_smoothing_and_dropout(make_context):
     def model(num_classes):
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(CHANNELS * 64, num_classes))
@@ -644,6 +660,7 @@ def take_root_of_zero(net, trunk, images):
     return trunk + net.branch(images) + net.gate.sqrt()
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize(
     ("join", "outcome", "details"),
     [
@@ -661,6 +678,7 @@ def test_parameters_without_usable_gradients_are_listed(make_context, join, outc
     assert details in result.details
 
 
+@CLASSES_ONLY
 def test_parameters_may_be_unused_with_the_option_for_it(make_context):
     def gradients(join):
         model = partial(Branches, join=join)
@@ -670,6 +688,7 @@ def test_parameters_may_be_unused_with_the_option_for_it(make_context):
     assert gradients(skip_branch).outcome == "warning"
 
 
+@CLASSES_ONLY
 def test_only_parameters_frozen_in_all_stages_need_no_gradient(make_context):
     def gradients(*frozen):
         stages = tuple(check.Stage(f"s{number}", 1, 0.1, freeze=names) for number, names in enumerate(frozen))
@@ -682,6 +701,7 @@ def test_only_parameters_frozen_in_all_stages_need_no_gradient(make_context):
     assert gradients(("branch",), ()).outcome == "fail"
 
 
+@CLASSES_ONLY
 def test_gradients_are_checked_with_nothing_frozen(make_context):
     class Gated(nn.Module):
         def __init__(self, num_classes: int) -> None:
@@ -731,6 +751,7 @@ class Momentum(torch.optim.SGD):
                 value -= group["lr"] * self.velocity[value]
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize(
     ("how", "outcome"),
     [("buffer", "pass"), ("attribute", "fail"), ("temporary", "fail"), ("only in validation", "fail")],
@@ -743,6 +764,7 @@ def test_model_state_that_is_not_in_the_checkpoint_fails(make_context, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@CLASSES_ONLY
 def test_value_changed_by_loading_is_listed_without_deterministic_kernels(make_context, tmp_path):
     def forget(model, keys) -> None:
         nn.init.zeros_(model[3].weight)
@@ -762,6 +784,7 @@ def test_value_changed_by_loading_is_listed_without_deterministic_kernels(make_c
     )
 
 
+@CLASSES_ONLY
 def test_optimizer_state_that_is_not_in_the_checkpoint_fails(make_context, monkeypatch):
     context = make_context(ema_decay=0.9)
     assert check.check_checkpoint_roundtrip(context).outcome == "pass"
@@ -771,6 +794,7 @@ def test_optimizer_state_that_is_not_in_the_checkpoint_fails(make_context, monke
     assert result.details.startswith("loading changes no value, but further steps differ in: result.train.")
 
 
+@CLASSES_ONLY
 def test_checkpoint_is_written_to_the_file_system_of_the_logdir(make_context, monkeypatch, tmp_path):
     seen = []
 
@@ -803,6 +827,7 @@ def test_find_differences_compares_bits_and_returns_names():
 # The machine
 
 
+@CLASSES_ONLY
 def test_slow_data_set_makes_the_loader_the_bottleneck(make_context, clock):
     class Slow(Samples):
         def __getitem__(self, index):
@@ -815,6 +840,7 @@ def test_slow_data_set_makes_the_loader_the_bottleneck(make_context, clock):
     assert result.hint.startswith("use --num-workers ")
 
 
+@CLASSES_ONLY
 def test_slow_transform_is_named_as_the_bottleneck(make_context, monkeypatch, clock):
     def transform(image, target):
         clock.now += 1
@@ -828,6 +854,7 @@ def test_slow_transform_is_named_as_the_bottleneck(make_context, monkeypatch, cl
     assert result.hint.endswith(", or fewer transforms")
 
 
+@CLASSES_ONLY
 def test_pack_is_recommended_for_large_files_with_the_expected_gain(make_context, monkeypatch, clock, tmp_path):
     class Photographs(Files):
         def read_image(self, path):
@@ -901,6 +928,7 @@ def test_loader_check_reports_the_stage_with_the_slowest_relative_loading():
     )
 
 
+@CLASSES_ONLY
 def test_run_time_counts_all_epochs_and_both_validations(make_context, monkeypatch):
     context = make_context(ema_decay=0.9, stages=(check.Stage("a", 3, 0.1), check.Stage("b", 2, 0.1)))
     monkeypatch.setattr(check.CheckContext, "_measure", lambda context, stage: Speed(0.25, 0.75, 2.0, 0))
@@ -914,6 +942,7 @@ def test_run_time_counts_all_epochs_and_both_validations(make_context, monkeypat
 Disk = namedtuple("Disk", "total used free")  # as in shutil
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize(("room", "outcome"), [(0.99, "fail"), (1.01, "warning"), (2, "pass")])
 def test_disk_too_small_for_the_checkpoints_fails(make_context, monkeypatch, tmp_path, room, outcome):
     context = make_context(save_n_best=2, checkpoint_every_minutes=None)  # stages of 6 and 3 epochs
@@ -932,6 +961,7 @@ def test_disk_too_small_for_the_checkpoints_fails(make_context, monkeypatch, tmp
     assert queried == [tmp_path]
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_estimated_checkpoint_size_is_close_to_the_file_of_a_run(make_context, monkeypatch, tmp_path, optimizer):
     def model(num_classes):
@@ -969,6 +999,7 @@ def test_kept_checkpoints_is_the_maximum_that_a_stage_keeps(tmp_path, epochs, wi
     assert most == expected or within_epochs
 
 
+@CLASSES_ONLY
 def test_logdir_with_a_run_is_a_warning_and_a_file_fails(make_context, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.json").write_text("{}")
@@ -1050,6 +1081,7 @@ def test_time_limit_of_the_process_group_counts_from_when_all_have_started(monke
     assert connectivity._wait(ranks, 60) == expected
 
 
+@CLASSES_ONLY
 def test_processes_that_did_not_start_are_not_blamed_on_the_network(make_context, monkeypatch):
     monkeypatch.setenv("NPROC", "2")
     monkeypatch.setattr(connectivity, "START_TIMEOUT", 0.0)
@@ -1094,6 +1126,7 @@ def test_operation_without_a_deterministic_kernel_has_a_hint():
     assert run_one_check(fail).hint == "use --no-deterministic, or replace the operation"
 
 
+@CLASSES_ONLY
 def test_unknown_main_metric_and_lazy_modules_are_rejected_as_in_train_py(make_context, monkeypatch):
     with pytest.raises(UserError, match="--main-metric top2 is not a known metric"):
         make_context(main_metric="top2")
@@ -1146,6 +1179,7 @@ def settings() -> list:
     ]
 
 
+@CLASSES_ONLY
 def test_check_leaves_no_files_and_restores_settings(make_context, monkeypatch, tmp_path):
     context = make_context()
     skipped = [

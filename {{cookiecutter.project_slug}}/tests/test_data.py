@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from image_data import RandomImages, RandomNoise
+from marks import CLASSES_ONLY
 from processes import SECONDS, run_ranks, run_train
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -396,6 +397,7 @@ def mixed_oracle(kind: str) -> list[bytes]:
     return steps
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("kind", MIXERS)
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "accumulation_steps"),
@@ -447,6 +449,7 @@ class Task(RandomImages):
         return SIZE
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_split_files_and_loaders_accept_targets_of_any_kind(cpu, tmp_path, kind, num_workers):

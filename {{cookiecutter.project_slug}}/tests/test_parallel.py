@@ -14,6 +14,7 @@ import pytest
 import torch
 from image_data import RandomImages
 from loops import CONFIG, CPU, EPOCHS, LOGGER, SIZE, make_loader, make_optimizer, make_state
+from marks import CLASSES_ONLY
 from models import CHANNELS, batchnorm_model, plain_model
 from processes import run_ranks
 from torch import nn
@@ -88,6 +89,7 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
 TOLERANCES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=str)
 
 
+@CLASSES_ONLY
 @TOLERANCES
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -98,6 +100,7 @@ def test_ranks_and_accumulation_do_not_change_the_weights(world_size, accumulati
         assert_close(actual, expected, tolerance)
 
 
+@CLASSES_ONLY
 @TOLERANCES
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -128,6 +131,7 @@ class SkippingModel(nn.Module):
         return self.last(values)
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_ranks_that_use_different_parameters_equal_a_plain_loop(accumulation_steps):
     expected = train_plainly(SkippingModel, micro_batches=2 * accumulation_steps)
@@ -135,6 +139,7 @@ def test_ranks_that_use_different_parameters_equal_a_plain_loop(accumulation_ste
         assert_close(actual, expected, 1e-13)
 
 
+@CLASSES_ONLY
 def test_unused_parameters_are_named_with_the_option_that_allows_them():
     class Unused(SkippingModel):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -149,12 +154,14 @@ def test_unused_parameters_are_named_with_the_option_that_allows_them():
         assert "sometimes.weight, sometimes.bias, never.weight, never.bias. Give --find-unused-parameters if" in message
 
 
+@CLASSES_ONLY
 def test_single_process_and_data_parallel_without_gpus_equal_a_plain_loop():
     expected = train_plainly(plain_model)
     assert_close(train(plain_model), expected, 1e-6)
     assert_close(train(plain_model, data_parallel=True), expected, 1e-6)
 
 
+@CLASSES_ONLY
 def test_rank_0_broadcasts_batchnorm_statistics_before_validation():
     def statistics() -> np.ndarray:
         state = make_state(batchnorm_model(), sync_batchnorm=False)
@@ -514,6 +521,7 @@ def test_rank_exits_if_its_launcher_died_while_it_started(monkeypatch):
     assert run_ranks(1, join, join=False) == ["joined"]
 
 
+@CLASSES_ONLY
 def test_gradients_are_exchanged_once_per_step():
     def count_exchanges() -> tuple[int, int]:
         buckets = []
@@ -533,6 +541,7 @@ def test_gradients_are_exchanged_once_per_step():
     assert run_ranks(2, count_exchanges) == [(4, 4), (4, 4)]
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_metrics_do_not_depend_on_the_number_of_ranks(world_size):
     dataset = RandomImages(101, CHANNELS)
@@ -551,6 +560,7 @@ def test_validation_metrics_do_not_depend_on_the_number_of_ranks(world_size):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
 
 
+@CLASSES_ONLY
 def test_dropout_depends_on_the_position_only():
     def train_two_epochs(draws_between_epochs: bool) -> dict[str, np.ndarray]:
         state = make_state(nn.Sequential(*plain_model(), nn.Dropout(0.5)))

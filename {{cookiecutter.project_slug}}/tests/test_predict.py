@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_data import write_png
+from marks import CLASSES_ONLY
 from models import CHANNELS, tiny_network
 from processes import SECONDS, run_ranks, run_train
 from sklearn.metrics import f1_score
@@ -91,6 +92,7 @@ def by_hand(run, name: str, path=None) -> np.ndarray:
     return np.concatenate(rows)
 
 
+@CLASSES_ONLY
 @UNSIZED
 def test_every_sample_of_a_split_is_predicted_once_in_order(runs, tmp_path):
     made = run_predict(runs[0], output=tmp_path)
@@ -105,6 +107,7 @@ def test_every_sample_of_a_split_is_predicted_once_in_order(runs, tmp_path):
         assert written.values == pytest.approx(by_hand(runs[0], name), abs=1e-6)
 
 
+@CLASSES_ONLY
 @UNSIZED
 @pytest.mark.parametrize(
     ("selection", "file"),
@@ -120,6 +123,7 @@ def test_predictions_come_from_the_selected_checkpoint(runs, tmp_path, selection
     assert made.values == pytest.approx(by_hand(runs[0], "valid", runs[0] / file), abs=1e-6)
 
 
+@CLASSES_ONLY
 def test_the_score_of_the_best_checkpoint_equals_that_of_training(runs, tmp_path):
     table = run_predict(runs[0], output=tmp_path, split="valid")["valid"]
     lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
@@ -155,6 +159,7 @@ def test_several_folds_give_out_of_fold_valid_and_mean_test(runs, tmp_path):
         assert together[name].values == pytest.approx(mean, abs=1e-15)
 
 
+@CLASSES_ONLY
 @UNSIZED
 def test_tta_averages_the_views(runs, tmp_path):
     made = run_predict(runs[0], output=tmp_path, split="valid", tta="flip")["valid"]
@@ -242,6 +247,7 @@ def assert_rejected_after_loading(end, message: str) -> None:
     assert message in end.err
 
 
+@CLASSES_ONLY
 def test_the_scores_of_the_options_of_the_run_are_printed(runs, monkeypatch, tmp_path):
     config = dataclasses.replace(config_of(runs[0]), scores=("macro_f1", "balanced_accuracy"))
     monkeypatch.setattr("batteries.evaluation.inference.read_config", lambda *_: config)
@@ -343,6 +349,7 @@ def test_predict_prints_that_test_is_the_mean_of_several_models(runs, tmp_path):
     assert "note" not in single.out
 
 
+@CLASSES_ONLY
 def test_the_test_split_is_scored_and_compared_with_valid(runs, tmp_path):
     end = call_predict("--run", runs[0], "--output", tmp_path)
     assert end.code == 0, end.err
@@ -422,6 +429,7 @@ def call_average(*flags: object):
     return run_train(average.main, average.Options, *options, name="tools/average.py", repeats=False)
 
 
+@CLASSES_ONLY
 def test_an_average_is_scored_saved_and_used_for_prediction(runs, tmp_path):
     end = call_average("--run", runs[1] / "one")
     assert end.code == 0, end.err
@@ -442,6 +450,7 @@ def test_an_average_is_scored_saved_and_used_for_prediction(runs, tmp_path):
     (runs[1] / "one/swa.json").unlink()
 
 
+@CLASSES_ONLY
 def test_average_saves_the_best_checkpoint_if_averaging_does_not_help(runs, monkeypatch):
     scores = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.9])  # each checkpoint, the mean, the greedy steps, the choice again
     monkeypatch.setattr(average, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
@@ -457,6 +466,7 @@ def test_average_saves_the_best_checkpoint_if_averaging_does_not_help(runs, monk
     (runs[1] / "one/swa.json").unlink()
 
 
+@CLASSES_ONLY
 def test_scores_of_equally_named_checkpoints_are_separate(runs, monkeypatch):
     scores = iter([0.9, 0.8, 0.9, 0.9, 0.9, 0.9])
     monkeypatch.setattr(average, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})

@@ -17,6 +17,7 @@ import pytest
 import torch
 from image_data import RandomImages
 from loops import CONFIG, CPU, LOGGER, make_loader, make_state
+from marks import CLASSES_ONLY
 from models import CHANNELS, batchnorm_model, plain_model, tiny_network
 from processes import run_ranks, run_train
 from small_data import make_data
@@ -335,6 +336,7 @@ def test_parameters_frozen_by_build_model_stay_frozen_in_all_stages(config, monk
     assert not torch.equal(states[0]["2.weight"], states[1]["2.weight"])  # the second stage trains it
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_only_modules_that_are_not_frozen_change(world_size):
     def changed_tensors() -> set[str]:
@@ -358,6 +360,7 @@ def test_frozen_modules_stay_in_evaluation_mode():
     assert {name for name, module in model.named_modules() if not module.training} == {"2"}
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("how", ["freeze", "requires_grad"])
 def test_both_ways_of_freezing_keep_batchnorm_statistics(how):
     model = batchnorm_model()
@@ -550,6 +553,7 @@ def test_tensors_cached_during_validation_can_be_used_in_training(config, monkey
     assert end.code == 0, end.err
 
 
+@CLASSES_ONLY
 def test_streak_that_ended_before_the_check_ends_the_run(config, monkeypatch):
     monkeypatch.setattr(train.task, "build_criterion", lambda *_: FaultyLoss({2, 3, 4, 5, 6}, rank=0))
     end = command(dataclasses.replace(config, limit_batches=12, batch_size=8))
@@ -574,6 +578,7 @@ class FaultyLoss(nn.CrossEntropyLoss):
         return loss * math.nan if is_faulty_rank and self.calls in self.faulty_calls else loss
 
 
+@CLASSES_ONLY
 def test_nonfinite_loss_on_one_rank_skips_the_step_on_all_ranks(monkeypatch):
     def weights() -> np.ndarray:
         monkeypatch.setattr(train.task, "build_criterion", lambda *_: FaultyLoss({2}, rank=1))
@@ -616,6 +621,7 @@ def read_metrics(config: Config) -> list[dict]:
     return [json.loads(line) for line in (config.logdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@CLASSES_ONLY
 def test_few_skipped_steps_are_logged_and_counted_and_training_continues(config, monkeypatch):
     monkeypatch.setattr(train.task, "build_criterion", lambda *_: FaultyLoss({2, 3}, rank=0))
     end = command(config)
@@ -625,6 +631,7 @@ def test_few_skipped_steps_are_logged_and_counted_and_training_continues(config,
     assert json.loads((config.logdir / "run.json").read_text())["skipped_steps"] == 6
 
 
+@CLASSES_ONLY
 def test_many_skipped_steps_in_a_row_end_the_run_and_list_samples(config, monkeypatch):
     monkeypatch.setattr(train.task, "build_criterion", lambda *_: FaultyLoss(set(range(1, 100)), rank=0))
     end = command(config)
@@ -678,6 +685,7 @@ def test_unsupported_precision_is_rejected(config, monkeypatch):
     assert end.err == "error: --precision bf16 is not supported on cpu; use fp32 or fp16.\n"
 
 
+@CLASSES_ONLY
 def test_log_loss_of_a_confident_wrong_prediction_equals_cross_entropy():
     class Confident(nn.Module):
         def forward(self, images):
@@ -688,6 +696,7 @@ def test_log_loss_of_a_confident_wrong_prediction_equals_cross_entropy():
     assert metrics["log_loss"] == pytest.approx(metrics["loss"], rel=1e-6)  # 22.5; in float32 at most 16
 
 
+@CLASSES_ONLY
 def test_custom_score_that_is_minimised_ranks_by_its_minimum(config, monkeypatch):
     def brier(_, targets: np.ndarray, probabilities: np.ndarray) -> float:
         return float(((probabilities - np.eye(probabilities.shape[1])[targets]) ** 2).sum(1).mean())
@@ -699,6 +708,7 @@ def test_custom_score_that_is_minimised_ranks_by_its_minimum(config, monkeypatch
     assert json.loads((config.logdir / "run.json").read_text())["best"]["score"] == min(values)
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_scores_equal_those_of_scikit_learn_for_any_world_size(world_size):
     from sklearn import metrics
@@ -744,6 +754,7 @@ def test_collected_predictions_are_in_split_order_for_any_world_size(world_size)
         np.testing.assert_array_equal(targets, np.arange(101))
 
 
+@CLASSES_ONLY
 def test_undefined_score_is_nan_and_logged(caplog):
     dataset = RandomImages(20, CHANNELS)
     dataset.targets[dataset.targets == 3] = 0
@@ -753,6 +764,7 @@ def test_undefined_score_is_nan_and_logged(caplog):
     assert "roc_auc is undefined: " in caplog.text
 
 
+@CLASSES_ONLY
 def test_ema_weights_are_validated_too_and_rank_checkpoints(config, monkeypatch):
     plain_scores = iter([0.9, 0.1, 0.2])
     ema_scores = iter([0.1, 0.5, 0.3])
@@ -769,6 +781,7 @@ def test_ema_weights_are_validated_too_and_rank_checkpoints(config, monkeypatch)
     assert torch.load(config.logdir / "stage0/best.pth", weights_only=True)["epoch"] == 2
 
 
+@CLASSES_ONLY
 def test_next_stage_follows_early_stopping_and_resume_trains_nothing(config, monkeypatch):
     scores = iter([0.5, 0.4, 0.9, 0.8])
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": next(scores), "loss": 1.0})
@@ -783,6 +796,7 @@ def test_next_stage_follows_early_stopping_and_resume_trains_nothing(config, mon
     assert "already finished" in command(config, "--resume").out
 
 
+@CLASSES_ONLY
 def test_stage_can_start_from_the_last_weights_of_the_previous_stage(config, monkeypatch):
     scores = iter([0.9, 0.1, 0.5])
     first_weights = []
@@ -935,6 +949,7 @@ def test_loss_that_is_not_a_mean_over_samples_is_reported(monkeypatch, criterion
     assert warnings == ([] if is_mean else [DEPENDS_ON_BATCHES])
 
 
+@CLASSES_ONLY
 def test_weighted_loss_is_logged_at_the_start_of_a_run(config, monkeypatch):
     weights = torch.linspace(0.1, 3, len(train.load_dataset(config.data_dir).classes))
     monkeypatch.setattr(train.task, "build_criterion", lambda *_: nn.CrossEntropyLoss(weight=weights))
@@ -945,6 +960,7 @@ def test_weighted_loss_is_logged_at_the_start_of_a_run(config, monkeypatch):
     assert log.index("The loss of a batch is not the mean") < log.index("stage0 1/3")
 
 
+@CLASSES_ONLY
 def test_loss_that_is_not_one_number_is_rejected(config, monkeypatch):
     monkeypatch.setattr(train.task, "build_criterion", lambda *_: nn.CrossEntropyLoss(reduction="none"))
     end = command(config)
@@ -952,6 +968,7 @@ def test_loss_that_is_not_one_number_is_rejected(config, monkeypatch):
     assert "error: the loss has shape (16,) and must be one number; in build_criterion, take the mean" in end.err
 
 
+@CLASSES_ONLY
 def test_criterion_is_moved_to_the_device(monkeypatch):
     class Weighted(nn.Module):
         def __init__(self) -> None:
@@ -1026,6 +1043,7 @@ def report_metrics(monkeypatch, **names: float) -> None:
     monkeypatch.setattr(train, "valid_fn", validate)
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("minimize", [False, True])
 def test_any_metric_that_valid_fn_reports_can_rank_checkpoints(config, monkeypatch, minimize):
     report_metrics(monkeypatch, top2=np.float32(0.5))
@@ -1038,6 +1056,7 @@ def test_any_metric_that_valid_fn_reports_can_rank_checkpoints(config, monkeypat
     assert "already finished" in command(config, "--resume").out
 
 
+@CLASSES_ONLY
 def test_unknown_main_metric_is_rejected_before_training_with_the_reported_names(config, monkeypatch):
     report_metrics(monkeypatch, top2=0.5)
     end = command(dataclasses.replace(config, main_metric="top3"))
@@ -1047,6 +1066,7 @@ def test_unknown_main_metric_is_rejected_before_training_with_the_reported_names
     assert not config.logdir.exists()
 
 
+@CLASSES_ONLY
 def test_default_main_metric_that_valid_fn_does_not_report_is_rejected_in_one_line(config, monkeypatch):
     report_metrics(monkeypatch, mae=0.5)
     end = command(config)
@@ -1054,6 +1074,7 @@ def test_default_main_metric_that_valid_fn_does_not_report_is_rejected_in_one_li
     assert end.err == "error: --main-metric accuracy is not a known metric. Use one of: loss, mae.\n"
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_custom_main_metric_is_found_for_any_world_size(config, monkeypatch, world_size):
     report_metrics(monkeypatch, top2=0.5)

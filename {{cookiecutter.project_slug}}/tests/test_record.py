@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from marks import CLASSES_ONLY
 from models import tiny_network
 from processes import SECONDS, run_ranks, run_train
 from small_data import make_data
@@ -63,6 +64,7 @@ def read_record(config: Config) -> dict:
     return json.loads((config.logdir / "run.json").read_text())
 
 
+@CLASSES_ONLY
 def test_run_json_describes_the_run_and_its_end(config):
     assert run_command(config).code == 0
     record = read_record(config)
@@ -110,6 +112,7 @@ def test_config_file_repeats_a_run(config):
     assert (again / "metrics.jsonl").read_bytes() == (config.logdir / "metrics.jsonl").read_bytes()
 
 
+@CLASSES_ONLY
 def test_early_stop_is_recorded_and_kept_when_resumed(config, monkeypatch):
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": 0.5, "loss": 1.0})
     config = dataclasses.replace(config, stages=(Stage("first", 4, 1e-2),), patience=1)
@@ -325,6 +328,7 @@ def test_train_log_has_the_error_of_a_failing_rank(config, monkeypatch):
     assert " ERROR [rank 1] failed: RuntimeError: a broken disk\n" in (config.logdir / "train.log").read_text()
 
 
+@CLASSES_ONLY
 def test_quiet_run_prints_nothing_and_logs_everything(config):
     end = run_command(dataclasses.replace(config, quiet=True))
     assert (end.code, end.out, end.err) == (0, "", "")
@@ -370,6 +374,7 @@ def terminal(config, monkeypatch):
     return run
 
 
+@CLASSES_ONLY
 def test_terminal_shows_a_progress_bar_of_80_columns(terminal, monkeypatch, config):
     monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_DRAWINGS", 0.0)
     monkeypatch.setattr("batteries.run.stage.LOG_EVERY", 1)
@@ -383,6 +388,7 @@ def test_terminal_shows_a_progress_bar_of_80_columns(terminal, monkeypatch, conf
     assert "\x1b" not in (config.logdir / "train.log").read_text()
 
 
+@CLASSES_ONLY
 def test_pipe_gets_plain_lines_of_progress(config, monkeypatch):
     monkeypatch.setattr("batteries.run.console.SECONDS_BETWEEN_LINES", 0)
     end = run_command(config)

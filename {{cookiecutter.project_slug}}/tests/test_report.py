@@ -17,6 +17,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
+from marks import CLASSES_ONLY
 from models import tiny_network
 from processes import End, run_ranks, run_train
 from sklearn.metrics import f1_score, precision_recall_fscore_support
@@ -139,6 +140,7 @@ def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@CLASSES_ONLY
 def test_the_best_epoch_has_the_numbers_of_metrics_jsonl(runs, first_report):
     lines = lines_of(runs[0])
     wanted = []
@@ -156,6 +158,7 @@ def test_the_best_epoch_has_the_numbers_of_metrics_jsonl(runs, first_report):
     assert f"valid, {record['best']['stage']} epoch {record['best']['epoch']}" in first_report.text
 
 
+@CLASSES_ONLY
 def test_curves_match_metrics_jsonl_with_the_best_epoch_marked(runs, monkeypatch):
     drawn = {}
     monkeypatch.setattr(sections, "draw_curves", lambda name, *rest, **_: drawn.update({name: rest}))
@@ -233,6 +236,7 @@ def write_run(directory: Path, valid: list[dict], stages: tuple[str, ...] = ("on
     return directory
 
 
+@CLASSES_ONLY
 def test_scores_and_classes_match_the_predictions(first_report, predictions):
     predicted = predictions.values.argmax(1)
     targets = predictions.targets
@@ -264,6 +268,7 @@ def test_scores_and_classes_match_the_predictions(first_report, predictions):
         assert confused_with == (f"{most} ({others[most]})" if others[most] else "")
 
 
+@CLASSES_ONLY
 def test_predictions_have_a_log_loss_and_epochs_the_loss_of_the_run(first_report):
     headers = [
         ["".join(cell.itertext()) for cell in table.iter("th")]
@@ -305,6 +310,7 @@ def test_the_classes_with_the_most_errors_are_drawn(monkeypatch):
     assert samples.tolist() == [np.sum(table.targets == table.classes.index(name)) for name in names]
 
 
+@CLASSES_ONLY
 def test_calibration_matches_a_slow_reference(first_report, predictions):
     edges = np.linspace(0, 1, 16)
     error = 0.0
@@ -331,6 +337,7 @@ def test_bins_include_their_upper_edge():
     assert error_analysis.expected_calibration_error(bins) == pytest.approx(2 / 3 * 0.1)
 
 
+@CLASSES_ONLY
 def test_worst_errors_and_least_confident_samples_are_in_order(runs, first_report, predictions):
     classes = predictions.classes
     rows = list(zip(predictions.ids, predictions.values, predictions.targets, strict=True))
@@ -377,6 +384,7 @@ def test_a_thumbnail_of_floats_is_scaled_to_their_range():
     assert decoded[0, 0].tolist() == [0, 128, 255]
 
 
+@CLASSES_ONLY
 def test_the_report_is_self_contained_and_has_no_script(runs, first_report):
     tags = Counter(element.tag for element in first_report.root.iter())
     assert not {"script", "link", "iframe", "object", "base"} & set(tags)
@@ -394,6 +402,7 @@ def test_the_report_is_self_contained_and_has_no_script(runs, first_report):
     assert {element.get("href", "")[1:] for element in first_report.root.iter("a")} == anchors
 
 
+@CLASSES_ONLY
 def test_plots_are_also_written_as_files(runs, first_report):
     files = {path.name: path.read_bytes() for path in (runs[0] / "plots").iterdir()}
     names = ("confusion", "calibration", "curve_accuracy", "curve_loss", "learning_rate", "time", "throughput")
@@ -404,6 +413,7 @@ def test_plots_are_also_written_as_files(runs, first_report):
     assert all(image.get("alt") for image in shown)
 
 
+@CLASSES_ONLY
 def test_times_are_summed_over_epochs(runs, first_report):
     lines = [json.loads(line) for line in (runs[0] / "timings.jsonl").read_text().splitlines()]
     rows = first_report.table("Time")
@@ -414,6 +424,7 @@ def test_times_are_summed_over_epochs(runs, first_report):
         assert row[:4] == [stage, str(len(own_lines)), f"{seconds:.1f} s", f"{waits / seconds:.1%}"]
 
 
+@CLASSES_ONLY
 def test_metadata_and_options_that_differ_from_the_default_are_shown(runs, first_report):
     record = dict(flatten(json.loads((runs[0] / "run.json").read_text())))
     rows = dict(first_report.table("Run metadata"))
@@ -457,6 +468,7 @@ def test_a_comparison_highlights_exactly_the_options_that_differ(runs, side_by_s
     assert {row[0] for row in side_by_side.table("Options", 1)} == (first | second).keys() - wanted - {"logdir"}
 
 
+@CLASSES_ONLY
 def test_a_comparison_has_the_best_epochs_and_curves_of_all_runs(runs, side_by_side, monkeypatch):
     rows = {row[0]: row for row in side_by_side.table("Runs")}
     for run in runs:
@@ -474,6 +486,7 @@ def test_a_comparison_has_the_best_epochs_and_curves_of_all_runs(runs, side_by_s
     assert len({(curve.colour, curve.style) for curve in drawn["valid_loss"]}) == 2
 
 
+@CLASSES_ONLY
 def test_a_directory_of_runs_is_compared_with_links_to_their_reports(runs, first_report, side_by_side):
     assert find_runs([runs[0].parent]) == runs
     links = {element.text: element.get("href") for element in side_by_side.section("Runs").iter("a")}
@@ -562,6 +575,7 @@ def test_a_run_interrupted_in_its_first_epoch_has_a_report(copied_run):
     assert not (copied_run / "plots").exists()
 
 
+@CLASSES_ONLY
 def test_an_interrupted_run_shows_its_complete_epochs(copied_run):
     lines = (copied_run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copied_run / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:20])
@@ -578,6 +592,7 @@ def test_an_interrupted_run_shows_its_complete_epochs(copied_run):
     assert "Samples" in made.titles()
 
 
+@CLASSES_ONLY
 def test_a_missing_checkpoint_option_leaves_the_report_unchanged(copied_run):
     assert call_report(copied_run).code == 0
     before = (copied_run / "report.html").read_bytes()
@@ -587,12 +602,14 @@ def test_a_missing_checkpoint_option_leaves_the_report_unchanged(copied_run):
     assert (copied_run / "report.html").read_bytes() == before
 
 
+@CLASSES_ONLY
 def test_lost_metrics_of_a_finished_run_are_reported(copied_run):
     (copied_run / "metrics.jsonl").write_text('{"stage": "one", "epo')
     assert call_report(copied_run).code == 0
     assert "metrics.jsonl has no complete line of this run." in Report((copied_run / "report.html").read_text()).notes()
 
 
+@CLASSES_ONLY
 def test_a_run_without_a_finite_score_has_a_report(copied_run):
     text = (copied_run / "metrics.jsonl").read_text()
     (copied_run / "metrics.jsonl").write_text(re.sub(r'"(accuracy|loss)": [\d.e-]+', r'"\1": null', text))
@@ -683,6 +700,7 @@ def test_a_model_without_errors_has_a_report():
     assert "No sample is misclassified." in made.text
 
 
+@CLASSES_ONLY
 def test_the_report_reads_no_sample_of_the_test_split(copied_run, monkeypatch, tmp_path):
     log = tmp_path / "read.txt"
     load_dataset = experiment.dataset.load_dataset
@@ -718,6 +736,7 @@ def test_the_report_reads_no_sample_of_the_test_split(copied_run, monkeypatch, t
     assert not (copied_run / "predictions").exists()
 
 
+@CLASSES_ONLY
 def test_scores_on_test_are_shown_if_its_predictions_exist(copied_run):
     table = random_predictions()
     (copied_run / "config.json").write_text(json.dumps(options_of(copied_run) | {"scores": ["macro_f1"]}))
@@ -742,6 +761,7 @@ def test_scores_on_test_are_shown_if_its_predictions_exist(copied_run):
     assert "has 2.0 for class cat of id 1" in Report((copied_run / "report.html").read_text()).notes()[0]
 
 
+@CLASSES_ONLY
 def test_only_an_earlier_report_is_replaced(copied_run):
     assert call_report(copied_run).code == 0
     before = (copied_run / "report.html").read_bytes()

@@ -193,7 +193,7 @@ def test_scores_of_numbers_equal_scikit_learn_with_the_lowest_r2_first():
     table = number_predictions(names=("width", "mass", "age"))
     table.values[:, 2] += 70
     found = number_analysis.score_numbers(table)
-    assert [score.name for score in found][0] == "age"
+    assert found[0].name == "age"
     for score in found:
         index = table.classes.index(score.name)
         pair = table.targets[:, index], table.values[:, index]

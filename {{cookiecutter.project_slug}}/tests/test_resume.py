@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from marks import CLASSES_ONLY
 from models import CHANNELS
 from processes import SECONDS, End, join_ranks, run_train, wait_until
 from small_data import change_one_sample, make_data
@@ -436,6 +437,7 @@ def test_missing_manifest_is_rejected(interrupted_run):
     assert f"{interrupted_run.logdir}/stage1/checkpoints.json is missing" in end.err
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -733,6 +735,7 @@ def test_changed_versions_are_reported_at_resume(interrupted_run, monkeypatch):
     assert re.search(changes + r"The results are equal up to rounding, not bit-identical\.\n", end.out)
 
 
+@CLASSES_ONLY
 def test_early_stop_survives_a_kill_and_its_stage_is_not_continued(config, monkeypatch):
     """The stage stops early after its second epoch, and the run is killed right after that checkpoint."""
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": 0.5, "loss": 1.0})
@@ -908,6 +911,7 @@ def test_checkpoint_is_written_within_an_epoch_after_some_minutes(config):
     assert "epoch_3_step_11.pth" in [entry["file"] for entry in manifest["checkpoints"]]
 
 
+@CLASSES_ONLY
 def test_best_checkpoint_survives_restarts(config, monkeypatch):
     scores = [0.4, 0.9, 0.5, 0.3, 0.2]  # three epochs of the first stage, two of the second
     config = dataclasses.replace(config, ema_decay=None)

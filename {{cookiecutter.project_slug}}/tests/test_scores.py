@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from marks import CLASSES_ONLY
 from processes import SECONDS
 from sklearn.metrics import f1_score
 from tables import assert_rejected, call_tool, random_predictions
@@ -106,6 +107,7 @@ def test_a_metric_of_training_is_not_computed_from_predictions(logdir, score_log
     assert {line.name: line for line in read_score_log(score_log)}["b"].test == score(table)["log_loss"]
 
 
+@CLASSES_ONLY
 def test_a_metric_of_scikit_learn_is_computed_from_predictions(logdir, score_log):
     (logdir / "config.json").write_text('{"main_metric": "macro_f1"}')
     (logdir / "predictions").mkdir()
@@ -116,6 +118,7 @@ def test_a_metric_of_scikit_learn_is_computed_from_predictions(logdir, score_log
     assert line.test == f1_score(table.targets, table.values.argmax(1), average="macro")
 
 
+@CLASSES_ONLY
 def test_an_undefined_score_stays_empty(logdir, score_log):
     (logdir / "config.json").write_text('{"main_metric": "roc_auc"}')
     table = random_predictions(30, 1)
@@ -137,6 +140,7 @@ def predict_blend(logdir):
     return folder
 
 
+@CLASSES_ONLY
 def test_a_blend_uses_the_metric_of_the_other_lines_or_of_the_option(logdir, score_log):
     folder, table = predict_blend(logdir), random_predictions(30, 1)
     (logdir / "config.json").write_text('{"main_metric": "macro_f1"}')

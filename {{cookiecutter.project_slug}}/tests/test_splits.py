@@ -10,6 +10,7 @@ import pytest
 import sklearn
 import torch
 from image_data import RandomImages
+from marks import CLASSES_ONLY
 from processes import End, run_train
 from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
@@ -21,6 +22,8 @@ from batteries.data.splits import TEST, SplitFile, parse_folds, to_csv
 from batteries.data.summary import find_unusual, summary_lines
 from experiment.splits import make_folds
 from tools import split
+
+pytestmark = CLASSES_ONLY
 
 
 class Samples(RandomImages):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import CLASSES_ONLY
 from models import CHANNELS, tiny_network
 from processes import End, run_train
 from torch.nn import functional
@@ -16,6 +17,8 @@ import train
 from batteries.evaluation.predictions import read_predictions
 from experiment.augmentations import normalize
 from tools import predict
+
+pytestmark = CLASSES_ONLY
 
 SIZE = 96
 GENERATOR = np.random.default_rng(0)

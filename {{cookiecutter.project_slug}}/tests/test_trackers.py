@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from image_data import write_png
+from marks import CLASSES_ONLY
 from models import tiny_network
 from processes import SECONDS, run_ranks, run_train, wait_until
 from small_data import make_data
@@ -419,6 +420,7 @@ def test_tracker_that_does_not_finish_is_abandoned(config, monkeypatch, tmp_path
     assert warning in (tmp_path / "run/train.log").read_text()
 
 
+@CLASSES_ONLY
 @pytest.mark.skipif("tensorboard" not in INSTALLED, reason="not installed")
 def test_only_rank_0_writes_to_a_tracker(config, tmp_path):
     config = dataclasses.replace(config, logdir=tmp_path / "run", tracker=("tensorboard",))

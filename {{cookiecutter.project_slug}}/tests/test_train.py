@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from flags import override
+from marks import CLASSES_ONLY
 from models import CHANNELS, tiny_network
 from processes import End, run_ranks, run_train
 from small_data import make_data
@@ -84,6 +85,7 @@ def test_run_directory_has_the_documented_files(start, tmp_path):
     assert "\x1b" not in (logdir / "train.log").read_text()
 
 
+@CLASSES_ONLY
 def test_main_returns_the_best_score_of_the_run(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
     config = Config(
@@ -98,6 +100,7 @@ def test_main_returns_the_best_score_of_the_run(monkeypatch, data_dir, tmp_path)
     assert best == max(line["valid"]["accuracy"] for line in read_metrics(tmp_path / "run"))
 
 
+@CLASSES_ONLY
 def test_second_stage_starts_from_the_best_weights_of_the_first(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(train, "build_model", tiny_network)
     scores = iter([0.9, 0.1, 0.5])  # epoch 1 of the first stage is its best
@@ -199,6 +202,7 @@ def test_run_that_cannot_begin_restores_stdout_and_releases_the_lock(monkeypatch
     assert len(released) == 1
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("mixing", [[], ["--mixup", "0.4", "--cutmix", "1"]])
 def test_two_ranks_give_the_metrics_of_one(start, monkeypatch, data_dir, tmp_path, mixing):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -298,6 +302,7 @@ def test_flags_take_precedence_over_a_config_file(tmp_path):
     assert (config.seed, config.fold, config.stages) == (6, 2, (Stage("only", 4, 0.1),))
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -546,6 +551,7 @@ def test_logdir_that_holds_a_run_is_rejected_and_unchanged(start, tmp_path):
     assert {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()} == before
 
 
+@CLASSES_ONLY
 def test_data_set_with_too_few_samples_of_a_class_is_rejected(start, monkeypatch, tmp_path):
     load_dataset = train.load_dataset
 
@@ -562,6 +568,7 @@ def test_data_set_with_too_few_samples_of_a_class_is_rejected(start, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+@CLASSES_ONLY
 def test_split_file_is_written_once_and_its_sha256_recorded(start, tmp_path):
     path = tmp_path / "splits/default.csv"
     for name in ("one", "two"):
@@ -654,6 +661,7 @@ MODEL = "what build_model in experiment/model.py returns"
 LOSS = "what build_criterion in experiment/task.py returns"
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize(
     ("name", "make", "came", "expected"),
     [
@@ -716,6 +724,7 @@ def test_code_mistakes_are_one_line_and_the_traceback_is_in_train_log(
         assert "Traceback" in (tmp_path / "run/train.log").read_text()
 
 
+@CLASSES_ONLY
 @pytest.mark.parametrize("accuracy", [math.nan, 0.9])  # NaN outputs can have a finite accuracy
 def test_non_finite_loss_is_null_in_metrics_jsonl_and_never_best(start, monkeypatch, tmp_path, accuracy):
     monkeypatch.setattr(train, "valid_fn", lambda *_: {"accuracy": accuracy, "loss": math.nan})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from image_data import RandomImages
 from loops import CONFIG, CPU, LOGGER, make_loader, make_optimizer, make_state
+from marks import CLASSES_ONLY
 from models import CHANNELS, plain_model
 from torch import nn
 from torch.amp import GradScaler
@@ -23,6 +24,8 @@ from batteries.training.schedules import make_schedule
 from batteries.training.state import SilentLogger, TrainState
 from experiment.augmentations import normalize
 from train import Stage, train_fn, valid_fn
+
+pytestmark = CLASSES_ONLY
 
 
 def checkpoint_of(state: TrainState) -> dict:

@@ -98,7 +98,6 @@ def draw_precision_recall(curves: Sequence[PrecisionRecall], title: str) -> Plot
         curves: The curves of the labels.
         title: The title of the plot.
     """
-
     is_wide = any(len(score.name) > NARROW_NAME for score, _, _ in curves)
 
     def draw(figure: Any) -> None:

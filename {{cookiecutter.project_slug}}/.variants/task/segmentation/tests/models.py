@@ -35,5 +35,5 @@ def batchnorm_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def tiny_network(num_classes: int) -> nn.Module:
-    """Build a network that replaces experiment.model.build_model, so that a complete run takes a second: a pixel each."""
+    """Build a network that replaces experiment.model.build_model, so that a run takes a second."""
     return nn.Sequential(nn.Conv2d(CHANNELS, num_classes, kernel_size=1))
