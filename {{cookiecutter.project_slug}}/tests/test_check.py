@@ -396,7 +396,10 @@ def test_the_constants_of_the_task_are_compared_if_it_has_them(make_context, mon
     monkeypatch.setattr(check, "check_main_metric", lambda *_: None)
     monkeypatch.setattr(check, "make_folds", lambda _: np.arange(SIZE) % 3 - 1)
     context = make_context(dataset)
-    for name, value in (("TARGET_MEAN", (0.0,)), ("TARGET_STD", (1.0,))):
+    constants = {"TARGET_MEAN": (0.0,), "TARGET_STD": (1.0,)}
+    for name in constants:
+        monkeypatch.delattr(check.task, name, raising=False)
+    for name, value in constants.items():
         assert check.check_class_counts(context).outcome == "pass"
         monkeypatch.setattr(check.task, name, value, raising=False)
     assert check.check_class_counts(context).outcome == "warning"
