@@ -566,7 +566,7 @@ def test_a_run_interrupted_in_its_first_epoch_has_a_report(copied_run):
     assert (end.code, end.err) == (0, ""), end
     made = Report((copied_run / "report.html").read_text())
     [note] = made.notes()
-    prefix = "The sections on classes, calibration and samples are omitted: "
+    prefix = "The sections on predictions are omitted: "
     assert note.startswith(f"{prefix}{copied_run} has no best.pth; ")
     assert f"note     {note}\n" in end.out
     assert "not ended: still running, or killed" in made.text
@@ -632,7 +632,7 @@ def test_a_run_without_a_finite_score_has_a_report(copied_run):
     [
         ("unknown", "the targets of these samples are not known."),
         ("nan", "the outputs of the model are not finite for 1 of 12 samples."),
-        ("bug", "The sections on classes, calibration and samples are omitted: ZeroDivisionError: division by zero"),
+        ("bug", "The sections on predictions are omitted: ZeroDivisionError: division by zero"),
     ],
 )
 def test_predictions_that_cannot_be_analysed_are_omitted_with_a_note(copied_run, monkeypatch, kind, message):

@@ -9,7 +9,7 @@ The samples are exactly those of training: the same order and the same random st
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from batteries.core.files import write_output
 from batteries.core.fonts import ignore_missing_glyphs
 from batteries.core.validators import Count, NotNegative, Range, Seed, check_ranges
 from batteries.data.dataset import Dataset
-from batteries.data.image_grid import stretch, to_rgb
+from batteries.data.image_grid import overlay, stretch, to_rgb
 from batteries.data.loaders import TrainLoader
 from batteries.data.splits import Split, SplitFile, check_files
 from batteries.data.targets import describe_target
@@ -67,13 +67,18 @@ def main(config: Config) -> None:
     mixed_loader = make_loader(dataset, split, config, mixup=config.mixup, cutmix=config.cutmix)
     first = loader.epoch(0, 1)
     chosen = first.order[: config.samples]
-    originals: list[torch.Tensor] = [v2.functional.to_image(dataset[index][0]) for index in chosen.tolist()]
+    originals = [show_sample(*dataset[index]) for index in chosen.tolist()]
     versions = [augmented_versions(loader, epoch, chosen) for epoch in range(1, config.epochs + 1)]
     _, images, targets = mixed_loader.epoch(0, 1).peek(config.samples)
     inputs = normalize(images)
     names = [f"{dataset.ids[index]}: {describe_target(first.sample(index)[1], dataset)}" for index in chosen.tolist()]
     input_names = [describe_target(target, dataset) for target in targets]
-    draw(config.sheet, originals, versions, inputs, names, input_names)
+    shown_inputs = stretch(inputs)
+    if targets.ndim == 3:
+        shown_inputs = torch.stack(
+            [overlay(to_rgb(image), mask) for image, mask in zip(shown_inputs, targets, strict=True)]
+        )
+    draw(config.sheet, originals, versions, shown_inputs, describe_values(inputs), names, input_names)
     print(f"augment  {describe_transform(train_transform())}; see experiment/augmentations.py")
     print(f"batch    {tuple(inputs.shape)}, {inputs.dtype}, {describe_values(inputs)}")
     print(f"targets  {tuple(targets.shape)}, {targets.dtype}")
@@ -97,7 +102,14 @@ def make_loader(dataset: Dataset, split: Split, config: Config, *, mixup: float,
 def augmented_versions(loader: TrainLoader, epoch: int, chosen: np.ndarray) -> list[torch.Tensor]:
     """Return the samples `chosen`, given by index, as training augments them in an epoch (from 1)."""
     batches = loader.epoch(0, epoch)
-    return [batches.sample(index)[0] for index in chosen.tolist()]
+    return [show_sample(*batches.sample(index)) for index in chosen.tolist()]
+
+
+def show_sample(image: Any, target: Any) -> torch.Tensor:
+    """Return an image as floats from 0 to 1, shape (3, H, W), with its mask if the target is one."""
+    shown = to_rgb(v2.functional.to_image(image) / 255.0)
+    is_mask = isinstance(target, torch.Tensor) and target.ndim == 2 and target.shape == shown.shape[1:]
+    return overlay(shown, target) if is_mask else shown
 
 
 def draw(
@@ -105,6 +117,7 @@ def draw(
     originals: list[torch.Tensor],
     versions: list[list[torch.Tensor]],
     inputs: torch.Tensor,
+    values: str,
     names: list[str],
     input_names: list[str],
 ) -> None:
@@ -112,9 +125,10 @@ def draw(
 
     Args:
         sheet: The PNG file to write.
-        originals: N images (C, H, W), uint8.
-        versions: For each epoch, N augmented images, uint8.
-        inputs: The normalised images, shape (N, C, H, W).
+        originals: N images (3, H, W), floats from 0 to 1.
+        versions: For each epoch, N augmented images, as `originals`.
+        inputs: The normalised images, stretched to 0 to 1, shape (N, C, H, W).
+        values: The values of the inputs.
         names: The titles of the originals.
         input_names: The titles of the inputs.
     """
@@ -125,16 +139,15 @@ def draw(
 
     columns = 2 + len(versions)
     figure, axes = plt.subplots(len(originals), columns, figsize=(2 * columns, 2.2 * len(originals)), squeeze=False)
-    shown_inputs = stretch(inputs)
     for row, original in enumerate(originals):
-        augmented = [version[row] / 255.0 for version in versions]
-        images = [original / 255.0, *augmented, shown_inputs[row]]
+        augmented = [version[row] for version in versions]
+        images = [original, *augmented, inputs[row]]
         titles = [names[row], *[f"epoch {epoch}" for epoch in range(1, columns - 1)], input_names[row]]
         for axis, image, title in zip(axes[row], images, titles, strict=True):
             axis.imshow(to_rgb(image).permute(1, 2, 0).clamp(0, 1).numpy())
             axis.set_title(wrap_title(title), fontsize=7, parse_math=False)
             axis.axis("off")
-    figure.suptitle(f"left: original; middle: augmented; right: model input, {describe_values(inputs)}", fontsize=9)
+    figure.suptitle(f"left: original; middle: augmented; right: model input, {values}", fontsize=9)
     with ignore_missing_glyphs():
         figure.tight_layout()
         write_output(sheet, lambda file: figure.savefig(file, format="png", dpi=110), "--sheet")

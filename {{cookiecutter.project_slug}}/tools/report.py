@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from tyro.conf import Positional
@@ -23,14 +24,17 @@ from batteries.core.config_io import to_json
 from batteries.core.errors import UserError
 from batteries.core.metric_names import select_scores
 from batteries.core.project import ROOT
+from batteries.data.masks import read_mask
 from batteries.evaluation.error_analysis import check_targets
-from batteries.evaluation.label_analysis import choose_threshold, stored_threshold
+from batteries.evaluation.label_analysis import choose_threshold
+from batteries.evaluation.mask_table import MaskTable, is_mask_table, read_mask_table
 from batteries.evaluation.predictions import Predictions, read_predictions
 from batteries.evaluation.scoring import score
 from batteries.report.class_sections import make_class_tiles, render_class_sections
 from batteries.report.history import RunHistory, common_directory, find_runs, read_histories
 from batteries.report.html import Section, Tile, check_replaceable, make_report, plots_of, tag, write_report
 from batteries.report.label_sections import make_label_tiles, render_label_sections
+from batteries.report.mask_sections import make_mask_tiles, render_mask_sections, worst_masks
 from batteries.report.number_sections import make_number_tiles, render_number_sections
 from batteries.report.sections import (
     render_curves_comparison,
@@ -64,14 +68,13 @@ class ValidPredictions(NamedTuple):
     Attributes:
         predictions: The predictions.
         checkpoint: The stage and file of the checkpoint.
-        thumbnail_of: Returns the image of an id as a PNG file; None if the sample is not an image.
-        threshold: The threshold of labels that the checkpoint has; None if it has none.
+        thumbnail_of: Returns the image of an id as a PNG file, of masks also the masks of the target and of the
+            prediction; None if the sample is not an image.
     """
 
-    predictions: Predictions
+    predictions: Predictions | MaskTable
     checkpoint: str
     thumbnail_of: Callable[[str], bytes | None]
-    threshold: float | None
 
 
 def main(options: Options) -> Path:
@@ -113,7 +116,9 @@ def describe(run: RunHistory, options: Options) -> tuple[str, list[Section]]:
     notes = [note for note in (missing, problem, test_problem) if note]
     for note in notes:
         print(f"note     {note}")
-    tables = {} if valid is None else {f"valid, by {valid.checkpoint}": valid.predictions}
+    tables: dict[str, Predictions | MaskTable] = {}
+    if valid is not None:
+        tables[f"valid, by {valid.checkpoint}"] = valid.predictions
     tables |= test
     sections = [render_curves_section(run), render_scores_section(run, score_all(run, tables))]
     tiles: list[Tile] = []
@@ -133,8 +138,10 @@ def describe(run: RunHistory, options: Options) -> tuple[str, list[Section]]:
 def render_predictions(valid: ValidPredictions) -> tuple[list[Tile], list[Section]]:
     """Build the key numbers and the sections that need predictions of the valid split."""
     predictions = valid.predictions
+    if isinstance(predictions, MaskTable):
+        return make_mask_tiles(predictions), render_mask_sections(predictions, valid.thumbnail_of)
     if predictions.kind == "labels":
-        threshold = choose_threshold(predictions, valid.threshold)
+        threshold = choose_threshold(predictions, predictions.threshold)
         sections = render_label_sections(predictions, threshold, valid.thumbnail_of)
         return make_label_tiles(predictions, threshold), sections
     if predictions.kind == "numbers":
@@ -172,7 +179,7 @@ def predict_valid_or_explain(run: RunHistory, options: Options) -> tuple[ValidPr
         reason = str(error)
     except Exception as error:  # noqa: BLE001 (such as another kind of task, or a device without free memory)
         reason = f"{type(error).__name__}: {error}"
-    return None, f"The sections on classes, calibration and samples are omitted: {reason}"
+    return None, f"The sections on predictions are omitted: {reason}"
 
 
 def predict_valid(directory: Path, options: Options) -> ValidPredictions:
@@ -181,22 +188,14 @@ def predict_valid(directory: Path, options: Options) -> ValidPredictions:
     Raises:
         UserError: If there is no checkpoint, the data differ, or the targets are not known.
     """
-    from batteries.checkpoint.io import read_checkpoint
     from batteries.data.image_grid import thumbnail
-    from batteries.evaluation.inference import Experiment, InferenceOptions, predict_run, run_config
+    from batteries.evaluation.inference import InferenceOptions, predict_run, run_config
     from batteries.evaluation.run_selection import find_checkpoint
     from batteries.training.setup import setup_training
-    from experiment import augmentations, dataset, model, splits, task
+    from experiment.dataset import load_dataset
+    from experiment.task import PREDICTIONS
     from train import Config
 
-    experiment = Experiment(
-        make_folds=splits.make_folds,
-        build_model=model.build_model,
-        task=task,
-        normalize=augmentations.normalize,
-        valid_transform=augmentations.valid_transform,
-        channels=len(augmentations.MEAN),
-    )
     inference = InferenceOptions(
         checkpoint=options.checkpoint,
         split="valid",
@@ -206,20 +205,68 @@ def predict_valid(directory: Path, options: Options) -> ValidPredictions:
     config = run_config(directory, Config, options.device, options.data_dir)
     stages = [stage.name for stage in config.stages]
     path = find_checkpoint(directory, stages, None, options.checkpoint, minimize=config.minimize_metric)
+    checkpoint = f"{path.parent.name}/{path.name}"
     with contextlib.redirect_stdout(io.StringIO()), setup_training(config) as device:
-        samples: Any = dataset.load_dataset(config.data_dir)
-        predictions = predict_run(directory, config, samples, device, experiment, inference)["valid"]
+        samples: Any = load_dataset(config.data_dir)
+        if PREDICTIONS == "mask":
+            masks, panels = predict_valid_masks(directory, config, samples, device, inference)
+            return ValidPredictions(masks, checkpoint, panels.get)
+        predictions = predict_run(directory, config, samples, device, make_experiment(), inference)["valid"]
     check_targets(predictions)
-    threshold = stored_threshold(read_checkpoint(path).get("metrics") or {}) if predictions.kind == "labels" else None
     index_of = {str(name): index for index, name in enumerate(samples.ids)}
 
     def thumbnail_of(name: str) -> bytes | None:
         return thumbnail(samples[index_of[name]][0])
 
-    return ValidPredictions(predictions, f"{path.parent.name}/{path.name}", thumbnail_of, threshold)
+    return ValidPredictions(predictions, checkpoint, thumbnail_of)
 
 
-def read_test_predictions(run: RunHistory) -> tuple[dict[str, Predictions], str]:
+def make_experiment() -> Any:
+    """Collect what inference reads of experiment/."""
+    from batteries.evaluation.inference import Experiment
+    from experiment import augmentations, model, splits, task
+
+    return Experiment(
+        make_folds=splits.make_folds,
+        build_model=model.build_model,
+        task=task,
+        normalize=augmentations.normalize,
+        valid_transform=augmentations.valid_transform,
+        channels=len(augmentations.MEAN),
+    )
+
+
+def predict_valid_masks(
+    directory: Path, config: Any, samples: Any, device: Any, options: Any
+) -> tuple[MaskTable, dict[str, bytes]]:
+    """Predict the masks of the valid split.
+
+    Returns:
+        The table, without files of masks, and for the worst images by id a PNG file: image, target and prediction.
+    """
+    from batteries.data.image_grid import mask_panels
+    from batteries.evaluation.inference import load_model, load_split
+    from batteries.evaluation.mask_inference import MaskJob, MaskOptions, Member, write_masks
+
+    experiment = make_experiment()
+    split = load_split(samples, config, experiment.make_folds)
+    loaded = load_model(directory, config, samples, split, device, experiment, options)
+    member = Member(loaded.model, experiment.valid_transform(loaded.image_size), config.precision)
+    size = options.batch_size or config.valid_batch_size
+    mask_options = MaskOptions(batch_size=size, num_workers=options.num_workers)
+    jobs = [MaskJob([member], split.valid)]
+    index_of = {str(name): index for index, name in enumerate(samples.ids)}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "valid.csv"
+        table = write_masks(path, jobs, samples, samples.classes, device, experiment, mask_options)
+        panels = {}
+        for row in worst_masks(table).tolist():
+            image, target = samples[index_of[table.ids[row]]]
+            panels[table.ids[row]] = mask_panels(image, target, read_mask(path.parent / table.masks[row]))
+    return table, panels
+
+
+def read_test_predictions(run: RunHistory) -> tuple[Mapping[str, Predictions | MaskTable], str]:
     """Read predictions/test.csv of a run.
 
     Returns:
@@ -230,18 +277,22 @@ def read_test_predictions(run: RunHistory) -> tuple[dict[str, Predictions], str]
     if not path.is_file():
         return {}, ""
     try:
-        table = read_predictions(path)
+        table = read_mask_table(path) if is_mask_table(path) else read_predictions(path)
     except UserError as error:
         return {}, str(error)
-    return {} if table.targets is None else {"test, from predictions/test.csv": table}, ""
+    is_known = table.counts is not None if isinstance(table, MaskTable) else table.targets is not None
+    return {"test, from predictions/test.csv": table} if is_known else {}, ""
 
 
-def score_all(run: RunHistory, tables: Mapping[str, Predictions]) -> dict[str, dict[str, float]]:
+def score_all(run: RunHistory, tables: Mapping[str, Predictions | MaskTable]) -> dict[str, dict[str, float]]:
     """Compute accuracy, log loss and the scores of the run's options for each table."""
     from experiment.task import SCORES
 
     functions = select_scores(SCORES, (run.main_metric, *run.config.get("scores", ())))
-    return {name: score(table, functions) for name, table in tables.items()}
+    return {
+        name: table.scores() if isinstance(table, MaskTable) else score(table, functions)
+        for name, table in tables.items()
+    }
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
 from batteries.data.image_decoding import decode_file, encode_png
 from batteries.data.loaders import TrainLoader
+from batteries.data.masks import palette
 
 SAMPLES = 8  # columns of a grid
 THUMBNAIL = 192  # pixels; sharp enough at the size that the report shows
@@ -48,6 +50,32 @@ def thumbnail(image: Any) -> bytes | None:
     if scale < 1:
         shown = resize(shown, [max(1, round(side * scale)) for side in shown.shape[1:]])
     return encode_png((to_rgb(shown) * 255).round().to(torch.uint8))
+
+
+def mask_panels(image: torch.Tensor, target: torch.Tensor, predicted: np.ndarray) -> bytes:
+    """Draw an image, and the image with the masks of its target and its prediction, side by side.
+
+    Args:
+        image: The image (C, H, W), uint8.
+        target: Its mask (H, W).
+        predicted: The predicted mask (H, W).
+
+    Returns:
+        The bytes of a PNG file of at most THUMBNAIL pixels in height.
+    """
+    shown = to_rgb(image.cpu().float() / 255)
+    panels = [shown, overlay(shown, target), overlay(shown, torch.from_numpy(predicted))]
+    scale = min(1.0, THUMBNAIL / max(shown.shape[1:]))
+    if scale < 1:
+        panels = [resize(panel, [max(1, round(side * scale)) for side in shown.shape[1:]]) for panel in panels]
+    gap = torch.ones(3, panels[0].shape[1], 2)
+    return encode_png((torch.cat([panels[0], gap, panels[1], gap, panels[2]], dim=2) * 255).round().to(torch.uint8))
+
+
+def overlay(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Colour the pixels of a float image (3, H, W), 0 to 1, by the class of each in a mask (H, W), except class 0."""
+    colours = torch.from_numpy(palette())[mask.long()].permute(2, 0, 1).float() / 255
+    return torch.where(mask > 0, 0.5 * image + 0.5 * colours, image)
 
 
 def make_grid_of_samples(originals: Sequence[Any], inputs: torch.Tensor) -> torch.Tensor:

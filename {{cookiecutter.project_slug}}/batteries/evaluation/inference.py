@@ -19,6 +19,7 @@ from batteries.data.image_files import ImageFiles
 from batteries.data.loaders import EvalLoader
 from batteries.data.splits import Split, SplitFile
 from batteries.distributed.collectives import interleave_over_ranks, run_on_rank_zero
+from batteries.evaluation.label_analysis import stored_threshold
 from batteries.evaluation.predictions import KIND_NAMES, Kind, Predictions
 from batteries.evaluation.run_selection import find_checkpoint, read_config
 from batteries.evaluation.tta import Views, make_views
@@ -260,11 +261,10 @@ def load_model(
     model = experiment.build_model(num_classes=len(dataset.classes))
     apply_checkpoint({"model_state_dict": scored_weights(checkpoint)}, str(path), model)
     run_on_rank_zero(lambda: print(f"weights  {path}, epoch {checkpoint.get('epoch')}"))
-    metrics = checkpoint.get("metrics") or {}
     return LoadedModel(
         model=model.to(device),
         image_size=find_stage(config.stages, checkpoint["stage"]).image_size,
-        threshold=metrics.get("valid_ema", metrics.get("valid", {})).get("threshold"),
+        threshold=stored_threshold(checkpoint.get("metrics") or {}),
     )
 
 

@@ -188,3 +188,17 @@ def _format_range(low: float, high: float) -> str:
     """Format a range, or one number if both ends are equal; 0 instead of -0."""
     ends = dict.fromkeys(f"{value + 0.0:.3g}" for value in (low, high))
     return " to ".join(ends)
+
+
+def draw_image_scores(scores: np.ndarray) -> Plot:
+    """Draw a histogram of the mean intersection over union of each image, shape (N,), with its mean."""
+    known = scores[np.isfinite(scores)]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.hist(known, bins=RESIDUAL_BINS, range=(0, 1), color="#56B4E9", edgecolor="white", linewidth=0.5)
+        axes.axvline(known.mean(), color="#D55E00", label=f"mean {known.mean():.4g}")
+        axes.set(title="IoU of each image", xlabel="mean IoU over the classes of an image", ylabel="images")
+        figure.legend(loc="outside lower center", fontsize=8.5)
+
+    return draw_plot("image_iou", "histogram of the mean IoU of each image", draw)
