@@ -21,14 +21,14 @@ BASE_VARIANTS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an ans
 LEFT_OUT = {
     "batteries/preflight": "__init__.py data_checks.py machine_checks.py model_checks.py results.py target_checks.py",
     "batteries/report": """
-        __init__.py calibration.py class_sections.py history.py html.py label_sections.py number_sections.py plots.py
-        prediction_plots.py sample_list.py sections.py
+        __init__.py calibration.py class_sections.py history.py html.py label_sections.py mask_sections.py
+        number_sections.py plots.py prediction_plots.py sample_list.py sections.py
     """,
-    "batteries/submission": "__init__.py blending.py score_log.py submission_file.py",
+    "batteries/submission": "__init__.py blending.py mask_blending.py mask_submission.py score_log.py submission_file.py",
     "docs": "checks.md reports.md submission.md",
     "tests": """
-        test_blend.py test_check.py test_full_commands.py test_full_toolkit.py test_report.py
-        test_report_tasks.py test_scores.py test_submission_walkthrough.py test_submit.py
+        test_blend.py test_check.py test_full_commands.py test_full_predictions.py test_full_task.py
+        test_full_toolkit.py test_report.py test_report_tasks.py test_scores.py test_submission_walkthrough.py test_submit.py
     """,
     "tools": "blend.py check.py report.py scores.py submit.py",
 }
@@ -42,15 +42,23 @@ NEXT_STEPS = """
 {augmentation}
 README.md explains the next steps.
 """
+SCORES_OF_DIGITS = {
+    "classification": "accuracy about 0.99",
+    "multilabel": "mean average precision about 1.00",
+    "regression": "mean absolute error about 2.5 degrees",
+    "segmentation": "mean IoU about 0.93",
+}
 EXPECTATIONS = {
-    "digits": "accuracy about 0.99 within a minute on a CPU",
+    "digits": f"{SCORES_OF_DIGITS[ANSWERS['task']]} within about a minute on a CPU",
     "image_folder": "needs data/CLASS/*.jpg, or --data-dir, and a GPU",
-    "csv": "needs data/samples.csv with path and label, or --data-dir, and a GPU",
+    "csv": "needs data/samples.csv (see experiment/dataset.py), or --data-dir, and a GPU",
     "cifar10": "downloads 170 MB first; needs a GPU",
     "mnist": "downloads 12 MB first; needs a GPU",
 }
+if ANSWERS["task"] == "segmentation":
+    EXPECTATIONS["image_folder"] = "needs data/images and data/masks, or --data-dir, and a GPU"
 PHOTO_AUGMENTATION = """
-Training mirrors images, and crops them to a quarter of their area or more. If that can change the class
+Training mirrors images, and crops them to a quarter of their area or more. If that can change the target
 of an image, edit experiment/augmentations.py first; tools/preview.py draws its effect.
 """
 AUGMENTATIONS = {"image_folder": PHOTO_AUGMENTATION, "csv": PHOTO_AUGMENTATION}

@@ -32,7 +32,7 @@ IMAGE_FILES = {
 # Files that only repositories with this answer have.
 OWN_FILES = {
     "image_folder": IMAGE_FILES,
-    "csv": IMAGE_FILES,
+    "csv": IMAGE_FILES | {"experiment/table.py"},
     "tensorboard": {"scripts/tensorboard.sh"},
     "tensorboardx": {"scripts/tensorboard.sh"},
     "github": {".github/workflows/ci.yml"},
@@ -73,7 +73,10 @@ def test_each_choice_has_exactly_its_own_files(render, template, combination):
 
 def test_python_and_shell_files_are_copied_byte_for_byte(render, template, combination):
     source = template / SLUG
-    chosen = [source / ".variants" / question / answer for question, answer in combination.items()]
+    pair = f"{combination['data_set']}-{combination['task']}"
+    chosen = [source / ".variants/combination" / name for name in (pair, f"image_folder-{combination['task']}")]
+    chosen = chosen[: 1 + (combination["data_set"] == "csv")] + [source / ".variants/task" / combination["task"]]
+    chosen += [source / ".variants" / question / answer for question, answer in combination.items()]
     chosen += [source / ".variants/data_set/image_folder"] * (combination["data_set"] == "csv")
     chosen += [source / ".variants/tracker/tensorboard"] * (combination["tracker"] == "tensorboardx") + [source]
     for name, content in files_in(render(**combination)).items():

@@ -110,8 +110,8 @@ def test_masks_of_one_value_per_pixel_are_read(tmp_path, mode):
     ("values", "mode", "message"),
     [
         (np.zeros((2, 2, 3), np.uint8), "RGB", "has the colour mode RGB; a mask has one value per pixel"),
-        (np.array([[0, 7]], np.uint8), "L", "has the values 7, which are no classes; see CLASS_OF_VALUE."),
-        (np.array([[0, 300]], np.uint16), "I;16", "has the values 300, which are no classes"),
+        (np.array([[0, 7]], np.uint8), "L", "has the values 7, which have no class; see CLASS_OF_VALUE."),
+        (np.array([[0, 300]], np.uint16), "I;16", "has the values 300, which have no class"),
     ],
 )
 def test_masks_with_colours_or_unknown_values_are_rejected(tmp_path, values, mode, message):
@@ -121,7 +121,7 @@ def test_masks_with_colours_or_unknown_values_are_rejected(tmp_path, values, mod
     assert message in str(error.value)
 
 
-def test_a_file_that_is_no_image_is_rejected(tmp_path):
+def test_a_file_that_is_not_an_image_is_rejected(tmp_path):
     (tmp_path / "mask.png").write_bytes(b"nothing")
     for name in ("mask.png", "missing.png"):
         with pytest.raises(UserError, match="cannot be read as a mask"):
@@ -198,7 +198,7 @@ class Masked(RandomImages):
         return self.images[index], tv_tensors.Mask(mask)
 
 
-def test_a_mask_with_an_unknown_class_is_rejected_by_name():
+def test_a_mask_with_an_unknown_class_is_rejected_with_its_sample():
     assert len(list(EvalLoader(Masked(8), range(7), None, CPU, batch_size=4))) == 2
     with pytest.raises(UserError, match=r"a mask with 9 for sample image7; with 4 classes a pixel must be 0 to 3, or"):
         list(EvalLoader(Masked(8), range(8), None, CPU, batch_size=4))

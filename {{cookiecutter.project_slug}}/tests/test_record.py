@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from marks import CLASSES_ONLY
+from marks import CLASSES_ONLY, MIXING
 from models import tiny_network
 from processes import SECONDS, run_ranks, run_train
 from small_data import make_data
@@ -105,7 +105,7 @@ def test_config_hash_does_not_distinguish_integers_from_floats():
 
 
 def test_config_file_repeats_a_run(config):
-    assert run_command(dataclasses.replace(config, seed=7, mixup=0.2)).code == 0
+    assert run_command(dataclasses.replace(config, seed=7, **MIXING)).code == 0
     again = config.logdir.with_name("again")
     flags = ["--config", str(config.logdir / "config.json"), "--logdir", str(again)]
     assert run_train(train.main, Config, *flags).code == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from marks import CLASSES_ONLY
+from marks import CLASSES_ONLY, MIXING
 from models import CHANNELS
 from processes import SECONDS, End, join_ranks, run_train, wait_until
 from small_data import change_one_sample, make_data
@@ -54,7 +54,7 @@ def config(monkeypatch, data_dir, tmp_path) -> Config:
     return Config(
         stages=STAGES,
         accumulation_steps=2,
-        mixup=0.2,
+        **MIXING,
         cutmix=1.0,
         data_dir=data_dir,
         split_file=tmp_path / "splits.csv",

@@ -1,8 +1,6 @@
-"""The task of this project: its metrics, its data and the way from training to a submission."""
+"""The task of this project: its metrics, its data and the way from training to predictions."""
 
-import csv
 import hashlib
-import importlib
 import json
 from functools import partial
 from pathlib import Path
@@ -12,16 +10,14 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_network
-from processes import End, run_ranks, run_train
+from processes import run_ranks, run_train
 from sklearn import metrics
 from small_data import make_data
+from task_runs import KIND, ids_of_fold, make_runs, read_table
 
-import train
 from batteries.data.loaders import EvalLoader, TrainLoader
 from batteries.data.splits import SplitFile
 from batteries.distributed.unwrap import unwrap_model
-from batteries.evaluation.mask_table import read_mask_table
-from batteries.evaluation.predictions import read_predictions
 from batteries.metrics.masks import IGNORED
 from batteries.training.state import SilentLogger, TrainState
 from batteries.training.wrap import wrap_model
@@ -36,7 +32,6 @@ CPU = torch.device("cpu")
 LOGGER = SilentLogger(CPU)
 CONFIG = Config(tracker=("none",))
 SIZE = 61  # samples of a small split; not a multiple of the batch size or of the ranks
-KIND = task.PREDICTIONS
 
 
 @pytest.fixture(scope="module")
@@ -167,50 +162,10 @@ def test_ranks_and_accumulation_do_not_change_the_weights(dataset, train_indices
             np.testing.assert_allclose(value, reference, rtol=1e-4, atol=1e-6)
 
 
-def start(data_dir: Path, folder: Path, fold: int = 0) -> End:
-    flags = [
-        "--data-dir",
-        str(data_dir),
-        "--split-file",
-        str(folder / "splits.csv"),
-        "--logdir",
-        str(folder / f"run{fold}"),
-    ]
-    flags += ["--fold", str(fold), "--stages.0.epochs", "1", "--stages.1.epochs", "1", "--num-workers", "0"]
-    flags += ["--tracker", "none", "--device", "cpu"]
-    return run_train(train.main, Config, *flags)
-
-
-def call(name: str, *flags: object) -> End:
-    """Run `python tools/NAME.py FLAGS`; skip the test if this project does not have the tool."""
-    tool = pytest.importorskip(f"tools.{name}")
-    return run_train(tool.main, tool.Options, *map(str, flags), name=f"tools/{name}.py", repeats=False)
-
-
 @pytest.fixture(scope="module")
 def runs(data_dir, tmp_path_factory) -> Path:
     """A directory with the runs of two folds, run0 and run1."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train, predict):
-            patch.setattr(module, "build_model", tiny_network)
-        for fold in (0, 1):
-            end = start(data_dir, folder, fold)
-            assert end.code == 0, end.err
-            flags = ["--run", str(folder / f"run{fold}"), "--device", "cpu"]
-            flags += ["--probabilities"] if KIND == "mask" else []
-            end = run_train(predict.main, predict.Options, *flags, name="tools/predict.py", repeats=False)
-            assert end.code == 0, end.err
-    return folder
-
-
-def ids_of_fold(runs: Path, fold: int) -> list[str]:
-    with (runs / "splits.csv").open(newline="") as file:
-        return [row["id"] for row in csv.DictReader(file) if row["fold"] == str(fold)]
-
-
-def read_table(path: Path) -> Any:
-    return read_mask_table(path) if KIND == "mask" else read_predictions(path)
+    return make_runs(data_dir, tmp_path_factory.mktemp("runs"))
 
 
 def test_predictions_have_the_samples_of_their_split_and_the_score_of_training(runs):
@@ -246,36 +201,3 @@ def test_predictions_of_folds_are_out_of_fold_and_means(runs, tmp_path, monkeypa
         return
     tests = [read_table(runs / f"run{fold}/predictions/test.csv").values for fold in (0, 1)]
     np.testing.assert_allclose(read_table(tmp_path / "cv/test.csv").values, (tests[0] + tests[1]) / 2)
-
-
-def test_blends_and_submissions_have_the_ids_of_the_sample(runs, tmp_path):
-    inputs = [runs / f"run{fold}/predictions/test.csv" for fold in (0, 1)]
-    end = call("blend", *inputs, "--output", tmp_path / "blend.csv")
-    assert end.code == 0, end.err
-    ids = ids_of_fold(runs, -1)
-    columns = "id,prediction"
-    (tmp_path / "sample.csv").write_text("\n".join([columns, *(f"{name}," for name in reversed(ids)), ""]))
-    flags = ["--sample", tmp_path / "sample.csv", "--output", tmp_path / "submission.csv"]
-    end = call("submit", tmp_path / "blend.csv", *flags)
-    assert end.code == 0, end.err
-    with (tmp_path / "submission.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["id"] for row in rows] == ids[::-1]
-    if KIND in ("class", "numbers"):
-        assert all(row["prediction"] for row in rows)
-
-
-@pytest.mark.slow
-def test_checks_and_the_report_have_no_failure(runs, data_dir, tmp_path, monkeypatch):
-    report = pytest.importorskip("tools.report")
-    monkeypatch.setattr("experiment.model.build_model", tiny_network)
-    flags = [str(runs / "run0"), "--device", "cpu", "--output", str(tmp_path / "report.html")]
-    end = run_train(report.main, report.Options, *flags, name="tools/report.py", repeats=False)
-    assert end.code == 0, end.err
-    assert "note " not in end.out
-    check = importlib.import_module("tools.check")
-    flags = ["--data-dir", str(data_dir), "--split-file", str(tmp_path / "x.csv"), "--logdir", str(tmp_path / "run")]
-    flags += ["--tracker", "none", "--device", "cpu", "--batch-size", "16", "--limit-batches", "4"]
-    end = run_train(check.main, check.Options, *flags, name="tools/check.py")
-    assert " normalization " in end.out, end.err
-    assert "error" not in end.err.lower() or "failed" in end.err

@@ -57,7 +57,7 @@ class Options:
     tta: Views = "none"  # test-time augmentation: the mean over mirrored images, shifted images, or both
     output: Path | None = None  # output directory; by default predictions/ of the run
     overwrite: bool = False  # replace predictions that exist and differ
-    probabilities: bool = False  # of masks: also write the probabilities of each pixel, which tools/blend.py needs
+    probabilities: bool = False  # of masks: also write the probabilities of each pixel, for blends
     rle: bool = False  # of masks: also write their run-length encoding, as valid_rle.csv and test_rle.csv
 
     data_dir: Path | None = None  # directory of the data set; by default that of the run

@@ -188,7 +188,7 @@ def predict_run(
 
 
 def select_indices(split: Split, wanted: str) -> dict[str, np.ndarray]:
-    """Return the samples of `valid`, `test` or all of these splits, by name. Raises UserError if there are none."""
+    """Return the samples of the splits `wanted` (valid, test or all), by split. Raises UserError if there are none."""
     indices_of = {"valid": split.valid, "test": split.test}
     found = {name: indices for name, indices in indices_of.items() if wanted in (name, "all") and len(indices)}
     if not found:

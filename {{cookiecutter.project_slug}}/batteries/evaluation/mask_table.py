@@ -111,4 +111,4 @@ def _numbers(path: Path, columns: Sequence[Sequence[str]]) -> np.ndarray:
     try:
         return np.array([[int(cell) for cell in column] for column in columns], dtype=np.int64).T
     except ValueError:
-        raise UserError(f"{path} has counts of pixels that are no integers; predict again.") from None
+        raise UserError(f"{path} has counts of pixels that are not integers; predict again.") from None

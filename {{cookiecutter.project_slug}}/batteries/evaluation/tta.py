@@ -72,5 +72,5 @@ def _undo_shifts(masks: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _overlap(size: int, offset: int) -> tuple[slice, slice]:
-    """Return the pixels of an image that a view shifted by `offset` has, and where they are in the view."""
+    """Return the pixels of an image that a view shifted by `offset` has, and their positions in the view."""
     return slice(max(0, offset), size + min(0, offset)), slice(max(0, -offset), size - max(0, offset))

@@ -97,7 +97,7 @@ def _split_id(masks: MaskTable, row_of: dict[str, int], name: str) -> tuple[int 
 
 
 def _class_number(masks: MaskTable, name: str) -> int:
-    """Return the index of a class, given by name or index."""
+    """Return the index of a class, given as its name or its index."""
     if name in masks.classes:
         return masks.classes.index(name)
     if name.isdecimal() and int(name) < len(masks.classes):

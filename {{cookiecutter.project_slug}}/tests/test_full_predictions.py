@@ -135,7 +135,7 @@ def test_means_over_runs_keep_kind_targets_and_the_mean_threshold():
     np.testing.assert_array_equal(merged.targets, LABELS)
 
 
-def test_rows_and_columns_of_numbers_are_matched_by_name():
+def test_rows_and_columns_of_numbers_are_matched():
     first, second = number_table(0), number_table(1)
     rows, columns = np.arange(30)[::-1], [1, 0]
     shuffled = replace(
