@@ -75,7 +75,8 @@ def test_python_and_shell_files_are_copied_byte_for_byte(render, template, combi
     source = template / SLUG
     pair = f"{combination['data_set']}-{combination['task']}"
     chosen = [source / ".variants/combination" / name for name in (pair, f"image_folder-{combination['task']}")]
-    chosen = chosen[: 1 + (combination["data_set"] == "csv")] + [source / ".variants/task" / combination["task"]]
+    chosen = chosen[: 1 + (combination["data_set"] == "csv")]
+    chosen.append(source / ".variants/task" / combination["task"])
     chosen += [source / ".variants" / question / answer for question, answer in combination.items()]
     chosen += [source / ".variants/data_set/image_folder"] * (combination["data_set"] == "csv")
     chosen += [source / ".variants/tracker/tensorboard"] * (combination["tracker"] == "tensorboardx") + [source]

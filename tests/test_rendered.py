@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import git
+from options import COMBINATIONS
 
 BIN = Path(sys.executable).parent
 WALKTHROUGH = "tests/test_submission_walkthrough.py"
@@ -55,7 +56,7 @@ INDEPENDENT = (
     "test_submit",
     "test_tables",
 )
-# These take most of the time; csv has the images of image_folder, and mnist those of cifar10 in one channel.
+# These take most of the time; csv has the images of image_folder, and cifar10 and mnist have data in memory, as digits.
 LONG = ("test_data", "test_parallel", "test_recipe", "test_resume", "test_trackers", "test_transport")
 
 
@@ -65,8 +66,23 @@ def test_a_repository_for_other_data_without_a_tracker_passes_its_own_fast_tests
     folder = render(data_set=data_set, tracker="none")
     for name in INDEPENDENT:
         assert not re.search(r"\bexperiment\b|\bimport train\b", (folder / f"tests/{name}.py").read_text()), name
-    left_out = INDEPENDENT if data_set in ("image_folder", "cifar10") else INDEPENDENT + LONG
+    left_out = INDEPENDENT if data_set == "image_folder" else INDEPENDENT + LONG
     assert_tests_pass(folder, tmp_path / "copy", "not slow", *(f"--ignore=tests/{name}.py" for name in left_out))
+
+
+# What depends on the task, and with the digits also on what is trained; the rest is tested in the default repository.
+OF_TASK = ("test_dataset", "test_full_task", "test_images", "test_packs", "test_starter", "test_task")
+OF_TRAINING = ("test_data", "test_documents", "test_rare_classes", "test_record", "test_resume", "test_train")
+OTHER_TASKS = [combination for combination in COMBINATIONS if combination[0] != "classification"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "data_set"), OTHER_TASKS)
+def test_a_repository_for_another_task_passes_the_tests_of_its_task(render, tmp_path, task, data_set):
+    folder = render(task=task, data_set=data_set, tracker="none")
+    names = OF_TASK + OF_TRAINING if data_set == "digits" else OF_TASK
+    files = [f"tests/{name}.py" for name in names if (folder / f"tests/{name}.py").exists()]
+    assert_tests_pass(folder, tmp_path / "copy", "not slow", *files)
 
 
 def run_hooks(folder: Path, skip: str = "") -> subprocess.CompletedProcess[str]:
@@ -122,16 +138,17 @@ def test_make_check_passes_without_uv(render):
 
 
 @pytest.mark.slow
-def test_the_type_checker_passes_for_the_other_data_sets(render, tmp_path):
-    data_sets = ["cifar10", "mnist"]
-    for data_set in data_sets:
-        shutil.copytree(render(data_set=data_set, tracker="none"), tmp_path / data_set)
-    config = {  # one process for both, so that torch is read once; batteries/ is the same for every data set
+def test_the_type_checker_passes_for_the_other_data_sets_and_tasks(render, tmp_path):
+    names = []
+    for task, data_set in [*OTHER_TASKS, ("classification", "cifar10"), ("classification", "mnist")]:
+        names.append(f"{task}-{data_set}")
+        shutil.copytree(render(task=task, data_set=data_set, tracker="none"), tmp_path / names[-1])
+    config = {  # one process for all, so that torch is read once; batteries/ is the same for every data set
         "typeCheckingMode": "standard",
-        "include": [f"{data_set}/{part}" for data_set in data_sets for part in ("*.py", "experiment", "tools")],
-        "executionEnvironments": [{"root": data_set} for data_set in data_sets],
+        "include": [f"{name}/{part}" for name in names for part in ("*.py", "experiment", "tools")],
+        "executionEnvironments": [{"root": name} for name in names],
     }
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
     done = run_in(tmp_path, "basedpyright", "--outputjson")
     assert done.returncode == 0, done.stdout
-    assert json.loads(done.stdout)["summary"]["filesAnalyzed"] >= 14 * len(data_sets)
+    assert json.loads(done.stdout)["summary"]["filesAnalyzed"] >= 14 * len(names)

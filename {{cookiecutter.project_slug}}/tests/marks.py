@@ -8,5 +8,9 @@ CLASSES_ONLY = pytest.mark.skipif(
     task.PREDICTIONS != "class", reason="its data have one class per sample, and this project has another task"
 )
 
-# A pixel of a mask has one class, so masks have no mixup.
-MIXING = {"cutmix": 0.2} if task.PREDICTIONS == "mask" else {"mixup": 0.2}
+# CutMix is not defined for numbers, and mixup not for masks, of which a pixel has one class.
+MIXING: dict[str, float] = {"mixup": 0.2, "cutmix": 1.0}
+if task.PREDICTIONS == "numbers":
+    del MIXING["cutmix"]
+if task.PREDICTIONS == "mask":
+    del MIXING["mixup"]

@@ -37,3 +37,9 @@ def batchnorm_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 def tiny_network(num_classes: int) -> nn.Module:
     """Build a network that replaces experiment.model.build_model, so that a complete run takes a second."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(CHANNELS * 16, num_classes))
+
+
+def dropout_network(num_classes: int) -> nn.Module:
+    """Build a small network with dropout and batch norm, so that any state that is not restored changes the result."""
+    layers = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(CHANNELS * 16, 16), nn.BatchNorm1d(16)]
+    return nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(16, num_classes))

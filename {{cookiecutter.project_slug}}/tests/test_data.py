@@ -409,6 +409,7 @@ def test_mixed_steps_are_bit_identical_for_any_workers_ranks_and_accumulation(
     assert mixed_steps(kind, world_size, num_workers, accumulation_steps) == mixed_oracle(kind)
 
 
+@CLASSES_ONLY
 def test_peek_returns_what_training_gets_and_leaves_the_epoch_unchanged():
     epoch = augmented_loader(mixer=batch_transform(4, mixup=0.4)).epoch(0, 1)
     originals, images, targets = epoch.peek(8)

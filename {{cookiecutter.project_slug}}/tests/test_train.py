@@ -227,6 +227,7 @@ def activated_network(num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(32, num_classes))
 
 
+@CLASSES_ONLY
 def test_two_ranks_give_the_metrics_of_one_with_a_subclass_of_batchnorm(start, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "build_model", activated_network)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -490,6 +491,7 @@ def test_option_that_is_given_twice_is_rejected(flags, message):
         parse(Config, flags)
 
 
+@CLASSES_ONLY
 def test_options_with_the_same_last_part_or_prefix_are_not_repeats():
     flags = ["--stages.0.lr", "1", "--stages.1.lr", "2", "--batch-size", "8", "--valid-batch-size", "8"]
     config = parse(Config, [*flags, "--scores", "roc_auc", "macro_f1", "--stages.0.freeze", "a", "b"])

@@ -27,6 +27,7 @@ class DigitMasks:
     """
 
     classes = ("background", "digit")
+    targets = None  # masks come with their images
 
     def __init__(self, data_dir: Path) -> None:
         from sklearn.datasets import load_digits

@@ -46,6 +46,7 @@ class MaskFolder:
 
     suffixes = SUFFIXES
     classes = CLASSES
+    targets = None  # masks are read with their images
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = Path(data_dir)

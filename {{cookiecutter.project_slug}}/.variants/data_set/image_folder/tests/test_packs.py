@@ -12,9 +12,11 @@ from small_data import make_data
 from small_runs import assert_rejected, train_on
 
 from batteries.evaluation.predictions import read_predictions
+from experiment import task
 from experiment.dataset import load_dataset
 from tools import pack, predict
 
+pytestmark = pytest.mark.skipif(task.PREDICTIONS == "mask", reason="masks cannot be packed")
 KINDS = pytest.mark.parametrize("kind", [["--quality", "95"], ["--raw"]], ids=["jpeg", "raw"])
 
 
@@ -34,7 +36,8 @@ def test_a_pack_has_the_samples_of_its_source(tmp_path, kind):
     for name in ("targets", "groups", "folds", "official_test"):
         assert np.array_equal(getattr(packed, name, None), getattr(source, name, None)), name
     image, target = packed[7]
-    assert (image.shape, image.dtype, target) == ((3, 16, 16), torch.uint8, source[7][1])
+    assert (image.shape, image.dtype) == ((3, 16, 16), torch.uint8)
+    assert np.array_equal(target, source[7][1])
 
 
 @KINDS

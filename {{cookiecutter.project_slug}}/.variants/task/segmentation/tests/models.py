@@ -37,3 +37,9 @@ def batchnorm_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 def tiny_network(num_classes: int) -> nn.Module:
     """Build a network that replaces experiment.model.build_model, so that a run takes a second."""
     return nn.Sequential(nn.Conv2d(CHANNELS, num_classes, kernel_size=1))
+
+
+def dropout_network(num_classes: int) -> nn.Module:
+    """Build a small network with dropout and batch norm, so that any state that is not restored changes the result."""
+    layers = [nn.Conv2d(CHANNELS, 4, kernel_size=3, padding=1), nn.BatchNorm2d(4)]
+    return nn.Sequential(*layers, nn.Dropout(0.5), nn.Conv2d(4, num_classes, kernel_size=1))
