@@ -24,11 +24,14 @@ LEFT_OUT = {
         __init__.py calibration.py class_sections.py history.py html.py label_sections.py mask_sections.py
         number_sections.py plots.py prediction_plots.py sample_list.py sections.py
     """,
-    "batteries/submission": "__init__.py blending.py mask_blending.py mask_submission.py score_log.py submission_file.py",
+    "batteries/submission": """
+        __init__.py blending.py mask_blending.py mask_submission.py score_log.py submission_file.py
+    """,
     "docs": "checks.md reports.md submission.md",
     "tests": """
         test_blend.py test_check.py test_full_commands.py test_full_predictions.py test_full_task.py
-        test_full_toolkit.py test_report.py test_report_tasks.py test_scores.py test_submission_walkthrough.py test_submit.py
+        test_full_toolkit.py test_report.py test_report_tasks.py test_scores.py test_submission_walkthrough.py
+        test_submit.py
     """,
     "tools": "blend.py check.py report.py scores.py submit.py",
 }

@@ -35,6 +35,7 @@ OWN_FILES = {
     "csv": IMAGE_FILES | {"experiment/table.py"},
     "tensorboard": {"scripts/tensorboard.sh"},
     "tensorboardx": {"scripts/tensorboard.sh"},
+    "segmentation": {"tests/test_model.py"},
     "github": {".github/workflows/ci.yml"},
     "gitlab": {".gitlab-ci.yml"},
 }

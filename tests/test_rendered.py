@@ -71,7 +71,7 @@ def test_a_repository_for_other_data_without_a_tracker_passes_its_own_fast_tests
 
 
 # What depends on the task, and with the digits also on what is trained; the rest is tested in the default repository.
-OF_TASK = ("test_dataset", "test_full_task", "test_images", "test_packs", "test_starter", "test_task")
+OF_TASK = ("test_dataset", "test_full_task", "test_images", "test_model", "test_packs", "test_starter", "test_task")
 OF_TRAINING = ("test_data", "test_documents", "test_rare_classes", "test_record", "test_resume", "test_train")
 OTHER_TASKS = [combination for combination in COMBINATIONS if combination[0] != "classification"]
 

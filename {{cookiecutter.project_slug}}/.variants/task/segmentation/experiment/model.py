@@ -1,11 +1,15 @@
-"""The model: a small U-Net. Other networks for masks are in torchvision.models.segmentation."""
+"""The model: a small U-Net, or a segmentation network of torchvision."""
 
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional
 
+from batteries.core.errors import UserError
+from batteries.core.text import did_you_mean
 from experiment.augmentations import MEAN
 
+NETWORK = "unet"  # or the name of a segmentation network of torchvision, such as "deeplabv3_resnet50", for 3 channels
 CHANNELS = len(MEAN)  # of an image
 WIDTH = 32  # channels of the first level; each further level has twice as many
 LEVELS = 3  # resolutions; height and width must be at least 2^(LEVELS - 1) pixels
@@ -44,12 +48,14 @@ class UNet(nn.Module):
 
 
 def build_model(num_classes: int) -> nn.Module:
-    """Build a network from normalised images (N, CHANNELS, H, W) to logits (N, num_classes, H, W).
-
-    For one of torchvision, return `OutputOf(torchvision.models.get_model("deeplabv3_resnet50", num_classes=num_classes,
-    weights_backbone=None))` instead; `--pretrained` loads weights that fit.
-    """
-    return UNet(CHANNELS, num_classes)
+    """Build a network from normalised images (N, CHANNELS, H, W) to logits (N, num_classes, H, W)."""
+    if NETWORK == "unet":
+        return UNet(CHANNELS, num_classes)
+    names = torchvision.models.list_models(torchvision.models.segmentation)
+    if NETWORK not in names:
+        hint = did_you_mean(NETWORK, names) or "."
+        raise UserError(f"NETWORK {NETWORK} in experiment/model.py is not unet or one of {', '.join(names)}{hint}")
+    return OutputOf(torchvision.models.get_model(NETWORK, weights=None, weights_backbone=None, num_classes=num_classes))
 
 
 class OutputOf(nn.Module):
