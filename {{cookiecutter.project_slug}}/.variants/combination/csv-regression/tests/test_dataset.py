@@ -43,8 +43,8 @@ TWO = {"TARGET_COLUMNS": ("x", "y")}
     [
         (
             {},
-            ["path,targt", "a.jpg,1"],
-            "no column target; it has path, targt; did you mean 'targt'? Set TARGET_",
+            ["path,targe", "a.jpg,1"],
+            "no column target; it has path, targe; did you mean 'targe'? Set TARGET_",
         ),
         ({}, ["path,target", "a.jpg,1", "b.jpg,old"], "line 3 has 'old' in column target; use a finite number."),
         ({}, ["path,target", "a.jpg,1", "b.jpg,nan"], "line 3 has 'nan' in column target; use a finite number."),
