@@ -481,5 +481,5 @@ def test_a_data_set_without_image_files_is_rejected(tmp_path):
     if hasattr(load_dataset(data_dir), "read_image"):
         pytest.skip("the data set has image files")
     end = run_train(pack.main, pack.Config, *flags, name="tools/pack.py", repeats=False)
-    assert_rejected(end, "in experiment/dataset.py cannot be packed: it needs read_image, data_dir, and ids that are")
+    assert_rejected(end, "in experiment/dataset.py cannot be packed: it needs read_image, data_dir, and ids or paths")
     assert not (tmp_path / "pack").exists()

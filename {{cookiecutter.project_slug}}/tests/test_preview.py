@@ -82,11 +82,13 @@ def test_titles_are_wrapped_and_keep_their_beginning(title, shown):
 
 
 def test_missing_glyphs_and_dollar_signs_do_not_warn(tmp_path):
-    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    image = torch.zeros(3, 8, 8)
     titles = ["猫: $x^$"] * 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        preview.draw(tmp_path / "x.png", [image] * 2, [[image] * 2], torch.zeros(2, 1, 8, 8), titles, titles)
+        preview.draw(
+            tmp_path / "x.png", [image / 255.0] * 2, [[image / 255.0] * 2], torch.zeros(2, 1, 8, 8), "0", titles, titles
+        )
     assert (tmp_path / "x.png").stat().st_size > 0
 
 

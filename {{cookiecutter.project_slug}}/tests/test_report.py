@@ -659,11 +659,8 @@ def test_predictions_that_cannot_be_analysed_are_omitted_with_a_note(copied_run,
 def test_predictions_of_other_kinds_have_their_sections(copied_run, monkeypatch, kind, section, stored):
     table = random_predictions()
     targets = (table.values > 0.3).astype(np.int64) if kind == "labels" else table.values.round(1)
-    made = {"valid": dataclasses.replace(table, targets=targets, kind=kind)}
+    made = {"valid": dataclasses.replace(table, targets=targets, kind=kind, threshold=stored)}
     monkeypatch.setattr("batteries.evaluation.inference.predict_run", lambda *_: made)
-    if stored is not None:
-        saved = {"metrics": {"valid": {"threshold": stored}}}
-        monkeypatch.setattr("batteries.checkpoint.io.read_checkpoint", lambda _: saved)
     monkeypatch.setattr(report, "predict_valid", without_thumbnails(report.predict_valid))
     end = call_report(copied_run)
     assert (end.code, end.err) == (0, ""), end

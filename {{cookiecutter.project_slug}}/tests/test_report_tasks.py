@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import matplotlib.axes
 import matplotlib.backends.backend_agg
@@ -149,7 +150,7 @@ def test_calibration_of_labels_covers_all_decisions():
             rows.append([f"{low:.2f} to {high:.2f}", str(len(inside)), f"{probability:.4f}", f"{present:.4f}"])
             error += abs(probability - present) * len(inside) / len(decisions)
     assert expected_calibration_error(label_analysis.bin_decisions(table)) == pytest.approx(error)
-    valid = ValidPredictions(table, "one/best.pth", lambda _: None, 0.4)
+    valid = ValidPredictions(replace(table, threshold=0.4), "one/best.pth", lambda _: None)
     tiles, shown = render_predictions(valid)
     assert render(*shown).table("Calibration") == rows
     assert {tile.name: tile.number for tile in tiles} == {"calibration error": f"{error:.4f}", "threshold": "0.40"}
@@ -217,12 +218,12 @@ def test_a_constant_target_has_no_r2_and_a_report():
         ("mass", False),
         ("width", True),
     ]
-    tiles, shown = render_predictions(ValidPredictions(table, "x", lambda _: None, None))
+    tiles, shown = render_predictions(ValidPredictions(table, "x", lambda _: None))
     r2 = metrics.r2_score(table.targets[:, 1], table.values[:, 1])
     assert [(tile.name, tile.number) for tile in tiles] == [("R2", f"{r2:.4f}")]
     assert render(*shown).titles() == ["Numbers", "Samples"]
     table.targets[:] = 5
-    assert render_predictions(ValidPredictions(table, "x", lambda _: None, None))[0] == []
+    assert render_predictions(ValidPredictions(table, "x", lambda _: None))[0] == []
 
 
 @pytest.mark.parametrize("targets", ["different", "equal", "few"])
@@ -298,7 +299,7 @@ def test_many_targets_have_plots_of_those_with_the_lowest_r2():
 @pytest.mark.parametrize("make", [label_predictions, number_predictions])
 def test_names_from_outside_are_escaped_and_files_of_plots_have_valid_names(make):
     table = make(names=(*HOSTILE, "東京"))  # as a file name, it is the same as another name
-    tiles, shown = render_predictions(ValidPredictions(table, "x", lambda _: None, None))
+    tiles, shown = render_predictions(ValidPredictions(table, "x", lambda _: None))
     made = render(*shown)
     assert "script" not in {element.tag for element in made.root.iter()}
     assert all(plot.name.replace("_", "").isalnum() and plot.name.isascii() for plot in plots_of(shown))
@@ -308,5 +309,5 @@ def test_names_from_outside_are_escaped_and_files_of_plots_have_valid_names(make
 
 def test_one_sample_has_a_report():
     for make in (label_predictions, number_predictions):
-        _, shown = render_predictions(ValidPredictions(make(size=1), "x", lambda _: None, None))
+        _, shown = render_predictions(ValidPredictions(make(size=1), "x", lambda _: None))
         assert len(items(render(*shown))) == 1

@@ -250,7 +250,7 @@ def check_class_counts(context: CheckContext) -> CheckResult:
 
 
 def target_constants() -> target_checks.TargetConstants | None:
-    """Return TARGET_MEAN and TARGET_STD of experiment/task.py, if it defines them."""
+    """Return TARGET_MEAN and TARGET_STD that experiment/task.py uses, if there are any."""
     mean = getattr(task, "TARGET_MEAN", None)
     std = getattr(task, "TARGET_STD", None)
     return None if mean is None or std is None else target_checks.TargetConstants(mean, std)

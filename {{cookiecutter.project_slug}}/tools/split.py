@@ -228,13 +228,13 @@ def channel_lines(dataset: Dataset, split_file: SplitFile, fold: int) -> list[st
 
 
 def target_lines(dataset: Dataset, split_file: SplitFile, fold: int) -> list[str]:
-    """Return the lines for experiment/task.py: TARGET_MEAN and TARGET_STD of numbers; none for other targets."""
+    """Return the lines for experiment/dataset.py: TARGET_MEAN and TARGET_STD of numbers; none for other targets."""
     train = split_file.select(fold).train
     numbers = [values[train] for values in numbers_of(dataset).values()]
     if not numbers:
         return []
     return [
-        f"# for experiment/task.py, from {count_of(len(train), 'sample')}: the train split of the same fold",
+        f"# for experiment/dataset.py, from {count_of(len(train), 'sample')}: the train split of the same fold",
         f"TARGET_MEAN = ({', '.join(f'{values.mean():.6g}' for values in numbers)},)",
         f"TARGET_STD = ({', '.join(f'{values.std():.6g}' for values in numbers)},)",
     ]

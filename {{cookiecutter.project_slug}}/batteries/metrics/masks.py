@@ -1,14 +1,16 @@
 """Metrics of masks, from counts of pixels: a confusion matrix for each image."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORED = 255  # the value of pixels of a mask that count neither in the loss nor in metrics
 
 
-def count_pixels(predicted: torch.Tensor, targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+def count_pixels(predicted: "torch.Tensor", targets: "torch.Tensor", num_classes: int) -> "torch.Tensor":
     """Count the pixels of each target class (rows) that are predicted as each class (columns), for each image.
 
     Args:
@@ -19,6 +21,8 @@ def count_pixels(predicted: torch.Tensor, targets: torch.Tensor, num_classes: in
     Returns:
         Counts (N, C, C), int64.
     """
+    import torch  # imported here, because tools that only read tables start without it
+
     images = len(targets)
     is_counted = targets != IGNORED
     cells = targets.long() * num_classes + predicted.long()

@@ -22,7 +22,7 @@ FAR_STD = 1.5
 
 
 class TargetConstants(NamedTuple):
-    """TARGET_MEAN and TARGET_STD of experiment/task.py: one value for each target, or one for all."""
+    """TARGET_MEAN and TARGET_STD of experiment/dataset.py: one value for each target, or one for all."""
 
     mean: Any
     std: Any
@@ -148,7 +148,7 @@ def _check_numbers(
     far = "" if constants is None else _list_names(names, _are_far(constants, known["train"]))
     if not far:
         return CheckResult("pass", details)
-    hint = "`python tools/split.py --keep --statistics` prints TARGET_MEAN and TARGET_STD for experiment/task.py"
+    hint = "`python tools/split.py --keep --statistics` prints TARGET_MEAN and TARGET_STD for experiment/dataset.py"
     return CheckResult("warning", f"TARGET_MEAN or TARGET_STD is far from the train split: {far}; {details}", hint)
 
 
