@@ -34,7 +34,8 @@ from batteries.training.state import TrainState
 from batteries.training.wrap import WITHOUT_BUFFERS, prepare_model, wrap_model
 from experiment.augmentations import normalize
 from experiment.dataset import load_dataset
-from experiment.model import build_criterion, build_model
+from experiment.model import build_model
+from experiment.task import build_criterion
 
 CPU = torch.device("cpu")
 STEPS, BATCH_SIZE = 20, 32

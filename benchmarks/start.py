@@ -24,7 +24,8 @@ import numpy, torch, torchvision
 from pathlib import Path
 from experiment.augmentations import normalize
 from experiment.dataset import load_dataset
-from experiment.model import build_criterion, build_model
+from experiment.model import build_model
+from experiment.task import build_criterion
 dataset = load_dataset(Path("data"))
 model = build_model(num_classes=len(dataset.classes))
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
