@@ -1,5 +1,6 @@
 """Class weights and balanced sampling, for one class per sample and for several labels."""
 
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from experiment.augmentations import normalize
 from train import Config, train_fn
 
 pytestmark = pytest.mark.skipif(task.PREDICTIONS not in ("class", "labels"), reason="this task weights no classes")
+ROOT = Path(__file__).parent.parent
 HAS_LABELS = task.PREDICTIONS == "labels"
 SIZE, BATCH_SIZE, EPOCHS = 57, 16, 2  # the last step of an epoch has 9 samples
 COUNTS = (40, 12, 4, 1)  # samples of each class
@@ -239,3 +241,27 @@ def test_the_options_are_those_of_the_run():
     config = Config(class_weights="balanced", sampling="balanced")
     assert (config.class_weights, config.sampling) == ("balanced", "balanced")
     assert Config().class_weights is None
+
+
+LOSSES = re.compile(r"^ +losses = (?:.*reduction=\"none\"|self\.cross_entropy\(logits, targets)\)\n", re.MULTILINE)
+
+
+def test_focal_loss_is_the_two_lines_of_the_documents():
+    page = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    [lines] = re.findall(r"```python\n(target_probabilities = .*?)```", page, re.DOTALL)
+    source = (ROOT / "experiment/task.py").read_text(encoding="utf-8")
+    indented = "".join(f"        {line}\n" for line in lines.splitlines())
+    changed, count = LOSSES.subn(lambda found: found[0] + indented, source)
+    assert (len(lines.splitlines()), count) == (2, 1)
+    namespace: dict[str, Any] = {}
+    exec(changed, namespace)
+    logits = torch.randn(SIZE, 4, dtype=torch.float64)
+    total = 0.0
+    for row, target in zip(logits, DATASET.targets, strict=True):
+        if HAS_LABELS:
+            pairs = zip(row.sigmoid().tolist(), target.tolist(), strict=True)
+            of_target = [p if present else 1 - p for p, present in pairs]
+        else:
+            of_target = [float(row.softmax(0)[target])]
+        total += np.mean([-((1 - p) ** 2) * np.log(p) for p in of_target])
+    assert float(namespace["build_criterion"]()(logits, DATASET.targets)) == pytest.approx(total / SIZE)

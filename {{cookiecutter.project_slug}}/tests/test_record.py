@@ -211,7 +211,9 @@ def test_commit_of_the_project_itself_is_recorded(monkeypatch, tmp_path, place):
 
 def test_epoch_lines_have_their_metrics_in_one_order():
     train = {"loss": 1.0, "accuracy": 0.5}
-    line = epoch_line("a 1/2", {"train": train, "valid": {"roc_auc": 0.5, "brier": 0.1, **train}}, 3.0, "best")
+    line = epoch_line(
+        "a 1/2", {"train": train, "valid": {"roc_auc": 0.5, "brier": 0.1, "iou/cat": 1.0, **train}}, 3.0, "best"
+    )
     assert line == "a 1/2  accuracy 0.5000/0.5000  brier 0.1000  loss 1.0000/1.0000  roc_auc 0.5000  3.0 s  best"
     other = epoch_line("a 2/2", {"train": {"loss": 1.0}, "valid": train}, 3.0, "")
     assert other == "a 2/2  accuracy 0.5000  loss 1.0000/1.0000  3.0 s"

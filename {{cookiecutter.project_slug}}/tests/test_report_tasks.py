@@ -1,6 +1,7 @@
 """The report of several labels per sample and of numbers: its analysis, sections and plots."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from batteries.evaluation.label_analysis import Threshold, choose_threshold, sto
 from batteries.evaluation.predictions import Predictions
 from batteries.metrics.labels import THRESHOLDS
 from batteries.report import label_sections, number_sections, plots
+from batteries.report.history import read_histories
 from batteries.report.html import Section, make_report, plots_of, png_size
 from tools.report import ValidPredictions, render_predictions
 
@@ -311,3 +313,15 @@ def test_one_sample_has_a_report():
     for make in (label_predictions, number_predictions):
         _, shown = render_predictions(ValidPredictions(make(size=1), "x", lambda _: None))
         assert len(items(render(*shown))) == 1
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(8, True), (9, False)])
+def test_metrics_of_many_classes_are_not_shown_one_by_one(tmp_path, classes, shown):
+    ious = {f"iou/{number}": 0.5 for number in range(classes)}
+    line = {"stage": "one", "epoch": 1, "step": 1, "valid": {"mean_iou": 0.5, **ious}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"main_metric": "mean_iou"}))
+    (tmp_path / "run.json").write_text("{}")
+    [run] = read_histories([tmp_path])
+    assert ("iou/3" in run.metrics) == shown
+    assert run.metrics[0] == "mean_iou"

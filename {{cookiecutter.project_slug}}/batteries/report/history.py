@@ -13,6 +13,8 @@ from batteries.core.files import describe_missing_run, read_json
 from batteries.core.jsonl import read_jsonl
 from batteries.core.text import find_repeated
 
+MAX_CLASS_METRICS = 8  # metrics of single classes, such as iou/cat, up to which a report shows them
+
 
 class StageSpan(NamedTuple):
     """The epochs of a stage, counted from 1 over all stages, both ends included."""
@@ -54,8 +56,10 @@ class RunHistory:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of all metrics, the main metric first."""
+        """The names of all metrics, the main metric first; those of single classes only if there are few of them."""
         names = unique(name for line in self.epochs for split in self.splits for name in line.get(split, {}))
+        if sum("/" in name for name in names) > MAX_CLASS_METRICS:
+            names = [name for name in names if "/" not in name or name == self.main_metric]
         return sorted(names, key=lambda name: name != self.main_metric)
 
     @property

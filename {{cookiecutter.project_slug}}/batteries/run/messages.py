@@ -115,8 +115,11 @@ def describe_code(record: Mapping[str, Any]) -> str:
 
 
 def epoch_line(label: str, metrics: Metrics, seconds: float, comment: str) -> str:
-    """Format one epoch as one line: each metric as `train/valid`, so that a gap between them shows."""
-    names = sorted({name for values in metrics.values() for name in values})
+    """Format one epoch as one line: each metric as `train/valid`, so that a gap between them shows.
+
+    Metrics of single classes, such as `iou/cat`, are only in metrics.jsonl.
+    """
+    names = sorted({name for values in metrics.values() for name in values if "/" not in name})
     parts = [label]
     for name in names:
         values = [f"{values[name]:.4f}" for values in metrics.values() if name in values]

@@ -15,6 +15,7 @@ from batteries.data.loaders import Batch, EpochBatches
 from batteries.training.metrics import MeanMetrics
 
 logger = logging.getLogger("batteries")
+SHOWN_METRICS = 2  # metrics in the progress bar: the loss and the first one of experiment/task.py
 
 # The schedule of --profile: steps before the profiler starts, steps that only warm it up, and steps in the trace.
 WAIT = 2
@@ -67,7 +68,8 @@ class Stopwatch:
 
         It is short, because it has to fit into 80 columns together with the progress bar.
         """
-        means = " ".join(f"{name} {value:.3f}" for name, value in sorted(self.metrics.compute_local().items()))
+        first = list(self.metrics.compute_local().items())[:SHOWN_METRICS]
+        means = " ".join(f"{name} {value:.3f}" for name, value in sorted(first))
         wait = self._waited / (time.perf_counter() - self._begin)
         memory = peak_memory(self.batches.device) / 1e9
         return f"{means} {self.samples_per_second():.0f} samples/s wait {wait:.0%} {memory:.1f} GB"
