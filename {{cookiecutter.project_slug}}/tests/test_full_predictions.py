@@ -88,6 +88,14 @@ def test_invalid_tables_are_rejected(tmp_path, lines, message):
     assert message in str(error.value)
 
 
+def test_a_number_can_have_the_name_target(tmp_path):
+    table = replace(number_table(), classes=("target", "size"))
+    found = read_predictions(write(tmp_path, table))
+    assert (found.kind, found.classes) == ("numbers", ("target", "size"))
+    np.testing.assert_array_equal(found.values, table.values)
+    np.testing.assert_array_equal(found.targets, NUMBERS)
+
+
 def test_scores_of_labels_use_the_threshold_of_the_table():
     table = label_table()
     decided = table.values >= 0.35

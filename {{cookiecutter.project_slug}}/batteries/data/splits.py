@@ -334,7 +334,8 @@ def _check_labels(dataset: Dataset) -> None:
 def _check_class_names(dataset: Dataset) -> None:
     """Check that each class can be a column of predictions/*.csv."""
     names = [str(name) for name in dataset_info(dataset).classes or ()]
-    if reserved := [name for name in names if name in KEYS]:
+    keys = KEYS if has_classes(dataset) else ("id", "threshold")
+    if reserved := [name for name in names if name in keys]:
         raise UserError(f"a class has the name {reserved[0]}, as a column of predictions/*.csv does; rename the class.")
     if repeated := find_repeated(names):
         raise UserError(f"more than one class has the name {list_first(repeated, MAX_LISTED)}; make each name unique.")

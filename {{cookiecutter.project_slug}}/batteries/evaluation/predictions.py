@@ -136,17 +136,19 @@ def _find_kind(columns: Sequence[str]) -> tuple[Kind, str]:
 
 def _outputs(columns: Sequence[str], prefix: str) -> list[str]:
     """Return the columns of predictions in a table whose columns of targets have a prefix."""
-    return [name for name in columns if name not in (*KEYS, THRESHOLD) and not name.startswith(prefix)]
+    reserved = {*KEYS, THRESHOLD} - {name for name in KEYS if f"{prefix}{name}" in columns}  # a number named target
+    return [name for name in columns if name not in reserved and not name.startswith(prefix)]
 
 
 def check_predictions(predictions: Predictions) -> None:
     """Raise UserError for names and ids that are empty or repeated, and for values that are not possible."""
     name = predictions.name
     values = predictions.values
-    reserved = [key for key in KEYS if key in predictions.classes]
+    keys = KEYS if predictions.kind == "class" else ("id", THRESHOLD)
+    reserved = [key for key in keys if key in predictions.classes]
     if reserved:
         raise UserError(f"{name} has a class named {reserved[0]}, which is a reserved column name; rename the class.")
-    _check_header(name, ["id", *predictions.classes])
+    _check_header(name, ["id", *(f"output {one}" if one == "target" else one for one in predictions.classes)])
     if not len(predictions.ids):
         raise UserError(f"{name} has no rows.")
     if "" in predictions.ids:

@@ -25,7 +25,7 @@ def train_transform(image_size: int | None = None) -> Callable[..., tuple[Any, A
         image_size: Height and width in pixels; None keeps the size.
     """
     affine = v2.RandomAffine(
-        degrees=0,
+        degrees=(0, 0),
         translate=(0.1, 0.1),
         scale=(0.9, 1.1),
         interpolation=v2.InterpolationMode.BILINEAR,
