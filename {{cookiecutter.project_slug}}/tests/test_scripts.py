@@ -222,6 +222,8 @@ def test_failed_rank_ends_the_others_and_its_traceback_is_printed_once(data_flag
 
 
 SKIPPING_MODEL = """
+import torch
+
 
 class Skipping(nn.Module):
     def __init__(self, first, last):
