@@ -4,12 +4,13 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from batteries.core.errors import UserError
+from batteries.core.exact_sum import ExactSum
 from batteries.core.metric_names import (
     ScoreFunction,
     is_higher_better,
@@ -17,9 +18,9 @@ from batteries.core.metric_names import (
     name_values,
     select_scores,
 )
-from batteries.core.ranks import is_rank_zero, rank, world_size
+from batteries.core.ranks import is_rank_zero
 from batteries.core.text import did_you_mean
-from batteries.distributed.collectives import gather_over_ranks, interleave_over_ranks, sum_over_ranks
+from batteries.distributed.collectives import gather_over_ranks, interleave_over_ranks
 
 logger = logging.getLogger("batteries")
 
@@ -41,10 +42,10 @@ class MetricNames(Protocol):
 
 
 class MeanMetrics:
-    """Means over samples, exact for any number of batches and ranks.
+    """Means over samples, equal for any order of the batches, any number of ranks and any time of a read.
 
-    Values are summed in float64 in the order of the batches, so the result does not depend on when they are read. They
-    are read from the device only by `compute`, `compute_local` and `state`.
+    Sums are exact and rounded once, see `ExactSum`. Values are read from the device only by `compute`, `compute_local`
+    and `state`.
 
     Args:
         summarize: Computes the metrics from the means; by default the metrics are the means.
@@ -59,7 +60,7 @@ class MeanMetrics:
         self.count = 0
         self._summarize = summarize
         self._classes = classes
-        self._sums: dict[str, Any] = {}  # floats, and tensors for values that are arrays
+        self._sums: dict[str, ExactSum] = {}
         self._unread: dict[str, list[tuple[torch.Tensor, int]]] = {}  # values, and their weights
 
     def update(self, count: int, **values: torch.Tensor) -> None:
@@ -89,54 +90,64 @@ class MeanMetrics:
         Args:
             expected_count: Assert that the ranks have this number of samples together.
         """
-        sums = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in self._read().items()}
-        shapes: dict[str, torch.Size] = {}  # a rank without a batch has none
-        for known in gather_over_ranks({name: value.shape for name, value in sums.items()}):
-            shapes |= known
-        names = sorted(shapes)
-        local = [sums[name] if name in sums else torch.zeros(shapes[name], dtype=torch.float64) for name in names]
-        flat = torch.cat([torch.tensor([self.count], dtype=torch.float64), *(value.flatten() for value in local)])
-        count, *totals = sum_over_ranks(flat).split([1, *(shapes[name].numel() for name in names)])
+        count, sums = _merge(gather_over_ranks(self._read()))
         assert expected_count is None or count == expected_count, f"{count} samples instead of {expected_count}"
-        means = {name: (total / count).view(shapes[name]) for name, total in zip(names, totals, strict=True)}
-        return self._to_metrics(means)
+        return self._to_metrics(count, sums)
 
     def compute_local(self) -> dict[str, float]:
         """Return the metrics on this rank so far. Waits for the device."""
-        return self._to_metrics(
-            {name: torch.as_tensor(total, dtype=torch.float64) / self.count for name, total in self._read().items()}
-        )
+        return self._to_metrics(*_merge([self._read()]))
 
-    def _to_metrics(self, means: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        values = {name: mean.item() if mean.ndim == 0 else mean.numpy() for name, mean in means.items()}
+    def _to_metrics(self, count: int, sums: Mapping[str, ExactSum]) -> dict[str, float]:
+        means = {name: total.value() / count for name, total in sums.items()}
+        values = {name: mean.item() if mean.ndim == 0 else mean for name, mean in means.items()}
         return name_values(self._summarize(values), self._classes)
 
     def state(self) -> list[dict[str, Any]]:
-        """Return the count and the sums of each rank, as plain values. Every rank must call it."""
-        return gather_over_ranks({"count": self.count, "sums": dict(self._read())})
+        """Return the count and the sums over all ranks, as plain values. Every rank must call it."""
+        count, sums = _merge(gather_over_ranks(self._read()))
+        tensors = {name: [torch.from_numpy(part) for part in total.parts()] for name, total in sums.items()}
+        return [{"count": count, "sums": tensors}]
 
     def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Load the output of `state`; if the number of ranks has changed, rank 0 takes the sums of all."""
-        parts: list[Mapping[str, Any]] = []
-        if len(state) == world_size():
-            parts = [state[rank()]]
-        elif is_rank_zero():
-            parts = list(state)
-        self.count = sum(part["count"] for part in parts)
-        names = sorted(set().union(*(part["sums"] for part in parts)))
-        self._sums = {name: sum(part["sums"].get(name, 0.0) for part in parts) for name in names}
+        """Load the output of `state`: rank 0 takes the sums of all ranks."""
+        parts = [_to_parts(entry) for entry in state] if is_rank_zero() else []
+        self.count, self._sums = _merge(parts)
 
-    def _read(self) -> dict[str, Any]:
-        """Return the sums, after adding the unread values one by one: so the time of a read changes no bit."""
+    def _read(self) -> "MetricSums":
+        """Return the count and the parts of the sums, after adding the values that were not read yet."""
         for name, unread in self._unread.items():
-            stacked = torch.stack([value for value, _ in unread])
-            values = stacked.tolist() if stacked.ndim == 1 else stacked.cpu().double()
-            total = self._sums.get(name, 0.0)
+            total = self._sums.setdefault(name, ExactSum())
+            values = torch.stack([value for value, _ in unread]).cpu().double().numpy()
             for value, (_, weight) in zip(values, unread, strict=True):
-                total = total + value * weight  # not in place: a checkpoint may be written with the old sum
-            self._sums[name] = total
+                total.add(value * weight)
         self._unread.clear()
-        return self._sums
+        return MetricSums(self.count, {name: total.parts() for name, total in self._sums.items()})
+
+
+class MetricSums(NamedTuple):
+    """The sums of the metrics of one rank.
+
+    Attributes:
+        samples: Their number.
+        parts: The output of `ExactSum.parts` for each metric.
+    """
+
+    samples: int
+    parts: Mapping[str, Sequence[Any]]
+
+
+def _merge(ranks: Sequence[MetricSums]) -> tuple[int, dict[str, ExactSum]]:
+    """Return the count and the sums over several ranks. A rank without a batch has no sums."""
+    names = sorted(set().union(*(rank.parts for rank in ranks)))
+    sums = {name: ExactSum(part for rank in ranks for part in rank.parts.get(name, ())) for name in names}
+    return sum(rank.samples for rank in ranks), sums
+
+
+def _to_parts(entry: Mapping[str, Any]) -> MetricSums:
+    """Return an entry of `MeanMetrics.state`; in checkpoints of earlier versions a sum is one number or tensor."""
+    parts = {name: value if isinstance(value, list) else [value] for name, value in entry["sums"].items()}
+    return MetricSums(entry["count"], parts)
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
