@@ -55,7 +55,7 @@ check: $(UV)  ## style, types, spelling, terminology and workflows
 	uv run check-jsonschema --quiet --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci $(GITLAB)
 	uv run check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
-BENCHMARKS := first_minute render loop start ddp checkpoints loader gpu
+BENCHMARKS := first_minute render loop start ddp elastic checkpoints loader gpu
 .PHONY: bench $(BENCHMARKS:%=bench-%)
 bench: $(filter-out bench-gpu,$(BENCHMARKS:%=bench-%))  ## all benchmarks that need no GPU; see benchmarks/README.md
 $(BENCHMARKS:%=bench-%): bench-%: $(UV)

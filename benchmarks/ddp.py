@@ -96,7 +96,7 @@ def run_rank(function: Any, rank: int, world_size: int, port: int, pipe: Any) ->
 
 
 def measure(function: Any, world_size: int) -> float:
-    """Return the samples per second of the slowest rank."""
+    """Return the seconds of the slowest rank."""
     context = get_context("spawn")
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -110,7 +110,7 @@ def measure(function: Any, world_size: int) -> float:
     seconds = max(pipe.recv() for pipe in pipes)
     for process in processes:
         process.join()
-    return STEPS * BATCH_SIZE / seconds
+    return seconds
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in random.Random(number).sample(list(contenders), len(contenders)):
-            rates[name].append(measure(*contenders[name]))
+            rates[name].append(STEPS * BATCH_SIZE / measure(*contenders[name]))
     floor = rates["torch's minimal DDP loop, 2 ranks"]
     print(f"{rounds} rounds, gloo, one thread per rank, torch {torch.__version__}")
     for name, values in rates.items():

@@ -78,6 +78,7 @@ class Config:
     stages: tuple[Stage, ...] = (Stage("stage0", epochs=6, lr=3e-3), Stage("stage1", epochs=3, lr=3e-4))
     batch_size: Count = 32  # samples per optimizer step, over all ranks and micro-batches
     accumulation_steps: Count = 1  # micro-batches per optimizer step; more of them need less memory
+    shards: Count | None = None  # shards per step, such as 8: same bits for 1 to 8 processes; batch norm is per shard
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: Nesterov momentum 0.9; needs a larger lr, such as 0.1
     weight_decay: NotNegative = 0.05  # weight decay of matrices and kernels; biases and norms have none
     clip_norm: Positive | None = None  # maximum global gradient norm; 1.0 is common for transformers
@@ -165,8 +166,9 @@ def main(config: Config) -> float:
         model_args = {"num_classes": len(dataset.classes)}
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(**model_args)
-        model = prepare_model(model, device, sync_batchnorm=config.sync_batchnorm, channels_last=config.channels_last)
-        check_batchnorm(model, train_loader, synchronised=config.sync_batchnorm)
+        synchronised = config.sync_batchnorm and config.shards is None  # otherwise statistics are those of a shard
+        model = prepare_model(model, device, sync_batchnorm=synchronised, channels_last=config.channels_last)
+        check_batchnorm(model, train_loader, synchronised=synchronised)
         check_module_names(model, config.stages)
         freeze(model, config.stages[0].freeze)
         task.build_criterion(config.label_smoothing, train_loader.class_weights)  # rejects what the task does not have
@@ -213,6 +215,7 @@ def make_loaders(
         seed=config.seed,
         batch_size=config.batch_size,
         accumulation_steps=config.accumulation_steps,
+        shards=config.shards,
         sampling=config.sampling,
         class_weights=config.class_weights,
         drop_last=config.drop_last,
@@ -233,12 +236,7 @@ def make_loaders(
 
 
 def train_stage(
-    number: int,
-    model: nn.Module,
-    train_loader: TrainLoader,
-    valid_loader: EvalLoader,
-    run: Run[Config],
-    config: Config,
+    number: int, model: nn.Module, train_loader: TrainLoader, valid_loader: EvalLoader, run: Run[Config], config: Config
 ) -> CheckpointManager:
     """Train stage `number` (from 0) and return its checkpoints."""
     stage = config.stages[number]
@@ -286,6 +284,7 @@ def build_state(
             data_parallel=config.data_parallel,
             compiled=config.compile,
             find_unused_parameters=config.find_unused_parameters,
+            shards=config.shards,
         ),
         optimizer=optimizer,
         scheduler=make_schedule(optimizer, stage, steps_per_epoch, minimize=config.minimize_metric),

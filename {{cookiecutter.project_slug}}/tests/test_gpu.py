@@ -9,13 +9,16 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gpus import needs_gpu, run_on_gpu
 from image_data import RandomImages
 from loops import CONFIG, make_state
+from marks import CLASSES_ONLY
 from models import CHANNELS, plain_model, tiny_network
 from processes import join_ranks
+from shard_loops import train_in_shards, train_plainly
 from small_data import NEEDS_PATCH, make_data
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +31,7 @@ from batteries.distributed.sync_batchnorm import convert_sync_batchnorm
 from batteries.training.ema import EMA
 from batteries.training.precision import make_scaler
 from batteries.training.state import SilentLogger, TrainState
+from batteries.training.wrap import wrap_model
 from train import Config, Stage, build_optimizer, train_fn
 
 pytestmark = [needs_gpu, pytest.mark.slow]
@@ -44,21 +48,38 @@ class RaisesOnSynchronization(SilentLogger):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@CLASSES_ONLY
+@pytest.mark.parametrize("shards", [None, 4])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_no_step_waits_for_the_gpu(precision):
-    run_on_gpu(train_without_waiting, precision)
+def test_no_step_waits_for_the_gpu(precision, shards):
+    run_on_gpu(train_without_waiting, precision, shards)
 
 
-def train_without_waiting(precision: str) -> None:
+def train_without_waiting(precision: str, shards: int | None) -> None:
     model = plain_model().to(GPU)
     config = dataclasses.replace(CONFIG, precision=precision, clip_norm=1.0)
     optimizer = build_optimizer(model, Stage("a", 1, 0.1), config)
-    state = TrainState(model, optimizer, make_state(plain_model()).scheduler, make_scaler(GPU, precision))
+    wrapped = wrap_model(model, GPU, shards=shards)
+    state = TrainState(wrapped, optimizer, make_state(plain_model()).scheduler, make_scaler(GPU, precision))
     state.ema = EMA(model, 0.9)
-    loader = TrainLoader(RandomImages(64, CHANNELS), range(64), None, GPU, seed=0, batch_size=16)
+    loader = TrainLoader(RandomImages(64, CHANNELS), range(64), None, GPU, seed=0, batch_size=16, shards=shards)
     for epoch in (1, 2):  # the first one allocates memory
         logger = RaisesOnSynchronization(GPU) if epoch == 2 else SilentLogger(GPU)
         train_fn(state, loader.epoch(0, epoch), logger, config)
+
+
+@CLASSES_ONLY
+def test_steps_of_shards_are_repeatable_and_equal_a_plain_loop():
+    run_on_gpu(compare_shards_with_plain_loop)
+
+
+def compare_shards_with_plain_loop() -> None:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as setup_training does
+    torch.use_deterministic_algorithms(True)
+    first = train_in_shards(device=GPU)
+    assert train_in_shards(device=GPU)["sha256"] == first["sha256"]
+    for name, value in train_plainly(GPU).items():
+        np.testing.assert_array_equal(first["weights"][name], value, err_msg=name)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -116,7 +137,9 @@ def compare_with_torch(rank: int, port: int) -> None:
 
 
 @pytest.mark.skipif(NEEDS_PATCH, reason="the small data can only be read in this process")
-@pytest.mark.parametrize("flags", [(), ("--precision", "bf16", "--ema-decay", "0.9"), ("--precision", "fp16")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--precision", "bf16", "--ema-decay", "0.9"), ("--precision", "fp16"), ("--shards", "4")]
+)
 def test_interrupted_run_on_a_gpu_resumes_bit_identical(tmp_path, flags):
     data = ["--data-dir", str(make_data(tmp_path / "data")), "--split-file", str(tmp_path / "split.csv")]
     flags = [*data, "--batch-size", "8", "--num-workers", "0", "--checkpoint-every-steps", "3", *flags]

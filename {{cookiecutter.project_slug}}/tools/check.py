@@ -110,6 +110,7 @@ class CheckContext:
             batch_size=size,
             valid_batch_size=size,
             accumulation_steps=1,
+            shards=None,
             limit_batches=2,
             num_workers=0,
         )
@@ -318,6 +319,12 @@ def check_gradients(context: CheckContext) -> CheckResult:
     )
 
 
+def check_shards(context: CheckContext) -> CheckResult:
+    """Check that shards have enough samples for the statistics of batch norm."""
+    train_loader, _ = context.loaders(context.first_stage, context.options)
+    return model_checks.check_shards(context.make_model(), train_loader)
+
+
 def check_checkpoint_roundtrip(context: CheckContext) -> CheckResult:
     """Check that a saved state, loaded into another model, continues bit for bit."""
     train_loader, valid_loader = context.loaders(context.first_stage, context.small_options)
@@ -361,7 +368,9 @@ def check_disk_space(context: CheckContext) -> CheckResult:
 def check_processes(context: CheckContext) -> CheckResult:
     """Check that the processes of scripts/train_ddp.sh can communicate."""
     options = context.options
-    return machine_checks.check_processes(context.device, options.accumulation_steps, options.batch_size)
+    return machine_checks.check_processes(
+        context.device, options.accumulation_steps, options.batch_size, options.shards
+    )
 
 
 def check_loader_throughput(context: CheckContext) -> CheckResult:
@@ -396,6 +405,7 @@ CHECKS: list[tuple[str, Callable[[CheckContext], CheckResult]]] = [
     ("normalization", check_normalization),
     ("one batch", check_overfit_one_batch),
     ("gradients", check_gradients),
+    ("shards", check_shards),
     ("checkpoint", check_checkpoint_roundtrip),
     ("logdir", check_logdir),
     ("disk space", check_disk_space),
@@ -411,7 +421,10 @@ def main(options: Options) -> None:
     with preserved_settings(), setup_training(options) as device:
         seed_all(options.seed)
         context = make_context(options, device)
-        results = run_checks({name: partial(check, context) for name, check in CHECKS})
+        checks = {name: partial(check, context) for name, check in CHECKS}
+        if options.shards is None:
+            del checks["shards"]
+        results = run_checks(checks)
     raise_if_failed(results)
 
 

@@ -15,6 +15,7 @@ from batteries.data.batch_plan import (
     check_batch_size,
     count_steps,
     plan_epoch,
+    plan_shards,
     smallest_micro_batch,
 )
 from batteries.data.class_weights import find_class_weights
@@ -62,6 +63,9 @@ class TrainLoader:
     of ranks and accumulation steps. With a `mixer`, each sample is mixed with the one before it in its step (the first
     with the last), with one draw per step; each micro-batch is loaded with one additional sample for that.
 
+    With `shards`, each micro-batch is a shard: the micro-batches are the same for any number of ranks, with any
+    `accumulation_steps`, and a shard is mixed within itself.
+
     Args:
         dataset: The data set.
         indices: The samples of the train split, shape (N,).
@@ -70,6 +74,7 @@ class TrainLoader:
         seed: The seed of the run.
         batch_size: The samples of one optimizer step, over all ranks and micro-batches.
         accumulation_steps: The micro-batches of one optimizer step.
+        shards: The shards of one optimizer step, or None.
         sampling: `shuffled`, each sample once in an epoch, or `balanced`, all classes equally often.
         class_weights: `balanced`, or a CSV file with the columns class and weight; None for none.
         drop_last: Skip the short last step of an epoch.
@@ -82,7 +87,7 @@ class TrainLoader:
         class_weights: The weights of classes for the loss, float32, shape (C,), or (2, C) for labels; or None.
 
     Raises:
-        UserError: If `batch_size` is not divisible by ranks and micro-batches, or larger than the split.
+        UserError: If `batch_size` is not divisible by ranks and micro-batches or by shards, or larger than the split.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class TrainLoader:
         seed: int,
         batch_size: int,
         accumulation_steps: int = 1,
+        shards: int | None = None,
         sampling: Sampling = "shuffled",
         class_weights: str | None = None,
         drop_last: bool = True,
@@ -103,13 +109,14 @@ class TrainLoader:
         start_method: str | None = None,
         mixer: Mixer | None = None,
     ) -> None:
-        check_batch_size(batch_size, accumulation_steps, len(indices), drop_last)
+        check_batch_size(batch_size, accumulation_steps, len(indices), drop_last, shards)
         self.indices = np.asarray(indices)
         self.ids = dataset_info(dataset).ids
         self.balance = balance_classes(dataset, self.indices) if sampling == "balanced" else None
         self.class_weights = find_class_weights(class_weights, dataset, self.indices)
         self.batch_size = batch_size
         self.accumulation_steps = accumulation_steps
+        self.shards = shards
         self.drop_last = drop_last
         self.device = device
         self.seed = seed
@@ -120,7 +127,7 @@ class TrainLoader:
         self.size = len(indices) if limit_batches is None else min(len(indices), limit_batches * batch_size)
         self.steps = min(steps, limit_batches or steps)
         self.smallest_micro_batch = smallest_micro_batch(
-            self.size, batch_size, accumulation_steps, self.world_size, drop_last
+            self.size, batch_size, accumulation_steps, self.world_size, drop_last, shards
         )
         self.requests: list[SampleRequest] = []  # of the current epoch; the loader reads this list
         self.samples = SeededDataset(dataset, transform)
@@ -131,17 +138,8 @@ class TrainLoader:
 
     def plan(self, first_step: int) -> list[MicroBatch]:
         """Return the micro-batches of an epoch on this rank, from `first_step` (counted from 0)."""
-        return list(
-            plan_epoch(
-                self.size,
-                self.batch_size,
-                self.accumulation_steps,
-                self.rank,
-                self.world_size,
-                self.drop_last,
-                first_step,
-            )
-        )
+        plan, parts = (plan_epoch, self.accumulation_steps) if self.shards is None else (plan_shards, self.shards)
+        return list(plan(self.size, self.batch_size, parts, self.rank, self.world_size, self.drop_last, first_step))
 
     def epoch(self, stage: int, epoch: int, first_step: int = 0) -> "EpochBatches":
         """Return the micro-batches of one epoch from `first_step` (counted from 0); nothing before it is loaded."""
@@ -198,7 +196,7 @@ class EpochBatches:
         loader.requests[:] = [self._request(micro_batch.start, micro_batch.stop) for micro_batch in plan]
         for micro_batch, loaded in zip(plan, loader.batches, strict=True):
             step, offset = divmod(micro_batch.start, loader.batch_size)
-            images, targets = self._receive(loaded, mixing_seeds[step])
+            images, targets = self._receive(loaded, _mixing_seed(mixing_seeds[step], offset, loader))
             seed = (model_seeds[step] + offset) % 2**64
             yield Batch(images, targets, micro_batch.loss_weight, micro_batch.ends_step, seed)
 
@@ -215,8 +213,11 @@ class EpochBatches:
         seed = int(stream_seeds(1, *self.key, Stream.MIXING)[0])
         with preserved_random_state():
             originals = [self.loader.samples.dataset[index][0] for index in self.order[:count].tolist()]
-        images, targets = self._receive(self.loader.samples.__getitems__(self._request(0, count)), seed)
-        return originals, images, targets
+        if self.loader.mixer is None or self.loader.shards is None:
+            images, targets = self._receive(self.loader.samples.__getitems__(self._request(0, count)), seed)
+            return originals, images, targets
+        images, targets = zip(*self._mixed_shards(count, seed), strict=True)
+        return originals, torch.cat(images)[:count], torch.cat(targets)[:count]
 
     def sample(self, index: int) -> tuple[Any, Any]:
         """Return (image, target) of the sample `index` of the data set, as this epoch augments it, before mixing."""
@@ -225,13 +226,25 @@ class EpochBatches:
         images, targets = receive(loaded, self.loader.device)
         return images[0], targets[0]
 
+    def _mixed_shards(self, count: int, seed: int) -> Iterator[tuple[Any, Any]]:
+        """Load the shards of the first step that have its first `count` samples; `seed` is that of the step."""
+        loader = self.loader
+        for shard in plan_shards(loader.size, loader.batch_size, loader.shards or 1, 0, 1, drop_last=False):
+            if shard.start >= count:
+                return
+            loaded = loader.samples.__getitems__(self._request(shard.start, shard.stop))
+            yield self._receive(loaded, _mixing_seed(seed, shard.start, loader))
+
     def _request_positions(self, positions: np.ndarray | slice) -> SampleRequest:
         seeds = None if self.sample_seeds is None else self.sample_seeds[positions]
         return SampleRequest(self.order[positions], seeds)
 
     def _request(self, start: int, stop: int) -> SampleRequest:
-        """Request positions [start, stop) of the order; for mixing, the one before them in their step comes first."""
-        if self.loader.mixer is None:
+        """Request positions [start, stop) of the order; for mixing, the one before them in their step comes first.
+
+        A shard is mixed within itself and needs no other sample.
+        """
+        if self.loader.mixer is None or self.loader.shards is not None:
             return self._request_positions(slice(start, stop))
         begin = start - start % self.loader.batch_size
         end = min(begin + self.loader.batch_size, self.loader.size)
@@ -239,7 +252,7 @@ class EpochBatches:
         return self._request_positions(np.append(previous, np.arange(start, stop)))
 
     def _receive(self, loaded: Any, seed: int) -> tuple[Any, Any]:
-        """Move a batch to the device and mix it under `seed`, the random stream of its step."""
+        """Move a batch to the device and mix it under `seed`, the random stream of its step or shard."""
         images, targets = receive(loaded, self.loader.device)
         if self.loader.mixer is None:
             return images, targets
@@ -247,7 +260,14 @@ class EpochBatches:
             reseed(seed)
             reseed_devices(seed)
             images, targets = self.loader.mixer(images, targets)
+        if self.loader.shards is not None:
+            return images, targets
         return images[1:], targets[1:]  # the first was loaded only to be mixed into the second
+
+
+def _mixing_seed(seed_of_step: int, offset: int, loader: TrainLoader) -> int:
+    """Return the seed for mixing the micro-batch that begins `offset` samples after its step: one for each shard."""
+    return seed_of_step if loader.shards is None else (seed_of_step + offset) % 2**64
 
 
 class EvalLoader:

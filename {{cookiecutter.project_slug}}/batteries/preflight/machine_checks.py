@@ -212,13 +212,16 @@ def count_state_bytes(state: TrainState, make_checkpoint: Callable[[TrainState],
     return count_bytes(make_checkpoint(state))
 
 
-def check_processes(device: torch.device, accumulation_steps: int, batch_size: int) -> CheckResult:
+def check_processes(
+    device: torch.device, accumulation_steps: int, batch_size: int, shards: int | None = None
+) -> CheckResult:
     """Check that the processes of scripts/train_ddp.sh (one per GPU, or two) can form a process group.
 
     Args:
         device: The device of this process.
         accumulation_steps: The micro-batches of a step on each rank.
         batch_size: The samples of a step over all ranks.
+        shards: The shards of a step, whose number the processes must divide; None without --shards.
     """
     if device.type == "mps":
         return CheckResult("pass", "skipped: processes cannot share mps")
@@ -237,7 +240,11 @@ def check_processes(device: torch.device, accumulation_steps: int, batch_size: i
         if torch.cuda.device_count() > 1:
             return CheckResult("fail", details, hint)
         return CheckResult("warning", f"{details}; this affects only scripts/train_ddp.sh", hint)
-    if batch_size % (processes * accumulation_steps):
+    if shards is not None:
+        if shards % processes:
+            details = f"{name} formed a process group, but --shards {shards} cannot be divided by {processes} processes"
+            return CheckResult("warning", details, "use another --shards, or set NPROC for scripts/train_ddp.sh")
+    elif batch_size % (processes * accumulation_steps):
         details = (
             f"{name} formed a process group, but --batch-size {batch_size} is not a multiple of {processes} processes "
             f"x --accumulation-steps {accumulation_steps}"

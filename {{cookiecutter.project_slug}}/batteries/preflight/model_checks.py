@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batteries.checkpoint.async_writer import HostBuffers
 from batteries.checkpoint.io import read_checkpoint, save_checkpoint
 from batteries.core.text import count_of, list_first
+from batteries.data.loaders import TrainLoader
 from batteries.distributed.unwrap import unwrap_model
 from batteries.preflight.results import CheckResult
 from batteries.training.state import TrainState
@@ -21,6 +23,9 @@ from batteries.training.state import TrainState
 # Fractions of the first loss: at or below the one the batch counts as learned, at or below the other as half learned.
 LEARNED = 0.1
 HALF_LEARNED = 0.5
+MIN_SAMPLES_OF_SHARD = (
+    16  # with fewer, batch norm gets noisy statistics (Wu and He 2018, "Group normalization", fig. 1)
+)
 MAX_LISTED = 5  # parameters listed in a result
 
 
@@ -145,6 +150,18 @@ def check_gradients(
     frozen = len(parameters) - count
     in_all_stages = f"; {frozen} are frozen in all stages" if frozen else ""
     return CheckResult("pass", f"all {count} parameters get a gradient{in_all_stages}")
+
+
+def check_shards(model: nn.Module, loader: TrainLoader) -> CheckResult:
+    """Check that the shards of `loader` have enough samples for the statistics of batch norm."""
+    samples = count_of(loader.smallest_micro_batch, "sample")
+    details = f"the smallest of {loader.shards} shards has {samples}"
+    if loader.smallest_micro_batch < MIN_SAMPLES_OF_SHARD and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        hint = (
+            f"batch norm has the statistics of a shard: use {MIN_SAMPLES_OF_SHARD} samples or more, or fewer --shards"
+        )
+        return CheckResult("warning", details, hint)
+    return CheckResult("pass", details)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def header_lines(
 
 def describe_device(device: torch.device, config: RunConfig) -> str:
     """Describe the device, the number of processes and threads, the wrapper and the precision."""
-    wrapper = " with DistributedDataParallel" if world_size() > 1 else ""
+    wrapper = " with DistributedDataParallel" if world_size() > 1 and config.shards is None else ""
     if config.data_parallel:
         wrapper = " with DataParallel"
         if device.type != "cuda":
@@ -101,7 +101,9 @@ def describe_stages(config: RunConfig) -> str:
     """Describe the stages with their epochs, and the size of a step."""
     stages = [f"{stage.name} {count_of(stage.epochs, 'epoch')} lr {stage.lr:g}" for stage in config.stages]
     step = f"{config.batch_size} samples per step"
-    if config.accumulation_steps > 1:
+    if config.shards is not None:
+        step += f" in {count_of(config.shards, 'shard')}"
+    elif config.accumulation_steps > 1:
         step += f" in {config.accumulation_steps} micro-batches"
     return ", ".join([*stages, step])
 
@@ -164,6 +166,12 @@ def advise_out_of_memory(config: RunConfig, device: torch.device) -> str:
     """Suggest options after the device ran out of memory: smaller micro-batches, of two samples or more."""
     batch_size = config.batch_size
     ranks = world_size()
+    if config.shards is not None:
+        more = f"--shards {2 * config.shards}, " if batch_size // config.shards % 2 == 0 else ""
+        return (
+            f"{device} ran out of memory with shards of {count_of(batch_size // config.shards, 'sample')}; start a run "
+            f"in another --logdir with {more}a smaller model or smaller images, or --precision bf16."
+        )
     present = config.accumulation_steps
     possible = range(2 * present, batch_size // ranks // 2 + 1)
     allowed = [steps for steps in possible if batch_size % (steps * ranks) == 0]

@@ -117,7 +117,18 @@ def versions() -> dict[str, str | None]:
         "torchvision": torchvision.__version__,
         "torchcodec": metadata.version("torchcodec"),  # not imported: most runs of digits decode no file
         "cuda": torch.version.cuda,
+        "cudnn": _cudnn_version(),
     }
+
+
+def _cudnn_version() -> str | None:
+    version = torch.backends.cudnn.version() if torch.version.cuda else None
+    return None if version is None else str(version)
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """Return the name of a GPU; None for another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def gpu_driver() -> str | None:
@@ -192,18 +203,23 @@ def describe_code_changes(before: Mapping[str, str], after: Mapping[str, str]) -
     return [f"{', '.join(changed)} changed since the run was saved; the resumed run uses the new code."]
 
 
-def describe_environment_changes(before: Mapping[str, Any]) -> list[str]:
+def describe_environment_changes(before: Mapping[str, Any], device: torch.device) -> list[str]:
     """Describe which properties of the environment that affect the rounding changed since a run was saved.
 
     Args:
-        before: The `resume` entry of the checkpoint.
+        before: The `resume` entry of the checkpoint. A property that it does not have is not compared.
+        device: The device of this process.
 
     Returns:
         One message, or none if nothing changed.
     """
     old = {"processes": before["world_size"], "threads": before["threads"], **before["versions"]}
     new = {"processes": world_size(), "threads": torch.get_num_threads(), **versions()}
-    changes = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    if "gpu" in before:  # not in checkpoints of earlier versions
+        old["GPU"], new["GPU"] = before["gpu"], gpu_name(device)
+    if before["world_size"] is None:  # --shards, with which it changes nothing
+        del new["processes"]
+    changes = [f"{name} {old[name]} -> {new[name]}" for name in new if name in old and old[name] != new[name]]
     if not changes:
         return []
     note = "The results are equal up to rounding, not bit-identical."

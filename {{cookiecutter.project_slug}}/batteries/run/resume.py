@@ -158,7 +158,7 @@ def _check_checkpoint(
         raise UserError(
             f"{path} lacks the epoch before that of {point.name}; restore the file, or use another --logdir."
         )
-    point.messages += describe_environment_changes(saved)
+    point.messages += describe_environment_changes(saved, next(model.parameters()).device)
     point.messages += describe_code_changes(saved["code"], identity.code)
 
 

@@ -21,7 +21,7 @@ from batteries.run.config import RunConfig, StageConfig
 from batteries.run.directory import RunDirectory
 from batteries.run.logger import RunLogger, finite_or_none
 from batteries.run.messages import describe_improvement, epoch_line
-from batteries.run.metadata import versions
+from batteries.run.metadata import gpu_name, versions
 from batteries.run.position import TrainingPosition
 from batteries.run.timing import Stopwatch, profile_steps
 from batteries.training.metrics import MeanMetrics
@@ -231,7 +231,8 @@ class StageRun:
             "cursor": list(position),
             "running": running,
             "data": parts.data,
-            "world_size": world_size(),
+            "world_size": None if parts.config.shards is not None else world_size(),  # with shards it changes nothing
+            "gpu": gpu_name(parts.device),
             "threads": torch.get_num_threads(),
             "code": parts.code,
             "versions": versions(),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -140,7 +141,9 @@ class MetricSums(NamedTuple):
 def _merge(ranks: Sequence[MetricSums]) -> tuple[int, dict[str, ExactSum]]:
     """Return the count and the sums over several ranks. A rank without a batch has no sums."""
     names = sorted(set().union(*(rank.parts for rank in ranks)))
-    sums = {name: ExactSum(part for rank in ranks for part in rank.parts.get(name, ())) for name in names}
+    # Interned, because pickle writes equal strings once only if they are one object: else the bytes of a checkpoint
+    # would depend on whether names were received from another process.
+    sums = {sys.intern(name): ExactSum(part for rank in ranks for part in rank.parts.get(name, ())) for name in names}
     return sum(rank.samples for rank in ranks), sums
 
 

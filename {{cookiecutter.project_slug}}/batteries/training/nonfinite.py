@@ -135,7 +135,7 @@ class BufferSnapshot:
         elif math.isfinite(norm):
             self.save()
         else:
-            self._restore()
+            self.restore()
 
     @torch.no_grad()
     def _select(self, norm: torch.Tensor) -> None:
@@ -145,7 +145,7 @@ class BufferSnapshot:
             self._saved[kind] = kept
 
     @torch.no_grad()
-    def _restore(self) -> None:
+    def restore(self) -> None:
         """Put the buffers of the last save back into their modules, with the saved values."""
         for module in self._modules:
             module._buffers.clear()  # also of those that the step has added

@@ -42,6 +42,8 @@ class SetupConfig(Protocol):
     @property
     def compile(self) -> bool: ...
     @property
+    def shards(self) -> int | None: ...
+    @property
     def deterministic(self) -> bool: ...
     @property
     def tf32(self) -> bool: ...
@@ -77,7 +79,13 @@ def _configure(config: SetupConfig) -> torch.device:
     """Apply the options to this process, and return its device."""
     device = find_device(config.device)
     check_precision(device, config.precision)
-    check_wrapping(device, data_parallel=config.data_parallel, compiled=config.compile)
+    check_wrapping(
+        device,
+        data_parallel=config.data_parallel,
+        compiled=config.compile,
+        shards=config.shards,
+        deterministic=config.deterministic,
+    )
     if not config.show_warnings:
         ignore_warnings()
     torch.autograd.set_detect_anomaly(False)  # slows down every step; enable it to find the origin of a NaN
@@ -85,6 +93,8 @@ def _configure(config: SetupConfig) -> torch.device:
     _set_determinism(config.deterministic)
     if device.type == "cpu":
         keep_freed_memory()
+        if config.shards is not None:
+            torch.set_num_threads(1)  # kernels divide sums among the threads, whose number would change the rounding
     for setting in FP32_SETTINGS:
         setting.fp32_precision = "tf32" if config.tf32 else "ieee"
     if device.type == "cuda":

@@ -21,6 +21,7 @@ from batteries.core.text import list_first
 from batteries.data.loaders import Batch, TrainLoader
 from batteries.distributed.collectives import broadcast_from_rank_zero
 from batteries.distributed.sync_batchnorm import convert_sync_batchnorm
+from batteries.training.sharding import ShardedModel, check_shards
 
 # Buffers are broadcast once per epoch (see `eval_mode`), not before each forward pass.
 _arguments = inspect.signature(DistributedDataParallel).parameters
@@ -59,6 +60,7 @@ def wrap_model(
     data_parallel: bool = False,
     compiled: bool = False,
     find_unused_parameters: bool = False,
+    shards: int | None = None,
 ) -> nn.Module:
     """Wrap a model for several devices, and compile it. Call it in each stage, after freezing.
 
@@ -69,7 +71,10 @@ def wrap_model(
             DistributedDataParallel is used.
         compiled: Use torch.compile.
         find_unused_parameters: Under DDP, allow steps in which some parameters get no gradient.
+        shards: The shards of a step, for ShardedModel in place of DistributedDataParallel.
     """
+    if shards is not None:
+        return ShardedModel(model)
     if dist.is_initialized():
         device_ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(
@@ -80,8 +85,12 @@ def wrap_model(
     return torch.compile(model) if compiled else model  # type: ignore[return-value]
 
 
-def check_wrapping(device: torch.device, *, data_parallel: bool, compiled: bool) -> None:
+def check_wrapping(
+    device: torch.device, *, data_parallel: bool, compiled: bool, shards: int | None = None, deterministic: bool = True
+) -> None:
     """Raise UserError for options of `wrap_model` that exclude each other."""
+    if shards is not None:
+        check_shards(shards, data_parallel=data_parallel, compiled=compiled, deterministic=deterministic)
     if data_parallel and world_size() > 1:
         raise UserError("--data-parallel needs a single process; remove it when using scripts/train_ddp.sh.")
     if data_parallel and torch.cuda.is_available() and device != torch.device("cuda", 0):
@@ -99,6 +108,11 @@ def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool
         synchronised: Count the samples over all ranks, otherwise per rank.
     """
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if has_batchnorm and loader.shards is not None and loader.smallest_micro_batch < 2:
+        raise UserError(
+            f"--shards {loader.shards} results in shards of one sample, and batch norm needs two or more; use fewer "
+            "shards, a larger --batch-size, or --drop-last."
+        )
     samples = loader.smallest_micro_batch * (world_size() if synchronised else 1)
     if has_batchnorm and samples < 2:
         raise UserError(
@@ -124,7 +138,10 @@ def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
     reseed(batch.seed)
     reseed_devices(batch.seed)
     wrapped = _uncompiled(model)
-    if not isinstance(wrapped, DistributedDataParallel):
+    if isinstance(wrapped, ShardedModel):
+        with wrapped.shard(ends_step=batch.ends_step):
+            yield
+    elif not isinstance(wrapped, DistributedDataParallel):
         yield
     elif not batch.ends_step:
         with wrapped.no_sync():

@@ -1,0 +1,148 @@
+"""Training steps of a fixed number of shards, with the same bits for any number of ranks (`--shards`).
+
+The batch of a step is cut into S shards. Each of W ranks has S / W consecutive ones, and makes a forward and backward
+pass for each, so that every kernel gets the same shapes for any W. Gradients and batch norm statistics are added in the
+fixed order of `batteries.distributed.tree_sum`. EasyScale (Li et al. 2022, arXiv 2208.14228) has the same idea.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from batteries.core.errors import RunError, UserError
+from batteries.core.ranks import world_size
+from batteries.core.text import count_of
+from batteries.distributed.tree_sum import TreeSum, broadcast_in_buckets, tree_sum_over_ranks
+from batteries.distributed.unwrap import ModelWrapper
+from batteries.training.nonfinite import BufferSnapshot
+
+
+def check_shards(shards: int, *, data_parallel: bool, compiled: bool, deterministic: bool) -> None:
+    """Raise UserError for a number of shards that is impossible, or options with which results could differ."""
+    ranks = world_size()
+    if shards & (shards - 1):
+        below = 1 << (shards.bit_length() - 1)
+        raise UserError(f"--shards {shards} must be a power of two; use {below} or {2 * below}.")
+    if shards % ranks:
+        sizes = [str(1 << power) for power in range(shards.bit_length())]
+        raise UserError(
+            f"--shards {shards} cannot be divided by {count_of(ranks, 'process')}; use {' or '.join(sizes)} processes "
+            "(NPROC)."
+        )
+    if data_parallel:
+        raise UserError("--shards and --data-parallel exclude each other; use scripts/train_ddp.sh with --shards.")
+    if compiled:
+        raise UserError(
+            "--shards and --compile exclude each other: compiled kernels may round differently; remove one."
+        )
+    if not deterministic:
+        raise UserError("--shards needs deterministic kernels; remove --no-deterministic.")
+
+
+class ShardedModel(ModelWrapper):
+    """A model whose steps consist of shards.
+
+    After the last shard of a step, the gradient of each parameter is the sum over all shards of all ranks. Running
+    statistics of batch norm are the mean of those after each shard, which begin with the same values; other buffers are
+    those after the first shard.
+
+    Args:
+        module: The model; parameters that require no gradient now get none.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._has_gradient: list[bool] = []  # for each of them, in any shard of this rank so far
+        self._gradients = TreeSum()
+        self._statistics = TreeSum()
+        self._first_buffers: list[torch.Tensor] = []  # other buffers, after the first shard
+        self._layout: list[tuple[str, torch.Size, torch.dtype]] = []
+        broadcast_in_buckets([*module.parameters(), *module.buffers()])
+        self._buffers_of_step = BufferSnapshot(module)
+
+    @contextmanager
+    def shard(self, *, ends_step: bool) -> Iterator[None]:
+        """Open the context for the forward and backward pass of one shard.
+
+        Args:
+            ends_step: Whether it is the last shard of this rank in a step.
+        """
+        if self._gradients.is_empty:
+            self._buffers_of_step.save()
+        else:
+            self._buffers_of_step.restore()
+        yield
+        self._add_gradients()
+        self._add_buffers()
+        if ends_step:
+            self._finish_gradients()
+            self._finish_buffers()
+
+    def _add_gradients(self) -> None:
+        """Take the gradients of this shard from the parameters. One that is missing is zero."""
+        gradients = [parameter.grad for parameter in self._trainable]
+        if self._gradients.is_empty:
+            self._has_gradient = [False] * len(gradients)
+        pairs = zip(self._has_gradient, gradients, strict=True)
+        self._has_gradient = [before or gradient is not None for before, gradient in pairs]
+        leaf = [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(self._trainable, gradients, strict=True)
+        ]
+        self._gradients.add(leaf)
+        for parameter in self._trainable:
+            parameter.grad = None
+
+    def _finish_gradients(self) -> None:
+        """Give the parameters the sum over all shards; none to parameters that had none in any of them."""
+        _, gradients = self._gradients.take()
+        has_gradient = self._has_gradient
+        if world_size() > 1 and gradients:
+            counts = torch.tensor(has_gradient, dtype=gradients[0].dtype).to(gradients[0].device, non_blocking=True)
+            tree_sum_over_ranks([*gradients, counts])
+            if not all(has_gradient):  # other ranks may have one; to read it waits for the device
+                has_gradient = counts.bool().tolist()
+        for parameter, gradient, is_known in zip(self._trainable, gradients, has_gradient, strict=True):
+            parameter.grad = gradient if is_known else None
+
+    def _add_buffers(self) -> None:
+        statistics, others = self._find_buffers()
+        if self._statistics.is_empty:
+            self._first_buffers = [buffer.clone() for buffer in others]
+        self._statistics.add([buffer.clone() for buffer in statistics])
+
+    def _finish_buffers(self) -> None:
+        statistics, others = self._find_buffers()
+        shards, means = self._statistics.take()
+        tree_sum_over_ranks(means)
+        broadcast_in_buckets(self._first_buffers)
+        if means:
+            torch._foreach_mul_(means, 1 / (shards * world_size()))  # type: ignore[attr-defined]
+            torch._foreach_copy_(statistics, means)  # type: ignore[attr-defined]
+        if others:
+            torch._foreach_copy_(others, self._first_buffers)  # type: ignore[attr-defined]
+
+    def _find_buffers(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the running statistics, and the other buffers.
+
+        Raises:
+            RunError: If a shard has other buffers than the one before.
+        """
+        norms = [module for module in self.module.modules() if isinstance(module, _NormBase)]
+        statistics = [
+            buffer for module in norms for buffer in module.buffers(recurse=False) if buffer.is_floating_point()
+        ]
+        known = {id(buffer) for buffer in statistics}
+        others = [buffer for buffer in self.module.buffers() if id(buffer) not in known]
+        layout = [(name, buffer.shape, buffer.dtype) for name, buffer in self.module.named_buffers()]
+        if not self._statistics.is_empty and layout != self._layout:
+            name = next(name for name, *_ in set(layout) ^ set(self._layout))
+            raise RunError(
+                f"the buffer {name} was added or changed its shape in a step, which --shards does not support."
+            )
+        self._layout = layout
+        return statistics, others
