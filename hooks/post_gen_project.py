@@ -19,6 +19,7 @@ BASE_VARIANTS = {"csv": "image_folder", "tensorboardx": "tensorboard"}  # an ans
 # The files that toolkit=training leaves out, by directory. They are listed one by one, so that generating over an
 # existing repository deletes no file of the user. tests/test_toolkit.py compares the list with the template.
 LEFT_OUT = {
+    "batteries/evaluation": "comparison.py repeated_runs.py",
     "batteries/preflight": "__init__.py data_checks.py machine_checks.py model_checks.py results.py target_checks.py",
     "batteries/report": """
         __init__.py calibration.py class_sections.py history.py html.py label_sections.py mask_sections.py
@@ -29,11 +30,12 @@ LEFT_OUT = {
     """,
     "docs": "checks.md reports.md submission.md",
     "tests": """
-        test_blend.py test_check.py test_full_commands.py test_full_predictions.py test_full_task.py
+        test_blend.py test_check.py test_compare.py test_full_commands.py test_full_predictions.py test_full_task.py
         test_full_toolkit.py test_report.py test_report_tasks.py test_scores.py test_submission_walkthrough.py
         test_submit.py
     """,
-    "tools": "blend.py check.py report.py scores.py submit.py",
+    "scripts": "train_seeds.sh",
+    "tools": "blend.py check.py compare.py report.py scores.py submit.py",
 }
 
 NEXT_STEPS = """
