@@ -23,19 +23,20 @@ LEFT_OUT = {
     "batteries/preflight": "__init__.py data_checks.py machine_checks.py model_checks.py results.py target_checks.py",
     "batteries/report": """
         __init__.py calibration.py class_sections.py history.py html.py label_sections.py mask_sections.py
-        number_sections.py plots.py prediction_plots.py sample_list.py sections.py
+        number_sections.py plots.py prediction_plots.py sample_list.py sections.py sweep_page.py
     """,
     "batteries/submission": """
         __init__.py blending.py mask_blending.py mask_submission.py score_log.py submission_file.py
     """,
-    "docs": "checks.md reports.md submission.md",
+    "batteries/sweep": "__init__.py search_space.py study.py summary.py trial_process.py",
+    "docs": "checks.md comparison.md reports.md submission.md sweeps.md",
     "tests": """
         test_blend.py test_check.py test_compare.py test_full_commands.py test_full_predictions.py test_full_task.py
         test_full_toolkit.py test_report.py test_report_tasks.py test_scores.py test_submission_walkthrough.py
-        test_submit.py
+        test_submit.py test_sweep.py trial_of_sweep.py
     """,
     "scripts": "train_seeds.sh",
-    "tools": "blend.py check.py compare.py report.py scores.py submit.py",
+    "tools": "blend.py check.py compare.py report.py scores.py submit.py sweep.py",
 }
 
 NEXT_STEPS = """

@@ -22,7 +22,8 @@ PAGES = page_paths()
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 # Options of other programs: mlflow, docker, sbatch, pip.
 FOREIGN_OPTIONS = {"backend-store-uri", "shm-size", "nodes", "gpus-per-node", "time", "group", "index-url", "name"}
-FOREIGN_OPTIONS |= {"variables-to-update"}  # of cruft
+FOREIGN_OPTIONS |= {"variables-to-update", "extra"}  # of cruft and uv
+SCRIPT_OPTIONS = {"seeds", "all-folds"}  # of scripts/train_seeds.sh
 CODE_DIRECTORIES = ("batteries", "docs", "experiment", "scripts", "tests", "tools")
 
 
@@ -124,7 +125,7 @@ def paths_in_tree(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_exist(page):
-    known = known_options() | FOREIGN_OPTIONS
+    known = known_options() | FOREIGN_OPTIONS | SCRIPT_OPTIONS
     for option in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", read_page(page)):
         assert option.rstrip(".").removeprefix("no-") in known, f"--{option}"
 
@@ -150,8 +151,9 @@ def commands_of(text: str) -> list[tuple[str, list[str]]]:
     lines = [line for language in ("bash", "sh") for code in code_blocks(text, language) for line in code.splitlines()]
     found = []
     for line in [*lines, *code_spans(text)]:
-        for part in re.split(r"\|\||[;|]|  #", line):
+        for part in re.split(r"\|\||;| \| |  #", line):
             part = re.sub(r"\b[A-Z_]+=\S+ ", "", part)  # variables of the environment
+            part = re.sub(r"(?<=train_seeds\.sh)(.*?) (--seeds \d+|--all-folds)\b", r"\1", part)  # of the script itself
             match = re.search(r"(?:scripts/train_\w+\.sh|python tools/(\w+)\.py)(?=\s|$)(.*)", part)
             if match and "$" not in part:
                 found.append((match[1] or "train", shlex.split(match[2])))
@@ -161,10 +163,14 @@ def commands_of(text: str) -> list[tuple[str, list[str]]]:
 def parse_command(command: str, arguments: list[str]) -> None:
     if "--config" in arguments:
         place = arguments.index("--config")
-        assert arguments[place + 1].endswith("config.json")
+        assert arguments[place + 1].endswith(("config.json", "best.json"))
         arguments = arguments[:place] + arguments[place + 2 :]
+    if command == "sweep" and "--" in arguments:
+        place = arguments.index("--")
+        parse_command("train", arguments[place + 1 :])
+        arguments = arguments[:place]
     module: Any = importlib.import_module("train" if command == "train" else f"tools.{command}")
-    [parameter] = inspect.signature(module.main).parameters.values()
+    parameter, *_ = inspect.signature(module.main).parameters.values()
     options = getattr(module, "COMMANDS", parameter.annotation)  # of a tool with subcommands
     if arguments:
         parse(options, arguments, repeats=isinstance(options, type) and issubclass(options, Config))

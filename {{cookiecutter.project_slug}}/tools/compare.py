@@ -103,7 +103,11 @@ def verdict_on_pairs(
         better = first if (interval.mean > 0) == first.minimize else second
         return f"{better.name} is better."
     needed = pairs_needed(differences, confidence)
-    more = f" An effect of this size would need about {count_of(needed, 'pair')} ({100 * POWER:g} % power)." if needed else ""
+    more = (
+        f" An effect of this size would need about {count_of(needed, 'pair')} ({100 * POWER:g} % power)."
+        if needed
+        else ""
+    )
     return f"The runs do not show a difference.{more}"
 
 

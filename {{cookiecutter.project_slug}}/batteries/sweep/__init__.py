@@ -1,0 +1,1 @@
+"""Layer 5: sweeps over options of train.py, with Optuna."""
