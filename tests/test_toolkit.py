@@ -20,12 +20,12 @@ def project(render):
 
 
 def is_left_out(name: str) -> bool:
-    """Return whether a file of the template belongs to reports, pre-flight checks or submissions."""
+    """Return whether a file of the template belongs to reports, checks, submissions, sweeps or comparisons."""
     pattern = (
-        r"batteries/(preflight|report|submission)/\w+\.py"
-        r"|tools/(blend|check|report|scores|submit)\.py"
-        r"|tests/test_(blend|check|full_\w+|report\w*|scores|submission\w*|submit)\.py"
-        r"|docs/(checks|reports|submission)\.md"
+        r"batteries/(preflight|report|submission|sweep)/\w+\.py|batteries/evaluation/(comparison|repeated_runs)\.py"
+        r"|tools/(blend|check|compare|report|scores|submit|sweep)\.py|scripts/train_seeds\.sh"
+        r"|tests/test_(blend|check|compare|full_\w+|report\w*|scores|submission\w*|submit|sweep)\.py"
+        r"|tests/trial_of_sweep\.py|docs/(checks|comparison|reports|submission|sweeps)\.md"
     )
     return re.fullmatch(pattern, name) is not None
 
@@ -46,7 +46,7 @@ def test_the_hook_lists_exactly_the_files_to_leave_out(template):
 
 
 def test_a_training_repository_has_no_empty_package(project):
-    for name in ("preflight", "report", "submission"):
+    for name in ("preflight", "report", "submission", "sweep"):
         assert not (project / "batteries" / name).exists()
 
 

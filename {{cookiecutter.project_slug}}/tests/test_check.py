@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from flags import override
-from image_data import patterned_images, write_jpeg
+from image_data import RandomImages, patterned_images, write_jpeg
 from marks import CLASSES_ONLY
-from models import CHANNELS
+from models import CHANNELS, dropout_network
 from processes import run_ranks, run_train
 from small_data import make_data
 from torch import nn
@@ -26,6 +26,7 @@ from batteries.core.errors import RunError, UserError
 from batteries.core.project import ROOT
 from batteries.core.text import format_duration
 from batteries.data.image_decoding import decode_file
+from batteries.data.loaders import TrainLoader
 from batteries.data.splits import SplitFile, to_csv
 from batteries.distributed import connectivity
 from batteries.preflight import machine_checks
@@ -47,6 +48,7 @@ from batteries.preflight.machine_checks import (
 from batteries.preflight.model_checks import (
     check_checkpoint_roundtrip,
     check_overfit_one_batch,
+    check_shards,
     find_differences,
     nearest_directory,
 )
@@ -1247,3 +1249,11 @@ def test_default_model_passes_and_a_constant_model_exits_with_1(monkeypatch, dat
     end = run_check(data_dir, tmp_path, *small)
     assert (end.code, end.err) == (1, "error: 1 of 12 checks failed: one batch.\n"), end.out
     assert list(tmp_path.iterdir()) == [tmp_path / "made"]
+
+
+@pytest.mark.parametrize(("shards", "outcome"), [(2, "pass"), (4, "warning")])
+def test_check_warns_of_small_shards_with_batchnorm(cpu, shards, outcome):
+    loader = TrainLoader(RandomImages(64), range(64), None, cpu, seed=0, batch_size=32, shards=shards)
+    result = check_shards(dropout_network(4), loader)
+    assert (result.outcome, result.details) == (outcome, f"the smallest of {shards} shards has {32 // shards} samples")
+    assert check_shards(nn.Linear(1, 1), loader).outcome == "pass"

@@ -23,7 +23,7 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 # Options of other programs: mlflow, docker, sbatch, pip.
 FOREIGN_OPTIONS = {"backend-store-uri", "shm-size", "nodes", "gpus-per-node", "time", "group", "index-url", "name"}
 FOREIGN_OPTIONS |= {"variables-to-update", "extra"}  # of cruft and uv
-SCRIPT_OPTIONS = {"seeds", "all-folds"}  # of scripts/train_seeds.sh
+SCRIPT_OPTIONS = {"seeds", "all-folds"}  # of a launch script for several seeds
 CODE_DIRECTORIES = ("batteries", "docs", "experiment", "scripts", "tests", "tools")
 
 

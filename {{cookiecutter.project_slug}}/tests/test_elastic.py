@@ -42,7 +42,6 @@ from batteries.data.loaders import EvalLoader, TrainLoader
 from batteries.distributed import tree_sum
 from batteries.distributed.tree_sum import TreeSum, broadcast_in_buckets, tree_sum_over_ranks
 from batteries.distributed.unwrap import unwrap_model
-from batteries.preflight.model_checks import check_shards
 from batteries.run.messages import advise_out_of_memory
 from batteries.run.metadata import describe_environment_changes, versions
 from batteries.training.sharding import ShardedModel
@@ -420,14 +419,6 @@ def test_sharded_run_uses_one_thread_on_a_cpu(config):
         return torch.get_num_threads()
 
     assert run_ranks(1, threads, join=False) == [1]
-
-
-@pytest.mark.parametrize(("shards", "outcome"), [(2, "pass"), (4, "warning")])
-def test_check_warns_of_small_shards_with_batchnorm(shards, outcome):
-    loader = TrainLoader(RandomImages(SIZE), range(SIZE), None, CPU, seed=0, batch_size=BATCH_SIZE, shards=shards)
-    result = check_shards(dropout_network(4), loader)
-    assert (result.outcome, result.details) == (outcome, f"the smallest of {shards} shards has {32 // shards} samples")
-    assert check_shards(nn.Linear(1, 1), loader).outcome == "pass"
 
 
 def test_batchnorm_needs_two_samples_in_each_shard():

@@ -222,7 +222,7 @@ def hold_lock(directory: Path, seconds: float) -> None:
 
 
 @CLASSES_ONLY
-def test_two_trials_run_at_once_on_two_devices_with_their_share_of_threads(launch_scripts, tmp_path, monkeypatch):
+def test_two_trials_run_at_once_on_two_devices_and_divide_the_threads(launch_scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     end = run_sweep(tmp_path / "sweep", "--trials", "4", "--devices", "cpu", "cpu")
     assert end.code == 0, end.err
@@ -234,7 +234,7 @@ def test_two_trials_run_at_once_on_two_devices_with_their_share_of_threads(launc
 
 
 @CLASSES_ONLY
-def test_failed_trial_is_recorded_with_its_cause_and_others_go_on(launch_scripts, tmp_path):
+def test_failed_trial_is_recorded_with_its_cause_and_others_continue(launch_scripts, tmp_path):
     search = ["label_smoothing=0.0|0.5|0.1|0.75|0.25"]
     end = run_sweep(tmp_path / "sweep", "--sampler", "grid", search=search)
     assert end.code == 0, end.err

@@ -1,4 +1,4 @@
-"""Search for good options of train.py with Optuna; each trial is a run of its own.
+"""Search for good options of train.py with Optuna; each trial is a separate run.
 
     uv run --extra sweep python tools/sweep.py --logdir logs/sweep --trials 20 \
         --search "stages.0.lr=log(1e-4,1e-2)" "optimizer=adamw|sgd" "mixup=0..0.4" -- --stages.0.epochs 3
@@ -28,8 +28,8 @@ from batteries.distributed.process_group import require_single_process
 from batteries.report.sweep_page import Axis, ScoredTrial, SweepPage, write_page
 from batteries.sweep.search_space import OF_THE_SWEEP, SearchedOption, format_value, parse_search, with_values
 from batteries.sweep.study import Pruner, Sampler, SweepStudy, import_optuna
-from batteries.sweep.summary import STATES, format_table, header_of, importances, trial_rows, write_files
 from batteries.sweep.trial_process import SECONDS_BETWEEN_LOOKS, Launch, TrialFiles, TrialProcess
+from batteries.sweep.trial_table import STATES, format_table, header_of, importances, trial_rows, write_files
 from train import Config
 
 
@@ -233,7 +233,7 @@ class Sweep:
         self._free.append(process.device)
 
     def _delete_checkpoints(self) -> None:
-        """Delete the checkpoints of trials that are not among the best ones, if --keep-checkpoints says so."""
+        """Delete the checkpoints of trials that are not among the best ones, if --keep-checkpoints is given."""
         if self._options.keep_checkpoints is None:
             return
         kept = {trial.number for trial in self._study.complete_trials()[: self._options.keep_checkpoints]}

@@ -12,7 +12,7 @@ class ExactSum:
     """The exact sum of float64 arrays of one shape, without rounding until it is read.
 
     A sum is kept as several arrays, `parts`, whose exact sum it is. Adding a term gives a rounded sum and its error,
-    which is a float64 too, and becomes a part of its own. Source: Shewchuk 1997, "Adaptive precision floating-point
+    which is a float64 too, and becomes a separate part. Source: Shewchuk 1997, "Adaptive precision floating-point
     arithmetic", Grow-Expansion; math.fsum does the same for numbers.
 
     Args:

@@ -1,6 +1,6 @@
 """The study of a sweep: Optuna's own storage in the sweep's directory, which optuna-dashboard opens.
 
-Each trial is drawn with a generator of its own, seeded by the seed of the sweep and the number of the trial, from the
+Each trial is drawn with a separate generator, seeded by the seed of the sweep and the number of the trial, from the
 trials before it. A trial is added to the storage with its values, in one transaction. So a sweep that was killed draws
 the same trials as one that was not.
 """

@@ -1,4 +1,4 @@
-"""The process of one trial: a launch script that trains in a directory of its own."""
+"""The process of one trial: a launch script that trains in a separate directory."""
 
 import contextlib
 import ctypes

@@ -1,8 +1,9 @@
 """Training steps of a fixed number of shards, with the same bits for any number of ranks (`--shards`).
 
-The batch of a step is cut into S shards. Each of W ranks has S / W consecutive ones, and makes a forward and backward
-pass for each, so that every kernel gets the same shapes for any W. Gradients and batch norm statistics are added in the
-fixed order of `batteries.distributed.tree_sum`. EasyScale (Li et al. 2022, arXiv 2208.14228) has the same idea.
+The batch of a step is divided into S shards. Each of W ranks has S / W consecutive ones, and makes a forward and
+backward pass for each, so that every kernel gets the same shapes for any W. Gradients and batch norm statistics are
+added in the fixed order of `batteries.distributed.tree_sum`. EasyScale (Li et al. 2022, arXiv 2208.14228) has the same
+idea.
 """
 
 from collections.abc import Iterator
