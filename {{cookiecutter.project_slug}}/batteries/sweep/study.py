@@ -6,6 +6,7 @@ the same trials as one that was not.
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +23,13 @@ INSTALL = "uv run --extra sweep python tools/sweep.py …, or pip install optuna
 
 
 def import_optuna() -> Any:
-    """Return the module optuna, which does not log its own lines. Raises UserError if it is not installed."""
+    """Return the module optuna, without its log lines and warnings. Raises UserError if it is not installed."""
     try:
         import optuna
     except ImportError:
         raise UserError(f"tools/sweep.py needs Optuna, which is not installed; install it: {INSTALL}") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # multivariate, constant_liar
     return optuna
 
 
