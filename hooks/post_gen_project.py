@@ -28,7 +28,7 @@ LEFT_OUT = {
     "batteries/submission": """
         __init__.py blending.py mask_blending.py mask_submission.py score_log.py submission_file.py
     """,
-    "batteries/sweep": "__init__.py search_space.py study.py trial_process.py trial_table.py",
+    "batteries/sweep": "__init__.py optional_import.py search_space.py study.py trial_process.py trial_table.py",
     "docs": "checks.md comparison.md reports.md submission.md sweeps.md",
     "tests": """
         test_blend.py test_check.py test_compare.py test_full_commands.py test_full_predictions.py test_full_task.py

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from batteries.core.files import DirectoryLock
 from batteries.sweep import trial_process
 from batteries.sweep.search_space import grid_points, parse_search
 from batteries.sweep.trial_process import TrialFiles
-from tools import sweep
+from tools import scores, sweep
 from train import Config
 
 optuna = pytest.importorskip("optuna", reason="Optuna is an optional dependency: uv run --extra sweep")
@@ -288,6 +289,35 @@ def test_bad_trials_are_pruned_by_the_metrics_of_their_epochs(launch_scripts, tm
         complete = [t for t in study.trials[: trial.number] if t.state.name == "COMPLETE"]
         medians = sorted(max(v for e, v in t.intermediate_values.items() if e <= last) for t in complete)
         assert max(trial.intermediate_values.values()) <= medians[len(medians) // 2]
+
+
+@CLASSES_ONLY
+def test_hyperband_prunes_trials_and_the_sweep_can_be_continued(launch_scripts, tmp_path):
+    flags = ["--pruner", "hyperband", "--sampler", "random"]
+    assert run_sweep(tmp_path / "whole", *flags, "--trials", "14").code == 0
+    assert run_sweep(tmp_path / "parts", *flags, "--trials", "5").code == 0
+    assert run_sweep(tmp_path / "parts", *flags, "--trials", "14").code == 0
+    assert (tmp_path / "parts/trials.csv").read_bytes() == (tmp_path / "whole/trials.csv").read_bytes()
+    assert "pruned" in {row["state"] for row in read_trials(tmp_path / "whole")}
+
+
+@CLASSES_ONLY
+def test_best_trial_is_added_to_the_score_log_on_request(launch_scripts, tmp_path, monkeypatch):
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    words = ["--logdir", str(tmp_path / "sweep"), "--search", "stages.0.lr=1e-4|3e-3", "--sampler", "grid"]
+    sweep.main(sweep.parse(sweep.Options, words, repeats=False), TRAIN_FLAGS)
+    assert not commands
+    sweep.main(sweep.parse(sweep.Options, [*words, "--add-to-scores"], repeats=False), TRAIN_FLAGS)
+    [command] = commands
+    assert command[1:3] == ["-m", "tools.scores"]
+    added = sweep.parse(scores.COMMANDS, command[3:], repeats=False)
+    assert (added.logdir, added.note) == (tmp_path / "sweep/trial_0001", f"best of 2 trials of {tmp_path / 'sweep'}")
 
 
 @CLASSES_ONLY

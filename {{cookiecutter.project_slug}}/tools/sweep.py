@@ -26,8 +26,9 @@ from batteries.core.validators import Count, NotNegative, check_ranges
 from batteries.distributed.device import find_device
 from batteries.distributed.process_group import require_single_process
 from batteries.report.sweep_page import Axis, ScoredTrial, SweepPage, write_page
+from batteries.sweep.optional_import import import_optuna
 from batteries.sweep.search_space import OF_THE_SWEEP, SearchedOption, format_value, parse_search, with_values
-from batteries.sweep.study import Pruner, Sampler, SweepStudy, import_optuna
+from batteries.sweep.study import Pruner, Sampler, SweepStudy
 from batteries.sweep.trial_process import SECONDS_BETWEEN_LOOKS, Launch, TrialFiles, TrialProcess
 from batteries.sweep.trial_table import STATES, format_table, header_of, importances, trial_rows, write_files
 from train import Config

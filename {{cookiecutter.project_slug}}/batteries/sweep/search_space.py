@@ -12,6 +12,7 @@ from typing import Any
 from batteries.core.config_io import flatten, from_json, to_json
 from batteries.core.errors import UserError
 from batteries.core.text import did_you_mean, find_repeated
+from batteries.sweep.optional_import import import_optuna
 
 FORMS = "NAME=low..high, NAME=low..high:step, NAME=log(low,high) or NAME=a|b|c"
 # What the sweep sets itself for each trial.
@@ -44,8 +45,7 @@ class SearchedOption:
 
     def distribution(self) -> Any:
         """Return the distribution of Optuna."""
-        from optuna import distributions
-
+        distributions = import_optuna().distributions
         if self.choices:
             return distributions.CategoricalDistribution(self.choices)
         if self.is_integer:

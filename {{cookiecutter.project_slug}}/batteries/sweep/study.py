@@ -6,7 +6,6 @@ the same trials as one that was not.
 """
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,23 +13,12 @@ from typing import Any, Literal
 import numpy as np
 
 from batteries.core.errors import UserError
+from batteries.sweep.optional_import import import_optuna
 from batteries.sweep.search_space import SearchedOption, grid_points
 
 Sampler = Literal["tpe", "random", "grid"]
 Pruner = Literal["none", "median", "hyperband"]
 STUDY_NAME = "sweep"
-INSTALL = "uv run --extra sweep python tools/sweep.py …, or pip install optuna"
-
-
-def import_optuna() -> Any:
-    """Return the module optuna, without its log lines and warnings. Raises UserError if it is not installed."""
-    try:
-        import optuna
-    except ImportError:
-        raise UserError(f"tools/sweep.py needs Optuna, which is not installed; install it: {INSTALL}") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # multivariate, constant_liar
-    return optuna
 
 
 class SweepStudy:

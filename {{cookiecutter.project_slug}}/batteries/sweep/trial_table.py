@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batteries.core.files import write_text
+from batteries.sweep.optional_import import import_optuna
 from batteries.sweep.search_space import format_value
 from batteries.sweep.study import SweepStudy
 
@@ -68,10 +69,9 @@ def write_files(directory: Path, study: SweepStudy, names: Sequence[str], metric
 
 def importances(study: SweepStudy, names: Sequence[str]) -> dict[str, float] | None:
     """Return the importance of each option (fANOVA, Hutter et al. 2014); None if there are too few trials for it."""
-    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
-
     scores = [trial.value for trial in study.complete_trials()]
     if len(names) < 2 or len(scores) < 4 or min(scores) == max(scores):
         return None
-    found = get_param_importances(study.study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(names))
-    return dict(found)
+    importance = import_optuna().importance
+    evaluator = importance.FanovaImportanceEvaluator(seed=0)
+    return dict(importance.get_param_importances(study.study, evaluator=evaluator, params=list(names)))
