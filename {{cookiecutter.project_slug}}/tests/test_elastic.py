@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from documents import WITHOUT_REPORT, code_blocks, commands, copy_repository, read_page, run_commands
 from image_data import RandomImages
 from interrupted_runs import digest, finish, kill_after
 from loops import CONFIG, CPU, LOGGER
@@ -31,7 +32,7 @@ from shard_loops import (
     train_in_shards,
     train_plainly,
 )
-from small_data import make_data
+from small_data import NEEDS_PATCH, make_data
 from torch import nn
 
 import train
@@ -312,6 +313,16 @@ def test_state_is_identical_for_any_processes_accumulation_and_workers(config):
         digests.add(json.dumps(digest(config.logdir), sort_keys=True))
         shutil.rmtree(config.logdir)
     assert len(digests) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NEEDS_PATCH, reason="the test data can be read in this process only")
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts need bash")
+def test_commands_of_the_page_show_equal_bits(tmp_path):
+    copy = copy_repository(tmp_path / "copy")
+    run_commands(commands("docs/elastic.md"), copy, f"{WITHOUT_REPORT} --batch-size 32")
+    [comparison] = code_blocks(read_page("docs/elastic.md"), "sh")
+    assert run_commands(comparison, copy).stdout == "equal\nTrue\n"
 
 
 @pytest.mark.parametrize("runs", [1, pytest.param(4, marks=pytest.mark.slow)])
