@@ -52,6 +52,7 @@ def server(render, tmp_path_factory) -> Iterator[str]:
     for tracker in CHOICES["tracker"]:
         project = tomllib.loads((render(tracker=tracker) / "pyproject.toml").read_text(encoding="utf-8"))
         wanted |= {*project["project"]["dependencies"], *project["dependency-groups"]["dev"]}
+        wanted |= {*project["project"].get("optional-dependencies", {}).get("sweep", [])}
     for name in {re.split(r"[<>=; ]", dependency)[0].lower() for dependency in wanted}:
         put_package(root / "pypi", name, "9999.0")
         for build in CHOICES["torch"]:

@@ -86,7 +86,7 @@ class Skipping(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         values = self.first(images)
-        if images.double().sum() * 1000 % 3 < 1:
+        if torch.rand(()) < 0.4:
             values = self.sometimes(values).relu()
         self.last_mean = values.detach().mean()  # a new tensor
         return self.last(values + self.last_mean)

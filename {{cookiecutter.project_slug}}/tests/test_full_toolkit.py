@@ -11,8 +11,8 @@ from batteries.core.project import project_settings
 from tools.check import CHECKS
 
 
-def test_reports_checks_and_submissions_are_the_only_packages_of_the_top_layer():
-    assert packages() - LAYERS.keys() == {"submission", "report", "preflight"}
+def test_packages_of_the_top_layer_are_reports_checks_submissions_and_sweeps():
+    assert packages() - LAYERS.keys() == {"submission", "report", "preflight", "sweep"}
 
 
 def test_a_run_builds_the_html_report():

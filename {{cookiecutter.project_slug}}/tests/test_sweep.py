@@ -225,6 +225,7 @@ def hold_lock(directory: Path, seconds: float) -> None:
 @CLASSES_ONLY
 def test_two_trials_run_at_once_on_two_devices_and_divide_the_threads(launch_scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(sys.modules[__name__], "TRAIN_FLAGS", [*TRAIN_FLAGS[2:], "--stages.0.epochs", "60"])
     end = run_sweep(tmp_path / "sweep", "--trials", "4", "--devices", "cpu", "cpu")
     assert end.code == 0, end.err
     starts = [(tmp_path / f"sweep/trial_000{number}/starts.txt").read_text().split() for number in range(4)]
@@ -440,23 +441,58 @@ def test_missing_optuna_is_reported_with_the_command_that_installs_it(launch_scr
     assert "needs Optuna, which is not installed; install it: uv run --extra sweep" in str(error.value)
 
 
-@pytest.mark.slow
-@CLASSES_ONLY
-@pytest.mark.skipif(NEEDS_PATCH, reason="the small data can only be read in this process")
-def test_trials_of_real_training_run_on_two_ranks_and_resume(tmp_path):
-    data = ["--data-dir", str(make_data(tmp_path / "data")), "--split-file", str(tmp_path / "split.csv")]
-    flags = [*data, "--stages.0.epochs", "1", "--stages.1.epochs", "1", "--limit-batches", "2", "--device", "cpu"]
+NEEDS_PROCESSES = pytest.mark.skipif(NEEDS_PATCH, reason="the small data can only be read in this process")
+
+
+def sweep_over_training(tmp_path: Path, name: str, *flags: str, **others: str) -> End:
+    """Run a sweep whose trials really train, for one short epoch in each stage."""
+    data = tmp_path / "data"
+    if not data.exists():
+        make_data(data)
+    train_flags = {
+        "--data-dir": str(data),
+        "--split-file": str(tmp_path / "split.csv"),
+        "--stages.0.epochs": "1",
+        "--stages.1.epochs": "1",
+        "--limit-batches": "2",
+        "--device": "cpu",
+        "--num-workers": "0",
+        "--tracker": "none",
+    } | {f"--{option.replace('_', '-')}": value for option, value in others.items()}
 
     def main(options: sweep.Options) -> None:
-        sweep.main(options, [*flags, "--tracker", "none", "--num-workers", "0"])
+        sweep.main(options, [word for pair in train_flags.items() for word in pair])
 
-    words = ["--logdir", str(tmp_path / "sweep"), "--search", "stages.0.lr=1e-5|1e-2", "--sampler", "grid"]
-    end = run_train(main, sweep.Options, *words, "--launch", "ddp", name="tools/sweep.py", repeats=False)
+    words = ["--logdir", str(tmp_path / name), *flags]
+    return run_train(main, sweep.Options, *words, name="tools/sweep.py", repeats=False)
+
+
+@pytest.mark.slow
+@CLASSES_ONLY
+@NEEDS_PROCESSES
+def test_trials_of_real_training_run_on_two_ranks_and_are_not_repeated(tmp_path):
+    flags = ["--search", "stages.0.lr=1e-5|1e-2", "--sampler", "grid", "--launch", "ddp"]
+    end = sweep_over_training(tmp_path, "sweep", *flags)
     assert end.code == 0, end.err + end.out
     records = [json.loads((tmp_path / f"sweep/trial_000{number}/run.json").read_text()) for number in (0, 1)]
     assert [(record["world_size"], record["exit"]) for record in records] == [(2, "finished")] * 2
     scores = [float(row["accuracy"]) for row in read_trials(tmp_path / "sweep")]
     assert scores == [record["best"]["score"] for record in records]
-    again = run_train(main, sweep.Options, *words, "--launch", "ddp", name="tools/sweep.py", repeats=False)
+    again = sweep_over_training(tmp_path, "sweep", *flags)
     assert again.code == 0
     assert "trial 0 " not in again.out  # nothing was started
+
+
+@pytest.mark.slow
+@CLASSES_ONLY
+@NEEDS_PROCESSES
+def test_sweep_of_real_training_finds_a_better_learning_rate_than_a_bad_default(tmp_path):
+    short = {"limit_batches": "16", "batch_size": "16"}
+    grid = ["--search", "stages.0.lr=1e-6|1e-3", "--sampler", "grid"]
+    assert sweep_over_training(tmp_path, "grid", *grid, **short).code == 0
+    bad, good = (float(row["accuracy"]) for row in read_trials(tmp_path / "grid"))
+    end = sweep_over_training(tmp_path, "sweep", "--search", "stages.0.lr=log(1e-6,1e-2)", "--trials", "4", **short)
+    assert end.code == 0, end.err + end.out
+    best = max(float(row["accuracy"]) for row in read_trials(tmp_path / "sweep"))
+    assert bad < best
+    assert good - best < 0.5 * (good - bad)  # most of what the best of the grid gains
