@@ -23,7 +23,7 @@ LEFT_OUT = {
     "batteries/preflight": "__init__.py data_checks.py machine_checks.py model_checks.py results.py target_checks.py",
     "batteries/report": """
         __init__.py calibration.py class_sections.py history.py html.py label_sections.py mask_sections.py
-        number_sections.py plots.py prediction_plots.py sample_list.py sections.py sweep_page.py
+        number_sections.py plots.py prediction_plots.py sample_list.py sections.py sweep_report.py
     """,
     "batteries/submission": """
         __init__.py blending.py mask_blending.py mask_submission.py score_log.py submission_file.py

@@ -78,7 +78,7 @@ class Config:
     stages: tuple[Stage, ...] = (Stage("stage0", epochs=6, lr=3e-3), Stage("stage1", epochs=3, lr=3e-4))
     batch_size: Count = 32  # samples per optimizer step, over all ranks and micro-batches
     accumulation_steps: Count = 1  # micro-batches per optimizer step; more of them need less memory
-    shards: Count | None = None  # shards per step, such as 8: same bits for 1 to 8 processes; batch norm is per shard
+    shards: Count | None = None  # shards per step; 8: same bits for 1, 2, 4, 8 processes; batch norm is per shard
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: Nesterov momentum 0.9; needs a larger lr, such as 0.1
     weight_decay: NotNegative = 0.05  # weight decay of matrices and kernels; biases and norms have none
     clip_norm: Positive | None = None  # maximum global gradient norm; 1.0 is common for transformers

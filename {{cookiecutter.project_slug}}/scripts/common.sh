@@ -38,6 +38,18 @@ else
     exit 2
 fi
 
+# set_logdir DIRECTORY: sets $logdir, with ~ expanded as train.py does; exits with an error if it is set already.
+logdir=
+set_logdir() {
+    if [[ -n $logdir ]]; then
+        echo "error: --logdir is given twice; give it once." >&2
+        exit 2
+    fi
+    logdir=$1
+    # shellcheck disable=SC2088  # the tilde is compared here, not expanded; the shell leaves it in --logdir=~/x
+    case $logdir in "~/"*) logdir=$HOME/${logdir#"~/"} ;; esac
+}
+
 # run COMMAND…: prints the command and replaces the shell with it, so that signals and exit codes pass unchanged.
 run() {
     printf '+'

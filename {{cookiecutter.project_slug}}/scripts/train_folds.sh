@@ -9,18 +9,9 @@
 # fold resumes exactly. All flags are passed to train.py, except --fold and --resume, which this script sets.
 source "$(dirname "$0")/common.sh"
 
-logdir=
 flags=()
 train=1
 launch=${LAUNCH:-scripts/train_device.sh}
-
-set_logdir() {
-    if [[ -n $logdir ]]; then
-        echo "error: --logdir is given twice; give it once." >&2
-        exit 2
-    fi
-    logdir=$1
-}
 
 while [[ $# -gt 0 ]]; do
     case "$1" in
@@ -36,8 +27,6 @@ while [[ $# -gt 0 ]]; do
     shift
 done
 logdir=${logdir:-logs/folds}
-# shellcheck disable=SC2088  # the tilde is compared here, not expanded
-case $logdir in "~/"*) logdir=$HOME/${logdir#"~/"} ;; esac  # as train.py does; the shell leaves it in --logdir=~/x
 
 if [[ -z $train ]]; then  # train.py only prints
     exec "$launch" "${flags[@]}"

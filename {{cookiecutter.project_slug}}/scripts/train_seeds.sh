@@ -11,7 +11,6 @@
 # and --resume, which this script sets.
 source "$(dirname "$0")/common.sh"
 
-logdir=logs/seeds
 seeds=5
 all_folds=
 flags=()
@@ -20,8 +19,8 @@ launch=${LAUNCH:-scripts/train_device.sh}
 
 while [[ $# -gt 0 ]]; do
     case "$1" in
-        --logdir) logdir=${2:?"error: --logdir needs a directory"}; shift ;;
-        --logdir=*) logdir=${1#*=} ;;
+        --logdir) set_logdir "${2:?"error: --logdir needs a directory"}"; shift ;;
+        --logdir=*) set_logdir "${1#*=}" ;;
         --seeds) seeds=${2:?"error: --seeds needs a number"}; shift ;;
         --seeds=*) seeds=${1#*=} ;;
         --all-folds) all_folds=1 ;;
@@ -38,8 +37,7 @@ if [[ ! $seeds =~ ^[1-9][0-9]*$ ]]; then
     echo "error: --seeds $seeds must be an integer, 1 or more." >&2
     exit 2
 fi
-# shellcheck disable=SC2088  # the tilde is compared here, not expanded
-case $logdir in "~/"*) logdir=$HOME/${logdir#"~/"} ;; esac  # as train.py does; the shell leaves it in --logdir=~/x
+logdir=${logdir:-logs/seeds}
 
 if [[ -z $train ]]; then  # train.py only prints
     exec "$launch" "${flags[@]}"

@@ -7,14 +7,41 @@ import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+from marks import MIXING
 from processes import SECONDS, join_ranks
 
 import train
 from batteries.core import command_line
 from batteries.distributed.connectivity import find_free_port
 from train import Config
+
+
+def small_run(directory: Path, data_dir: Path, **options: Any) -> Config:
+    """Return the options of a small run on a CPU, whose every step depends on each state that a run has.
+
+    Args:
+        directory: Where the run directory and the split file are made.
+        data_dir: The output of `make_data`.
+        options: More options.
+    """
+    return Config(
+        **MIXING,
+        data_dir=data_dir,
+        split_file=directory / "splits.csv",
+        device="cpu",
+        tracker=("none",),
+        num_workers=0,
+        limit_batches=4,  # the smallest test data have no more
+        save_n_best=1,
+        ema_decay=0.9,
+        clip_norm=1.0,
+        resume=True,
+        logdir=directory / "run",
+        **options,
+    )
 
 
 def start(config: Config, world_size: int = 1, command: bool = False) -> list:

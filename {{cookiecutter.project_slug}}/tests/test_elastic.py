@@ -16,9 +16,9 @@ import pytest
 import torch
 from documents import WITHOUT_REPORT, code_blocks, commands, copy_repository, read_page, run_commands
 from image_data import RandomImages
-from interrupted_runs import digest, finish, kill_after
+from interrupted_runs import digest, finish, kill_after, small_run
 from loops import CONFIG, CPU, LOGGER
-from marks import CLASSES_ONLY, MIXING
+from marks import CLASSES_ONLY
 from models import CHANNELS, dropout_network
 from processes import End, run_ranks, run_train
 from shard_loops import (
@@ -270,23 +270,8 @@ def data_dir(tmp_path_factory):
 def config(monkeypatch, data_dir, tmp_path) -> Config:
     monkeypatch.setattr(train, "build_model", dropout_network)
     first = next(name for name, child in dropout_network(2).named_children() if list(child.parameters()))
-    return Config(
-        stages=(Stage("stage0", 2, 1e-2), Stage("stage1", 2, 1e-3, "plateau", freeze=(first,))),
-        shards=8,
-        **MIXING,
-        data_dir=data_dir,
-        split_file=tmp_path / "splits.csv",
-        device="cpu",
-        tracker=("none",),
-        num_workers=0,
-        limit_batches=4,  # the smallest test data have no more
-        save_n_best=1,
-        ema_decay=0.9,
-        clip_norm=1.0,
-        checkpoint_every_steps=3,
-        resume=True,
-        logdir=tmp_path / "run",
-    )
+    stages = (Stage("stage0", 2, 1e-2), Stage("stage1", 2, 1e-3, "plateau", freeze=(first,)))
+    return small_run(tmp_path, data_dir, stages=stages, shards=8, checkpoint_every_steps=3)
 
 
 def files_of(config: Config, world_size: int) -> dict[str, str]:
@@ -390,7 +375,7 @@ def test_number_of_processes_that_does_not_divide_the_shards_is_rejected_with_th
             check_wrapping(CPU, data_parallel=False, compiled=False, shards=8)
         return str(error.value)
 
-    expected = "--shards 8 cannot be divided by 3 processes; use 1 or 2 or 4 or 8 processes (NPROC)."
+    expected = "--shards 8 cannot be divided by 3 processes; use a number of these (NPROC): 1, 2, 4, 8."
     assert run_ranks(3, check) == [expected] * 3
 
 

@@ -80,6 +80,7 @@ def test_every_fold_of_every_seed_is_trained(tmp_path):
     [
         ("--seeds 0", "error: --seeds 0 must be an integer, 1 or more.\n"),
         ("--seeds five", "error: --seeds five must be an integer, 1 or more.\n"),
+        ("--logdir a --logdir=b", "error: --logdir is given twice; give it once.\n"),
         ("--seed 3", "error: --seed is set by scripts/train_seeds.sh; leave it out, and give --seeds.\n"),
     ],
 )

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interrupted_runs import digest, finish, kill_after, start
-from marks import CLASSES_ONLY, MIXING
+from interrupted_runs import digest, finish, kill_after, small_run, start
+from marks import CLASSES_ONLY
 from models import dropout_network, tiny_network
 from processes import SECONDS, End, run_train, wait_until
 from small_data import change_one_sample, make_data
@@ -43,24 +43,8 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def config(monkeypatch, data_dir, tmp_path) -> Config:
     monkeypatch.setattr(train, "build_model", dropout_network)
-    return Config(
-        stages=STAGES,
-        accumulation_steps=2,
-        **MIXING,
-        data_dir=data_dir,
-        split_file=tmp_path / "splits.csv",
-        device="cpu",
-        tracker=("none",),
-        num_workers=0,
-        limit_batches=4,  # the smallest test data have no more
-        save_n_best=1,
-        ema_decay=0.9,
-        clip_norm=1.0,
-        patience=5,
-        checkpoint_every_steps=2,
-        resume=True,
-        logdir=tmp_path / "run",
-    )
+    options = {"stages": STAGES, "accumulation_steps": 2, "patience": 5, "checkpoint_every_steps": 2}
+    return small_run(tmp_path, data_dir, **options)
 
 
 def uninterrupted_run(config: Config, world_size: int = 1) -> tuple[dict[str, str], float]:

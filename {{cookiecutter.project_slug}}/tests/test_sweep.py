@@ -179,7 +179,7 @@ def sweep_with_signals(*arguments: object) -> None:
 def test_no_trial_outlives_its_sweep(launch_scripts, tmp_path, monkeypatch, number):
     monkeypatch.setattr(sys.modules[__name__], "TRAIN_FLAGS", [*TRAIN_FLAGS[2:], "--stages.0.epochs", "2000"])
     if number == signal.SIGTERM:
-        monkeypatch.setattr(trial_process, "_die_with_parent", lambda: None)  # the sweep ends its trials itself
+        monkeypatch.setattr(trial_process, "terminate_with_parent", lambda: None)  # the sweep ends its trials itself
     lines = tmp_path / "sweep/trial_0000/metrics.jsonl"
     process = get_context("fork").Process(target=sweep_with_signals, args=(tmp_path / "sweep",))
     process.start()

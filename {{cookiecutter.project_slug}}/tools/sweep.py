@@ -3,8 +3,8 @@
     uv run --extra sweep python tools/sweep.py --logdir logs/sweep --trials 20 \
         --search "stages.0.lr=log(1e-4,1e-2)" "optimizer=adamw|sgd" "mixup=0..0.4" -- --stages.0.epochs 3
 
-What follows `--` goes to train.py. After an interruption, start the sweep again with the same options: trials that were
-running are resumed, and the next ones are those of an uninterrupted sweep.
+The options after `--` are passed to train.py. After an interruption, start the sweep again with the same options:
+trials that were running are resumed, and the next ones are those of an uninterrupted sweep.
 """
 
 import os
@@ -25,11 +25,11 @@ from batteries.core.text import count_of
 from batteries.core.validators import Count, NotNegative, check_ranges
 from batteries.distributed.device import find_device
 from batteries.distributed.process_group import require_single_process
-from batteries.report.sweep_page import Axis, ScoredTrial, SweepPage, write_page
+from batteries.report.sweep_report import Axis, ScoredTrial, SweepReport, write_sweep_report
 from batteries.sweep.optional_import import import_optuna
 from batteries.sweep.search_space import OF_THE_SWEEP, SearchedOption, format_value, parse_search, with_values
 from batteries.sweep.study import Pruner, Sampler, SweepStudy
-from batteries.sweep.trial_process import SECONDS_BETWEEN_LOOKS, Launch, TrialFiles, TrialProcess
+from batteries.sweep.trial_process import SECONDS_BETWEEN_POLLS, Launch, TrialFiles, TrialProcess
 from batteries.sweep.trial_table import STATES, format_table, header_of, importances, trial_rows, write_files
 from train import Config
 
@@ -105,7 +105,7 @@ def check_train_flags(train_flags: Sequence[str], searched: Sequence[SearchedOpt
 
 
 def recipe_of(base: Config, searched: Sequence[SearchedOption]) -> str:
-    """Return the options of all trials as text, without those that are varied or do not affect the results."""
+    """Return as text the options that all trials have in common, except those that do not affect the results."""
     values = with_values(base, {option.name: None for option in searched})
     return " ".join(f"{name}={value}" for name, value in values.items() if name not in (*OF_THE_SWEEP, "device"))
 
@@ -122,14 +122,14 @@ class Sweep:
         self._options = options
         self._base = base
         self._study = study
-        self._failures: list[str] = []  # the causes of the last trials, as far as all of them failed
+        self._failures: list[str] = []  # the causes of the failures since the last trial that did not fail
         self._free: list[str | None] = list(options.devices) or [None]
         self._threads = None
         if len(self._free) > 1:
             self._threads = max(1, (os.cpu_count() or 1) // len(self._free))
 
     def run(self) -> None:
-        """Continue the trials that did not end, and start new ones until there are enough.
+        """Continue the trials that were interrupted, and start new ones until there are `--trials`.
 
         Raises:
             RunError: If too many trials in a row failed.
@@ -140,12 +140,12 @@ class Sweep:
                 self._start(number)
             if not self.running:
                 return
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SECONDS_BETWEEN_POLLS)
             for process in list(self.running):
-                self._look_at(process)
+                self._poll(process)
 
     def stop(self) -> None:
-        """Ask all running trials to save and end; they are resumed when the sweep is started again."""
+        """Save and end all running trials; they are resumed when the sweep is started again."""
         for process in self.running:
             process.stop()
 
@@ -183,7 +183,7 @@ class Sweep:
         process.reported = reported
         self.running.append(process)
 
-    def _look_at(self, process: TrialProcess) -> None:
+    def _poll(self, process: TrialProcess) -> None:
         """Report new epochs of a trial; end it if it is pruned, and record the score if it ended."""
         code = process.exit_code()  # before its metrics are read, which are then complete
         reported = self._report(process.number, process.files, process.reported)
@@ -256,10 +256,10 @@ def summarize(options: Options, base: Config, study: SweepStudy, searched: Seque
     complete = study.complete_trials()
     best = trial_values(base, complete[0].params) if complete else {}
     write_files(options.logdir, study, names, base.main_metric, best)
-    page = options.logdir / "report.html"
-    write_page(page, page_of(study, searched, base.main_metric))
+    report = options.logdir / "report.html"
+    write_sweep_report(report, report_of(study, searched, base.main_metric))
     print(format_table(header_of(base.main_metric, names), trial_rows(study, names)))
-    print(f"report   {page}")
+    print(f"report   {report}")
     if not complete:
         raise RunError(f"none of {count_of(len(study.trials), 'trial')} ended with a score; see the causes above.")
     directory = TrialFiles.of(options.logdir, complete[0].number).directory
@@ -272,16 +272,16 @@ def summarize(options: Options, base: Config, study: SweepStudy, searched: Seque
             raise RunError("the best trial was not added to the score log; see the message above.")
 
 
-def page_of(study: SweepStudy, searched: Sequence[SearchedOption], metric: str) -> SweepPage:
-    """Return what the report page shows."""
+def report_of(study: SweepStudy, searched: Sequence[SearchedOption], metric: str) -> SweepReport:
+    """Return the contents of the report."""
     names = [option.name for option in searched]
     complete = study.complete_trials()
     states = [trial.state.name for trial in study.trials]
     counts = ", ".join(f"{states.count(state)} {name}" for state, name in STATES.items() if state in states)
     best = ", ".join(f"{name} {format_value(value)}" for name, value in complete[0].params.items()) if complete else ""
-    return SweepPage(
+    return SweepReport(
         subtitle=f"{count_of(len(states), 'trial')}: {counts}",
-        header=[*header_of(metric, names)[:-1], "cause"],
+        header=header_of(metric, names),
         rows=trial_rows(study, names),
         trials=[
             ScoredTrial(trial.number, trial.value, [option.position(trial.params[option.name]) for option in searched])

@@ -1,14 +1,23 @@
 """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP stop a run at the end of a step, after a checkpoint."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 from typing import Any
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+PR_SET_PDEATHSIG = 1  # see man 2 prctl
 MIN_SECONDS_APART = 1.0  # torchrun forwards a Ctrl-C to processes that have already received it from the terminal
+
+
+def terminate_with_parent() -> None:
+    """On Linux, have this process receive SIGTERM, which saves the run, if the process that started it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Preempted(Exception):

@@ -1,9 +1,7 @@
 """Joining and leaving the process group."""
 
-import ctypes
 import gc
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,9 +12,8 @@ import torch.distributed as dist
 
 from batteries.core.errors import RunError, UserError
 from batteries.core.ranks import is_launched, world_size
+from batteries.core.signals import terminate_with_parent
 from batteries.distributed.collectives import control_group, sum_over_ranks
-
-PR_SET_PDEATHSIG = 1  # see man 2 prctl
 
 
 @contextmanager
@@ -64,8 +61,7 @@ def _exit_with_launcher() -> None:
     Raises:
         RunError: If it died before, while this process imported torch.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    terminate_with_parent()
     if os.environ.get("BATTERIES_LAUNCHER", str(os.getppid())) != str(os.getppid()):
         raise RunError("the launcher process died, so this rank exits.")
 

@@ -59,7 +59,7 @@ def tree_sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
     This is the traffic of a ring all-reduce.
 
     Args:
-        tensors: The tensors, of equal shapes on all ranks, whose number is a power of two; modified in place.
+        tensors: The tensors, of equal shapes on all ranks; modified in place. The number of ranks is a power of two.
     """
     if world_size() > 1:
         for bucket in _buckets(tensors):

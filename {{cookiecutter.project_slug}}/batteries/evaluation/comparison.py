@@ -1,4 +1,4 @@
-"""Is one recipe better than another one? Intervals over pairs of runs, and over the samples that both predicted.
+"""Comparison of two recipes: intervals over pairs of runs, and over the samples that both predicted.
 
 Statistics come from scipy. Differences are the second recipe minus the first one.
 """
@@ -67,7 +67,7 @@ def confidence_interval(
 
 
 def pairs_needed(differences: np.ndarray, confidence: float = 0.95, power: float = POWER) -> int | None:
-    """Return how many pairs would show a difference of the size that was observed, with probability `power`.
+    """Return how many pairs would be needed to show a difference of the observed size with probability `power`.
 
     The power of the paired t test is that of the noncentral t distribution, with the observed mean and deviation.
 

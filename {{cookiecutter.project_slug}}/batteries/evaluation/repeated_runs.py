@@ -14,7 +14,7 @@ from batteries.evaluation.cross_validation import COMPLETE
 
 
 class RepeatKey(NamedTuple):
-    """By what runs of two recipes are paired."""
+    """The seed and the fold of a run, by which runs of two recipes are paired."""
 
     seed: int
     fold: int
@@ -28,7 +28,7 @@ class Recipe:
     """The finished runs of one recipe.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         metric: The main metric.
         minimize: Whether a lower value is better.
         scores: The best score of each run.

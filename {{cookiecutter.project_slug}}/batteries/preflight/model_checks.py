@@ -23,9 +23,8 @@ from batteries.training.state import TrainState
 # Fractions of the first loss: at or below the one the batch counts as learned, at or below the other as half learned.
 LEARNED = 0.1
 HALF_LEARNED = 0.5
-MIN_SAMPLES_OF_SHARD = (
-    16  # with fewer, batch norm gets noisy statistics (Wu and He 2018, "Group normalization", fig. 1)
-)
+# With fewer, batch norm gets noisy statistics (Wu and He 2018, "Group normalization", fig. 1).
+MIN_SAMPLES_OF_SHARD = 16
 MAX_LISTED = 5  # parameters listed in a result
 
 

@@ -15,7 +15,7 @@ from batteries.core.text import did_you_mean, find_repeated
 from batteries.sweep.optional_import import import_optuna
 
 FORMS = "NAME=low..high, NAME=low..high:step, NAME=log(low,high) or NAME=a|b|c"
-# What the sweep sets itself for each trial.
+# Options that the sweep sets for each trial.
 OF_THE_SWEEP = ("logdir", "resume", "report")
 
 
@@ -27,7 +27,7 @@ class SearchedOption:
         name: Its name, such as stages.0.lr.
         text: How it was given.
         choices: The values, if they are listed.
-        low: Otherwise the lower bound.
+        low: The lower bound, if there are no choices.
         high: The upper bound, included.
         step: The distance of two values, or None.
         is_log: Whether the logarithm is drawn uniformly.
@@ -163,7 +163,7 @@ def _plain_value(text: str) -> Any:
 
 
 def _check_range(option: SearchedOption, base: Any) -> SearchedOption:
-    """Check the bounds, and find out if the option is an integer: then it does not accept a fraction."""
+    """Check the bounds. An option is an integer if it does not accept a fraction."""
     if option.low >= option.high:
         raise UserError(
             f"--search {option.text} is empty: the lower bound {option.low:g} must be less than {option.high:g}."

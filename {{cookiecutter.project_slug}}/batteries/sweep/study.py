@@ -44,8 +44,8 @@ class SweepStudy:
 
         Args:
             directory: The directory of the sweep.
-            options: What is varied.
-            recipe: What is not, as text: it must be the same when a sweep is continued.
+            options: The options that are varied.
+            recipe: The options that all trials have in common, as text; the same when a sweep is continued.
             minimize: Whether a lower score is better.
             sampler: How values are drawn.
             pruner: Which trials are ended early.

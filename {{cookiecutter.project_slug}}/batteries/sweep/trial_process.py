@@ -1,7 +1,6 @@
 """The process of one trial: a launch script that trains in a separate directory."""
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -17,12 +16,12 @@ from batteries.core.errors import UserError
 from batteries.core.files import DirectoryLock, read_json, write_text
 from batteries.core.jsonl import read_jsonl
 from batteries.core.project import ROOT
+from batteries.core.signals import terminate_with_parent
 from batteries.evaluation.cross_validation import COMPLETE
 
 Launch = Literal["device", "dp", "ddp"]
-PR_SET_PDEATHSIG = 1  # see man 2 prctl
-SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_FOR_LOCK = 120  # in which a process that lost its sweep saves and ends
+SECONDS_BETWEEN_POLLS = 0.2
+SECONDS_FOR_LOCK = 120  # after a sweep was killed, its processes save and end in this time
 
 
 class Outcome(NamedTuple):
@@ -43,7 +42,7 @@ class TrialFiles(NamedTuple):
     Attributes:
         directory: The run directory.
         config: The options, which train.py gets with --config.
-        output: What the process prints.
+        output: The output of the process.
     """
 
     directory: Path
@@ -139,7 +138,7 @@ class TrialProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=terminate_with_parent,
                 start_new_session=True,  # Ctrl-C in the terminal reaches the sweep only, which then ends its trials
             )
 
@@ -148,15 +147,10 @@ class TrialProcess:
         return self._process.poll()
 
     def stop(self) -> None:
-        """Ask the process to save and end, and wait for it."""
+        """Send SIGTERM, which saves the run, and wait for the process to end."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         self._process.wait()
-
-
-def _die_with_parent() -> None:
-    """Have the process receive SIGTERM, which saves the run, if the sweep dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_for_lock(directory: Path) -> None:
@@ -171,7 +165,7 @@ def _wait_for_lock(directory: Path) -> None:
         except UserError:
             if time.monotonic() > end:
                 raise
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SECONDS_BETWEEN_POLLS)
         else:
             lock.release()
             return

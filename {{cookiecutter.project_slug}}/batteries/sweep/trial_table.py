@@ -41,7 +41,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def header_of(metric: str, names: Sequence[str]) -> list[str]:
     """Return the names of the columns of `trial_rows`."""
-    return ["trial", "state", metric, *names, ""]
+    return ["trial", "state", metric, *names, "cause"]
 
 
 def write_files(directory: Path, study: SweepStudy, names: Sequence[str], metric: str, best: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ def write_files(directory: Path, study: SweepStudy, names: Sequence[str], metric
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", metric, *names, "cause"])
+    writer.writerow(header_of(metric, names))
     for trial in study.trials:
         values = [trial.params[name] for name in names]
         writer.writerow(

@@ -130,7 +130,7 @@ class MetricSums(NamedTuple):
     """The sums of the metrics of one rank.
 
     Attributes:
-        samples: Their number.
+        samples: The number of samples.
         parts: The output of `ExactSum.parts` for each metric.
     """
 
@@ -141,8 +141,8 @@ class MetricSums(NamedTuple):
 def _merge(ranks: Sequence[MetricSums]) -> tuple[int, dict[str, ExactSum]]:
     """Return the count and the sums over several ranks. A rank without a batch has no sums."""
     names = sorted(set().union(*(rank.parts for rank in ranks)))
-    # Interned, because pickle writes equal strings once only if they are one object: else the bytes of a checkpoint
-    # would depend on whether names were received from another process.
+    # Interned, because pickle writes equal strings only once if they are one object: otherwise the bytes of a
+    # checkpoint would depend on whether names were received from another process.
     sums = {sys.intern(name): ExactSum(part for rank in ranks for part in rank.parts.get(name, ())) for name in names}
     return sum(rank.samples for rank in ranks), sums
 

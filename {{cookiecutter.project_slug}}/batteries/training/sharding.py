@@ -28,11 +28,9 @@ def check_shards(shards: int, *, data_parallel: bool, compiled: bool, determinis
         below = 1 << (shards.bit_length() - 1)
         raise UserError(f"--shards {shards} must be a power of two; use {below} or {2 * below}.")
     if shards % ranks:
-        sizes = [str(1 << power) for power in range(shards.bit_length())]
-        raise UserError(
-            f"--shards {shards} cannot be divided by {count_of(ranks, 'process')}; use {' or '.join(sizes)} processes "
-            "(NPROC)."
-        )
+        sizes = ", ".join(str(1 << power) for power in range(shards.bit_length()))
+        divided = f"--shards {shards} cannot be divided by {count_of(ranks, 'process')}"
+        raise UserError(f"{divided}; use a number of these (NPROC): {sizes}.")
     if data_parallel:
         raise UserError("--shards and --data-parallel exclude each other; use scripts/train_ddp.sh with --shards.")
     if compiled:
@@ -105,7 +103,7 @@ class ShardedModel(ModelWrapper):
         if world_size() > 1 and gradients:
             counts = torch.tensor(has_gradient, dtype=gradients[0].dtype).to(gradients[0].device, non_blocking=True)
             tree_sum_over_ranks([*gradients, counts])
-            if not all(has_gradient):  # other ranks may have one; to read it waits for the device
+            if not all(has_gradient):  # other ranks may have one; reading it waits for the device
                 has_gradient = counts.bool().tolist()
         for parameter, gradient, is_known in zip(self._trainable, gradients, has_gradient, strict=True):
             parameter.grad = gradient if is_known else None

@@ -1,4 +1,4 @@
-"""The report page of a sweep: a table of the trials and plots."""
+"""The report of a sweep: a table of the trials, and plots."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class Axis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SweepPage:
-    """What the page shows.
+class SweepReport:
+    """The contents of the report.
 
     Attributes:
         subtitle: The line below the heading.
@@ -49,7 +49,7 @@ class SweepPage:
         axes: The options that are varied.
         metric: The main metric.
         importance: The importance of each option, or None.
-        best: What the best trial is.
+        best: The number of the best trial and its values.
     """
 
     subtitle: str
@@ -62,19 +62,22 @@ class SweepPage:
     best: str
 
 
-def write_page(path: Path, page: SweepPage) -> None:
-    """Write the page to `path`, and its plots next to it."""
+def write_sweep_report(path: Path, contents: SweepReport) -> None:
+    """Write the report to `path`, and its plots next to it."""
     lead = []
     plots: list[Any] = []
-    if page.trials:
-        lead = [make_tiles([Tile(f"best {page.metric}", f"{page.trials[0].score:.4f}", page.best)])]
-        plots = [draw_history(page.trials, page.metric), draw_parallel_coordinates(page.trials, page.axes, page.metric)]
-    if page.importance is not None:
-        plots.append(draw_importance(page.importance, page.metric))
-    rows = Section("Trials", [make_table(page.header, page.rows, text_columns=2)])
+    if contents.trials:
+        lead = [make_tiles([Tile(f"best {contents.metric}", f"{contents.trials[0].score:.4f}", contents.best)])]
+        plots = [
+            draw_history(contents.trials, contents.metric),
+            draw_parallel_coordinates(contents.trials, contents.axes, contents.metric),
+        ]
+    if contents.importance is not None:
+        plots.append(draw_importance(contents.importance, contents.metric))
+    rows = Section("Trials", [make_table(contents.header, contents.rows, text_columns=2)])
     sections = [Section("Plots", plots), rows] if plots else [rows]
     footer = "Written by tools/sweep.py. optuna-dashboard opens study.db in the same directory."
-    report = make_report(f"Sweep {path.parent.name}", page.subtitle, lead, sections, footer)
+    report = make_report(f"Sweep {path.parent.name}", contents.subtitle, lead, sections, footer)
     write_report(path, report, plots_of(sections))
 
 
