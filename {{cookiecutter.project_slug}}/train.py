@@ -114,7 +114,7 @@ class Config:
     checkpoint_every_steps: Count | None = None  # optimizer steps between checkpoints within an epoch
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto prefers a GPU
     data_parallel: bool = False  # DataParallel over all visible GPUs in one process; DDP is faster
-    sync_batchnorm: bool = True  # SyncBatchNorm under DDP; otherwise statistics are per rank
+    sync_batchnorm: bool = True  # SyncBatchNorm under DDP, without --shards; otherwise statistics are per rank
     find_unused_parameters: bool = False  # under DDP, for models that do not use all parameters in each step; slower
     precision: Precision = "fp32"  # bf16, fp16: about half the time and memory on recent GPUs; fp16 scales the loss
     tf32: bool = True  # TF32 matrix products in fp32 on NVIDIA GPUs: faster, with 10 bits of mantissa

@@ -1,5 +1,6 @@
 """With --shards, any number of processes gives the same bits, compared with each other and with a plain loop."""
 
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -34,11 +35,13 @@ from shard_loops import (
 )
 from small_data import NEEDS_PATCH, make_data
 from torch import nn
+from torch.testing import assert_close
 
 import train
 from batteries.core.config_io import to_json
 from batteries.core.errors import RunError, UserError
 from batteries.core.exact_sum import ExactSum
+from batteries.core.ranks import rank
 from batteries.data.loaders import EvalLoader, TrainLoader
 from batteries.distributed import tree_sum
 from batteries.distributed.tree_sum import TreeSum, broadcast_in_buckets, tree_sum_over_ranks
@@ -173,8 +176,8 @@ def test_tree_sum_over_ranks_equals_a_recursive_sum(world_size, bucket_bytes, mo
         return [tensor.numpy().copy() for tensor in tensors]
 
     expected = [add_in_tree(terms) for terms in zip(*map(values_of, range(world_size)), strict=True)]
-    for rank in run_ranks(world_size, add):
-        for actual, value in zip(rank, expected, strict=True):
+    for results in run_ranks(world_size, add):
+        for actual, value in zip(results, expected, strict=True):
             np.testing.assert_array_equal(actual, value)
 
 
@@ -213,12 +216,32 @@ def test_exact_sum_of_no_terms_and_of_infinite_ones(terms, total):
     np.testing.assert_array_equal(ExactSum(terms).parts(), [total])
 
 
+class Drifting(nn.Module):
+    """Changes a buffer, adds another one and draws random numbers, in evaluation mode too."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = dropout_network(num_classes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.register_buffer("last_batch", images[:, 0].detach().float())
+        return self.network(images) + self.calls + torch.rand(()) * len(self._buffers)
+
+
 @CLASSES_ONLY
+@pytest.mark.parametrize("network", [dropout_network, Drifting])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_validation_metrics_are_equal_to_the_last_bit_for_any_number_of_processes(world_size):
+def test_validation_metrics_are_equal_to_the_last_bit_for_any_number_of_processes(world_size, network):
     def validate() -> dict[str, float]:
         loader = EvalLoader(RandomImages(SIZE, CHANNELS), range(SIZE), None, CPU, batch_size=6)
-        return valid_fn(build_network(), loader, LOGGER, CONFIG)
+        model = build_network(network)
+        before = copy.deepcopy(model.state_dict())
+        torch.manual_seed(rank())  # the state of the generators before has no effect
+        metrics = valid_fn(model, loader, LOGGER, CONFIG)
+        assert_close(model.state_dict(), before, rtol=0, atol=0)
+        return metrics
 
     expected = validate()
     assert all(actual == expected for actual in run_ranks(world_size, validate))
@@ -348,8 +371,8 @@ def run_with(config: Config, **changes: Any) -> End:
         ({"deterministic": False}, "--shards needs deterministic kernels; remove --no-deterministic."),
         (
             {"shards": 32},
-            "--shards 32 results in shards of one sample, and batch norm needs two or more; use fewer shards, a larger "
-            "--batch-size, or --drop-last.",
+            "--shards 32 results in shards of one sample, and batch norm needs two or more; use fewer shards or a "
+            "larger --batch-size.",
         ),
     ],
     ids=str,
@@ -426,18 +449,40 @@ def test_batchnorm_needs_two_samples_in_each_shard():
         check_batchnorm(dropout_network(4), loader, synchronised=True)
 
 
-def test_buffer_that_is_added_in_a_step_is_named():
-    class Adding(nn.Linear):
-        def forward(self, values: torch.Tensor) -> torch.Tensor:
-            self.register_buffer("extra", torch.zeros(int(values.sum())))
-            return super().forward(values)
+ADDED_BUFFER = (
+    "the forward pass adds the buffer 1.extra or changes its shape, and --shards needs buffers of fixed shapes; create "
+    "it in __init__, or train without --shards."
+)
+CHANGED_PARAMETER = (
+    "the forward pass changes the parameter 1.weight (as nn.Embedding with max_norm does), and with --shards only the "
+    "optimizer may; remove that, or train without --shards."
+)
 
-    model = ShardedModel(Adding(1, 1))
 
-    def train_shard(size: int) -> None:
-        with model.shard(ends_step=False):
-            model(torch.ones(size, 1)).sum().backward()
+class Adding(nn.Linear):
+    """Has a buffer whose shape depends on the number of samples."""
 
-    train_shard(1)
-    with pytest.raises(RunError, match="the buffer extra was added or changed its shape in a step"):
-        train_shard(2)
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.register_buffer("extra", torch.zeros(len(values)))
+        return super().forward(values)
+
+
+class Rescaling(nn.Linear):
+    """Changes its weight in the forward pass."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return super().forward(values)
+
+
+@pytest.mark.parametrize(("layer", "message"), [(Adding, ADDED_BUFFER), (Rescaling, CHANGED_PARAMETER)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_model_that_the_shards_of_other_ranks_would_not_see_is_rejected(world_size, layer, message):
+    def train_shard() -> str:
+        model = ShardedModel(nn.Sequential(nn.ReLU(), layer(1, 1)))
+        with pytest.raises(RunError) as error, model.shard(ends_step=True):
+            model(torch.ones(4, 1)).sum().backward()
+        return str(error.value)
+
+    assert run_ranks(world_size, train_shard) == [message] * world_size

@@ -27,7 +27,10 @@ def run_preview(data_dir, tmp_path, *flags: str) -> End:
     return run_train(preview.main, preview.Config, *flags, name="tools/preview.py", repeats=False)
 
 
-@pytest.mark.parametrize("mixing", [[], ["--mixup", "0.4", "--cutmix", "1"]])
+MIXING = ["--mixup", "0.4", "--cutmix", "1"]
+
+
+@pytest.mark.parametrize("mixing", [[], MIXING, [*MIXING, "--shards", "8"]])
 def test_the_image_is_drawn_and_the_range_of_values_printed(data_dir, tmp_path, mixing):
     sheet = tmp_path / "logs/sheet.png"
     end = run_preview(data_dir, tmp_path, "--sheet", str(sheet), "--samples", "3", "--epochs", "2", *mixing)

@@ -400,6 +400,8 @@ def test_image_of_wrong_shape_is_named_and_the_tracker_continues(caplog, monkeyp
     trackers.image("float", lambda: torch.zeros(3, 8, 8, requires_grad=True), 1)
     trackers.log({"loss": 1.0}, 1)
     trackers.finish()
+    if tracker == "wandb":
+        wait_for_wandb(tmp_path / "run", "loss", 1)  # wandb closes its file after finish() has returned
     warnings = [record.getMessage() for record in caplog.records if record.name == "batteries"]
     assert warnings == [
         f"image sheet is not logged: it is {found}; give a uint8 tensor (3, H, W)." for found in INVALID_IMAGES

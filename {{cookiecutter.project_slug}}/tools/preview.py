@@ -42,7 +42,8 @@ class Config:
     split_file: Path = Path("splits/default.csv")  # train, valid and test samples; not written by this command
     fold: int = 0  # the fold used for validation; the samples come from the others
     seed: Seed = 0  # as in training
-    batch_size: Count = 32  # as in training; a sample is mixed with another one of its step
+    batch_size: Count = 32  # as in training; without --shards, a sample is mixed with one of its step
+    shards: Count | None = None  # as in training; a sample is mixed with another one of its shard
     mixup: NotNegative = 0.0  # alpha of mixup, as in training
     cutmix: NotNegative = 0.0  # alpha of CutMix, as in training
 
@@ -94,7 +95,8 @@ def make_loader(dataset: Dataset, split: Split, config: Config, *, mixup: float,
         torch.device("cpu"),
         seed=config.seed,
         batch_size=config.batch_size,
-        drop_last=False,
+        shards=config.shards,
+        drop_last=config.shards is not None,  # a short last step could have fewer samples than shards
         mixer=batch_transform(len(dataset.classes), mixup, cutmix),
     )
 

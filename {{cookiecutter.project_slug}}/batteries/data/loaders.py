@@ -274,7 +274,7 @@ class EvalLoader:
     """Load every sample exactly once, in order, over all ranks: rank r gets batches r, r + world size, and so on.
 
     Ranks get whole batches, so each batch has the same samples, and the model returns the same bits, for any world
-    size. Iteration yields (images, targets).
+    size. Iteration yields (images, targets), and seeds the random numbers that the model draws for each batch.
 
     Args:
         dataset: The data set.
@@ -312,6 +312,7 @@ class EvalLoader:
         samples = SeededDataset(dataset, transform)
         # Each sample has a random stream here too, so that evaluation with a random transform is reproducible.
         seeds = samples.make_seeds(len(indices))
+        self.model_seeds = stream_seeds(len(starts), Stream.MODEL)[rank() :: world_size()].tolist()
         requests = []
         for start in starts[rank() :: world_size()]:
             positions = slice(start, start + batch_size)
@@ -319,5 +320,8 @@ class EvalLoader:
         self.batches = make_loader(samples, requests, device, num_workers, start_method)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for loaded in self.batches:
-            yield receive(loaded, self.device)
+        for seed, loaded in zip(self.model_seeds, self.batches, strict=True):
+            batch = receive(loaded, self.device)
+            reseed(seed)
+            reseed_devices(seed)
+            yield batch

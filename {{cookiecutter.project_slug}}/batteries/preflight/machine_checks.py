@@ -243,7 +243,8 @@ def check_processes(
     if shards is not None:
         if shards % processes:
             details = f"{name} formed a process group, but --shards {shards} cannot be divided by {processes} processes"
-            return CheckResult("warning", details, "set NPROC for scripts/train_ddp.sh to a power of two")
+            sizes = ", ".join(str(1 << power) for power in range(shards.bit_length()))
+            return CheckResult("warning", details, f"set NPROC for scripts/train_ddp.sh to one of these: {sizes}")
     elif batch_size % (processes * accumulation_steps):
         details = (
             f"{name} formed a process group, but --batch-size {batch_size} is not a multiple of {processes} processes "

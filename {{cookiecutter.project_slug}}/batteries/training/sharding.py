@@ -54,12 +54,13 @@ class ShardedModel(ModelWrapper):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
+        self._named_modules = list(module.named_modules())
+        self._named_parameters = list(module.named_parameters())
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._has_gradient: list[bool] = []  # for each of them, in any shard of this rank so far
         self._gradients = TreeSum()
         self._statistics = TreeSum()
         self._first_buffers: list[torch.Tensor] = []  # other buffers, after the first shard
-        self._layout: list[tuple[str, torch.Size, torch.dtype]] = []
         broadcast_in_buckets([*module.parameters(), *module.buffers()])
         self._buffers_of_step = BufferSnapshot(module)
 
@@ -74,7 +75,11 @@ class ShardedModel(ModelWrapper):
             self._buffers_of_step.save()
         else:
             self._buffers_of_step.restore()
+        layout = self._describe_buffers()
+        versions = self._parameter_versions()
         yield
+        self._check_buffers(layout)
+        self._check_parameters(versions)
         self._add_gradients()
         self._add_buffers()
         if ends_step:
@@ -126,22 +131,47 @@ class ShardedModel(ModelWrapper):
             torch._foreach_copy_(others, self._first_buffers)  # type: ignore[attr-defined]
 
     def _find_buffers(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the running statistics, and the other buffers.
-
-        Raises:
-            RunError: If a shard has other buffers than the one before.
-        """
-        norms = [module for module in self.module.modules() if isinstance(module, _NormBase)]
+        """Return the running statistics, and the other buffers."""
+        norms = [module for _, module in self._named_modules if isinstance(module, _NormBase)]
         statistics = [
             buffer for module in norms for buffer in module.buffers(recurse=False) if buffer.is_floating_point()
         ]
         known = {id(buffer) for buffer in statistics}
         others = [buffer for buffer in self.module.buffers() if id(buffer) not in known]
-        layout = [(name, buffer.shape, buffer.dtype) for name, buffer in self.module.named_buffers()]
-        if not self._statistics.is_empty and layout != self._layout:
-            name = next(name for name, *_ in set(layout) ^ set(self._layout))
-            raise RunError(
-                f"the buffer {name} was added or changed its shape in a step, which --shards does not support."
-            )
-        self._layout = layout
         return statistics, others
+
+    def _describe_buffers(self) -> dict[tuple[str, str], tuple[torch.Size, torch.dtype] | None]:
+        """Return the shape and type of each buffer by (module, name); None for one without a value."""
+        return {
+            (module_name, name): None if buffer is None else (buffer.shape, buffer.dtype)
+            for module_name, module in self._named_modules
+            for name, buffer in module._buffers.items()
+        }
+
+    def _check_buffers(self, before: dict[tuple[str, str], tuple[torch.Size, torch.dtype] | None]) -> None:
+        """Raise RunError if a shard added or removed a buffer, or changed its shape or type.
+
+        Each rank finds that in its own shards, so it is an error for any number of ranks.
+        """
+        after = self._describe_buffers()
+        changed = [place for place in before | after if before.get(place) != after.get(place)]
+        if changed:
+            name = ".".join(filter(None, changed[0]))
+            raise RunError(
+                f"the forward pass adds the buffer {name} or changes its shape, and --shards needs buffers of fixed "
+                "shapes; create it in __init__, or train without --shards."
+            )
+
+    def _parameter_versions(self) -> list[int]:
+        """Return how often each parameter was changed in place."""
+        return [parameter._version for _, parameter in self._named_parameters]
+
+    def _check_parameters(self, before: list[int]) -> None:
+        """Raise RunError if a shard changed a parameter, which the shards of other ranks would not see."""
+        named = zip(self._named_parameters, before, strict=True)
+        changed = [name for (name, parameter), version in named if parameter._version != version]
+        if changed:
+            raise RunError(
+                f"the forward pass changes the parameter {changed[0]} (as nn.Embedding with max_norm does), and with "
+                "--shards only the optimizer may; remove that, or train without --shards."
+            )

@@ -21,6 +21,7 @@ from batteries.core.text import list_first
 from batteries.data.loaders import Batch, TrainLoader
 from batteries.distributed.collectives import broadcast_from_rank_zero
 from batteries.distributed.sync_batchnorm import convert_sync_batchnorm
+from batteries.training.nonfinite import BufferSnapshot
 from batteries.training.sharding import ShardedModel, check_shards
 
 # Buffers are broadcast once per epoch (see `eval_mode`), not before each forward pass.
@@ -108,16 +109,18 @@ def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool
         synchronised: Count the samples over all ranks, otherwise per rank.
     """
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if has_batchnorm and loader.shards is not None and loader.smallest_micro_batch < 2:
+    if not has_batchnorm:
+        return
+    drop_last = "" if loader.drop_last else ", or --drop-last"
+    if loader.shards is not None and loader.smallest_micro_batch < 2:
         raise UserError(
             f"--shards {loader.shards} results in shards of one sample, and batch norm needs two or more; use fewer "
-            "shards, a larger --batch-size, or --drop-last."
+            f"shards or a larger --batch-size{drop_last}."
         )
-    samples = loader.smallest_micro_batch * (world_size() if synchronised else 1)
-    if has_batchnorm and samples < 2:
+    if loader.smallest_micro_batch * (world_size() if synchronised else 1) < 2:
         raise UserError(
             "--batch-size results in micro-batches of one sample, and batch norm needs two or more; use a larger "
-            "--batch-size, fewer --accumulation-steps, or --drop-last."
+            f"--batch-size or fewer --accumulation-steps{drop_last}."
         )
 
 
@@ -170,6 +173,9 @@ def _check_gradients_are_exchanged(model: DistributedDataParallel) -> None:
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Set a model to evaluation mode without gradients, and restore its mode at the end. Every rank must call it.
 
+    Buffers that a forward pass changes in evaluation mode (observers of quantization do) are restored before the next
+    one and at the end. So the output does not depend on the batches before, which differ between ranks.
+
     Args:
         model: The output of `wrap_model`, or a plain model.
 
@@ -183,10 +189,14 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     if dist.is_initialized():
         _broadcast_buffers(network)  # also those of an EMA model
     model.eval()
+    buffers = BufferSnapshot(network)
+    hook = network.register_forward_pre_hook(lambda *_: buffers.restore())
     try:
         with torch.no_grad():  # in inference_mode, tensors that a module keeps could not be used in training
             yield network
     finally:
+        hook.remove()
+        buffers.restore()
         model.train(was_training)
 
 
