@@ -7,6 +7,7 @@ import builtins
 import importlib
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 
@@ -25,6 +26,8 @@ MODULES_OF_RUNS = (
     "scipy.stats",
 )
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job of a shell script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 hide_gpus()
 torch.set_num_threads(1)
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

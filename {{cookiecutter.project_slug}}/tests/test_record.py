@@ -469,7 +469,11 @@ def test_signal_ends_the_run_as_preempted(config, monkeypatch, number):
         return optimizer_step(*arguments)
 
     monkeypatch.setattr(train, "optimizer_step", stop)
-    end = run_command(config)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
+    try:
+        end = run_command(config)
+    finally:
+        signal.signal(number, before)
     assert end.code == 128 + number
     assert read_record(config)["exit"] == f"preempted by {number.name}"
     assert Path(config.logdir / "first/epoch_1_step_1.pth").exists()

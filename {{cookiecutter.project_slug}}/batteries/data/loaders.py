@@ -320,8 +320,9 @@ class EvalLoader:
         self.batches = make_loader(samples, requests, device, num_workers, start_method)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for seed, loaded in zip(self.model_seeds, self.batches, strict=True):
-            batch = receive(loaded, self.device)
-            reseed(seed)
-            reseed_devices(seed)
-            yield batch
+        with preserved_random_state():
+            for seed, loaded in zip(self.model_seeds, self.batches, strict=True):
+                batch = receive(loaded, self.device)
+                reseed(seed)
+                reseed_devices(seed)
+                yield batch
