@@ -167,7 +167,7 @@ def test_the_exif_orientation_is_applied_once(tmp_path, orientation):
     assert (packed[0][0].float() - expected.float()).abs().mean() < 30  # noise at quality 90; turned, it is 85
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_a_raw_pack_loads_the_same_bits_in_workers(source, tmp_path, num_workers, start_method):
     packed = make_pack(source, tmp_path / "pack", raw=True)

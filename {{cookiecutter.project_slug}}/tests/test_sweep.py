@@ -62,6 +62,7 @@ def read_trials(directory: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @CLASSES_ONLY
 def test_sweep_finds_a_better_learning_rate_than_the_best_of_a_coarse_grid(launch_scripts, tmp_path):
     end = run_sweep(tmp_path / "sweep", "--trials", "25", search=SEARCH[:1])
@@ -292,6 +293,7 @@ def test_bad_trials_are_pruned_by_the_metrics_of_their_epochs(launch_scripts, tm
         assert max(trial.intermediate_values.values()) <= medians[len(medians) // 2]
 
 
+@pytest.mark.slow
 @CLASSES_ONLY
 def test_hyperband_prunes_trials_and_the_sweep_can_be_continued(launch_scripts, tmp_path):
     flags = ["--pruner", "hyperband", "--sampler", "random"]
