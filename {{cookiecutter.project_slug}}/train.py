@@ -34,6 +34,7 @@ from batteries.data.sampling import Sampling
 from batteries.data.splits import Split, SplitFile, check_files
 from batteries.data.summary import log_new_split
 from batteries.distributed.collectives import local_rank_zero_first
+from batteries.models.options import model_arguments
 from batteries.run.directory import check_stages, is_resumed
 from batteries.run.run import Run
 from batteries.tracking.base import TrackerName
@@ -79,6 +80,8 @@ class Config:
     batch_size: Count = 32  # samples per optimizer step, over all ranks and micro-batches
     accumulation_steps: Count = 1  # micro-batches per optimizer step; more of them need less memory
     shards: Count | None = None  # shards per step; 8: same bits for 1, 2, 4, 8 processes; batch norm is per shard
+    model: str | None = None  # network, such as resnet34; by default that of experiment/model.py
+    model_args: tuple[str, ...] = ()  # its arguments, such as dropout=0.1
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: Nesterov momentum 0.9; needs a larger lr, such as 0.1
     weight_decay: NotNegative = 0.05  # weight decay of matrices and kernels; biases and norms have none
     clip_norm: Positive | None = None  # maximum global gradient norm; 1.0 is common for transformers
@@ -109,7 +112,7 @@ class Config:
     logdir: Path = Path("logs/baseline")  # directory of the run; one that already holds a run needs --resume
     resume: bool = False  # continue the run in the logdir exactly; starts it if there is none
     init_from: Path | None = None  # checkpoint whose weights initialise a new run
-    pretrained: str | None = None  # torchvision weights (ResNet18_Weights.DEFAULT) or a file; loads what fits
+    pretrained: str | None = None  # torchvision weights (ResNet18_Weights.DEFAULT), a file or URL#sha256=…
     checkpoint_every_minutes: NotNegative | None = 10  # minutes between checkpoints within an epoch
     checkpoint_every_steps: Count | None = None  # optimizer steps between checkpoints within an epoch
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto prefers a GPU
@@ -163,7 +166,7 @@ def main(config: Config) -> float:
         train_loader, _ = make_loaders(config.stages[0], dataset, split, device, config)
         if config.show_schedule:
             return print_schedule(config.stages, len(train_loader))
-        model_args = {"num_classes": len(dataset.classes)}
+        model_args = model_arguments(build_model, len(dataset.classes), config.model, config.model_args)
         with random_stream(config.seed, Stream.WEIGHTS):
             model = build_model(**model_args)
         synchronised = config.sync_batchnorm and config.shards is None  # otherwise statistics are those of a shard

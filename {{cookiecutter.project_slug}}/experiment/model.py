@@ -1,19 +1,31 @@
-"""The model."""
+"""The model: a classification network of torchvision."""
+
+from typing import Any
 
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import ResNet
+
+from batteries.models.torchvision_models import make_classifier, set_input_channels
 
 
-def build_model(num_classes: int) -> nn.Module:
-    """Build a network from normalised images (N, 1, H, W) to logits (N, num_classes)."""
-    return fit_small_images(resnet18(num_classes=num_classes), channels=1)
+def build_model(num_classes: int, name: str = "resnet18", **options: Any) -> nn.Module:
+    """Build a network from normalised images (N, 1, H, W) to logits (N, num_classes).
+
+    Args:
+        num_classes: The number of outputs.
+        name: The name of the network (`--model`).
+        options: Arguments of the network (`--model-args`).
+    """
+    return fit_small_images(make_classifier(name, num_classes, **options), channels=1)
 
 
 def fit_small_images(model: nn.Module, channels: int) -> nn.Module:
-    """Replace the stem of a torchvision ResNet, which reduces the resolution by four, with one that keeps it.
+    """Set the input channels, and replace the stem of a ResNet, which reduces the resolution by four.
 
-    As He et al. 2016 (section 4.2) for CIFAR: a 3x3 convolution and no max pooling.
+    The new one keeps the resolution, as He et al. 2016 (section 4.2) for CIFAR: a 3x3 convolution and no max pooling.
     """
+    if not isinstance(model, ResNet):
+        return set_input_channels(model, channels)
     model.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
+    model.set_submodule("maxpool", nn.Identity())
     return model

@@ -12,6 +12,7 @@ LAYERS = {
     "distributed": 1,
     "tracking": 1,
     "metrics": 1,
+    "models": 1,
     "data": 2,
     "checkpoint": 2,
     "training": 3,
@@ -146,7 +147,7 @@ def test_batteries_imports_nothing_of_the_experiment():
 def test_experiment_imports_only_core_data_and_metrics():
     for found in in_directory("experiment"):
         assert found.module.split(".")[0] not in ("tools", "train"), found.place
-        assert package_of(found.module) in ("", "core", "data", "metrics"), found.place
+        assert package_of(found.module) in ("", "core", "data", "metrics", "models"), found.place
 
 
 def test_tools_import_no_tool_and_only_options_and_builders_of_train():

@@ -1152,7 +1152,7 @@ def test_invalid_pretrained_weights_are_rejected_on_all_ranks(tmp_path):
     assert "cannot be read as weights" in message(str(tmp_path / "damaged.pth"))
     messages = run_ranks(2, lambda: message("ResNet18_Weights.NOTHING"))
     assert messages == [messages[0]] * 2
-    assert "is neither a file nor a name in torchvision" in messages[0]
+    assert "is neither a file, a URL nor a name in torchvision" in messages[0]
 
 
 def test_named_pretrained_weights_are_downloaded_by_torchvision(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from batteries.data.loaders import TrainLoader
 from batteries.distributed.process_group import require_single_process
 from batteries.evaluation.inference import check_training_data, find_stage, load_split, run_config
 from batteries.evaluation.run_selection import find_checkpoint
+from batteries.models.options import model_arguments
 from batteries.training.setup import setup_training
 from batteries.training.state import SilentLogger
 from experiment.augmentations import normalize
@@ -147,7 +148,8 @@ def build_averager(
     stage = find_stage(config.stages, directory.name)
     full_epochs = replace(config, num_workers=num_workers, limit_batches=None, mixup=0.0, cutmix=0.0)
     train_loader, valid_loader = make_loaders(stage, dataset, split, device, full_epochs)
-    model = build_model(num_classes=len(dataset.classes)).to(device)
+    arguments = model_arguments(build_model, len(dataset.classes), config.model, config.model_args)
+    model = build_model(**arguments).to(device)
     logger = SilentLogger(device)
 
     def average(files: Sequence[Path]) -> Averaged:

@@ -34,6 +34,7 @@ from batteries.data.splits import Split, SplitFile
 from batteries.data.workers import choose_num_workers
 from batteries.distributed.process_group import require_single_process
 from batteries.distributed.unwrap import unwrap_model
+from batteries.models.options import model_arguments
 from batteries.preflight import data_checks, machine_checks, model_checks, target_checks
 from batteries.preflight.machine_checks import LoadingTimes, Speed, measure_intervals
 from batteries.preflight.results import CheckResult, raise_if_failed, run_checks
@@ -143,7 +144,8 @@ class CheckContext:
         options = self.options
         key = (options.seed, stream, Stream.WEIGHTS) if stream else (options.seed, Stream.WEIGHTS)
         with random_stream(*key):
-            model = build_model(num_classes=len(self.dataset.classes))
+            classes = len(self.dataset.classes)
+            model = build_model(**model_arguments(build_model, classes, options.model, options.model_args))
         model = prepare_model(model, self.device, channels_last=options.channels_last)
         if options.init_from is not None:
             checkpoint_io.load_weights(options.init_from, model)

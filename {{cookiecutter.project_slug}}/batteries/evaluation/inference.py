@@ -258,7 +258,7 @@ def load_model(
     )
     checkpoint = run_on_rank_zero(lambda: read_checkpoint(path))
     check_training_data(folder, checkpoint, dataset, split, config.data_dir)
-    model = experiment.build_model(num_classes=len(dataset.classes))
+    model = experiment.build_model(**{**checkpoint.get("model_args", {}), "num_classes": len(dataset.classes)})
     apply_checkpoint({"model_state_dict": scored_weights(checkpoint)}, str(path), model)
     run_on_rank_zero(lambda: print(f"weights  {path}, epoch {checkpoint.get('epoch')}"))
     return LoadedModel(

@@ -1,8 +1,11 @@
-"""Pretrained weights from torchvision or from a file."""
+"""Pretrained weights from torchvision, from a URL or from a file."""
 
+import hashlib
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -33,12 +36,12 @@ def load_pretrained(model: nn.Module, source: str) -> PretrainedReport:
 
     Args:
         model: The model, not wrapped.
-        source: A name in torchvision (`ResNet18_Weights.IMAGENET1K_V1`, which rank 0 downloads once to torch's cache),
-            or a file with weights or a checkpoint.
+        source: A file with weights or a checkpoint, its URL with its checksum (`https://…/weights.pth#sha256=…`), or
+            a name in torchvision (`ResNet18_Weights.IMAGENET1K_V1`). Rank 0 downloads once, to torch's cache.
 
     Raises:
-        UserError: On all ranks, if the source is neither, or if less than half of the tensors fit, which means another
-            architecture.
+        UserError: On all ranks, if the source is none of these or cannot be downloaded, or if less than half of the
+            tensors fit, which means another architecture.
     """
     expected = model.state_dict()
     weights = run_on_rank_zero(lambda: _read_weights(source))
@@ -74,12 +77,16 @@ def _remove_wrappers(name: str) -> str:
 
 
 def _read_weights(source: str) -> Mapping[str, torch.Tensor]:
-    return _read_file(source) if Path(source).is_file() else _download(source)
+    if Path(source).is_file():
+        return _read_file(source, Path(source))
+    if "://" in source:
+        return _read_file(source, _download_file(source))
+    return _download_weights(source)
 
 
-def _read_file(source: str) -> Mapping[str, torch.Tensor]:
+def _read_file(source: str, path: Path) -> Mapping[str, torch.Tensor]:
     try:
-        contents = torch.load(source, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"--pretrained {source} cannot be read as weights ({type(error).__name__}).") from error
     weights = contents if isinstance(contents, dict) else {}
@@ -92,14 +99,38 @@ def _read_file(source: str) -> Mapping[str, torch.Tensor]:
     return weights
 
 
-def _download(source: str) -> Mapping[str, torch.Tensor]:
+def _download_file(source: str) -> Path:
+    """Return the file of a URL in torch's cache; download it if the cache does not have it."""
+    url, _, digest = source.partition("#sha256=")
+    digest = digest.lower()
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise UserError(
+            f"--pretrained {source} needs the checksum of the file, 64 digits as sha256sum prints it: {url}#sha256=…"
+        )
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest[:16]}-{PurePosixPath(urlsplit(url).path).name}"
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+    except RuntimeError:  # the message has two checksums of 64 digits
+        raise UserError(f"--pretrained {url} has another sha256 than {digest}; nothing was loaded.") from None
+    except (OSError, ValueError) as error:  # a URL without a host is a ValueError
+        raise UserError(
+            f"--pretrained {url} cannot be downloaded ({error}); on a machine without network, give a file."
+        ) from None
+    return path
+
+
+def _download_weights(source: str) -> Mapping[str, torch.Tensor]:
     from torchvision.models import get_weight
 
     try:
         weights = get_weight(source)
     except (ValueError, AttributeError, KeyError):
         raise UserError(
-            f"--pretrained {source} is neither a file nor a name in torchvision, such as ResNet18_Weights.DEFAULT."
+            f"--pretrained {source} is neither a file, a URL nor a name in torchvision, such as "
+            "ResNet18_Weights.DEFAULT."
         ) from None
     try:
         return weights.get_state_dict(progress=False, check_hash=True)

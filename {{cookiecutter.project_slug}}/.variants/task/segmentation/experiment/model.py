@@ -1,15 +1,15 @@
 """The model: a small U-Net, or a segmentation network of torchvision."""
 
+from typing import Any
+
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional
 
-from batteries.core.errors import UserError
-from batteries.core.text import did_you_mean
+from batteries.models.options import build_network
+from batteries.models.torchvision_models import make_segmenter
 from experiment.augmentations import MEAN
 
-NETWORK = "unet"  # or the name of a segmentation network of torchvision, such as "deeplabv3_resnet50", for 3 channels
 CHANNELS = len(MEAN)  # of an image
 WIDTH = 32  # channels of the first level; each further level has twice as many
 LEVELS = 3  # resolutions; height and width must be at least 2^(LEVELS - 1) pixels
@@ -47,31 +47,17 @@ class UNet(nn.Module):
         return self.classify(result)
 
 
-def build_model(num_classes: int) -> nn.Module:
-    """Build a network from normalised images (N, CHANNELS, H, W) to logits (N, num_classes, H, W)."""
-    if NETWORK == "unet":
-        return UNet(CHANNELS, num_classes)
-    names = torchvision.models.list_models(torchvision.models.segmentation)
-    if NETWORK not in names:
-        hint = did_you_mean(NETWORK, names) or "."
-        raise UserError(f"NETWORK {NETWORK} in experiment/model.py is not unet or one of {', '.join(names)}{hint}")
-    return OutputOf(torchvision.models.get_model(NETWORK, weights=None, weights_backbone=None, num_classes=num_classes))
-
-
-class OutputOf(nn.Module):
-    """A segmentation network of torchvision, which returns a dict, as one that returns its logits.
+def build_model(num_classes: int, name: str = "unet", **options: Any) -> nn.Module:
+    """Build a network from normalised images (N, CHANNELS, H, W) to logits (N, num_classes, H, W).
 
     Args:
-        network: The network.
+        num_classes: The number of classes.
+        name: The name of the network (`--model`): unet, or a segmentation network of torchvision for three channels.
+        options: Arguments of the network (`--model-args`), such as `width` and `levels` of unet.
     """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits (N, num_classes, H, W)."""
-        return self.network(images)["out"]
+    if name == "unet":
+        return build_network(name, UNet, CHANNELS, num_classes, **options)
+    return make_segmenter(name, num_classes, others=["unet"], **options)
 
 
 def _two_convolutions(channels: int, width: int) -> nn.Sequential:

@@ -1,0 +1,1 @@
+"""Layer 1: networks of libraries, for experiment/model.py."""
