@@ -110,8 +110,8 @@ def test_masks_of_one_value_per_pixel_are_read(tmp_path, mode):
     ("values", "mode", "message"),
     [
         (np.zeros((2, 2, 3), np.uint8), "RGB", "has the colour mode RGB; a mask has one value per pixel"),
-        (np.array([[0, 7]], np.uint8), "L", "has the values 7, which have no class; see CLASS_OF_VALUE."),
-        (np.array([[0, 300]], np.uint16), "I;16", "has the values 300, which have no class"),
+        (np.array([[0, 7]], np.uint8), "L", "has values without a class: 7; see CLASS_OF_VALUE."),
+        (np.array([[0, 300]], np.uint16), "I;16", "has values without a class: 300"),
     ],
 )
 def test_masks_with_colours_or_unknown_values_are_rejected(tmp_path, values, mode, message):

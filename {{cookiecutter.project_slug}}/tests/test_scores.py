@@ -144,7 +144,7 @@ def predict_blend(logdir):
 def test_a_blend_uses_the_metric_of_the_other_lines_or_of_the_option(logdir, score_log):
     folder, table = predict_blend(logdir), random_predictions(30, 1)
     (logdir / "config.json").write_text('{"main_metric": "macro_f1"}')
-    assert call_tool(scores, "add", logdir, "--score-log", score_log).code == 0
+    assert call_tool(scores, "add", logdir, "--leaderboard", "0.5", "--score-log", score_log).code == 0
     assert call_tool(scores, "add", folder, "--score-log", score_log).code == 0
     lines = {line.name: line for line in read_score_log(score_log)}
     assert lines["blend"].metric == "macro_f1"
@@ -190,6 +190,15 @@ def test_a_directory_of_folds_is_added_as_one_line(logdir, score_log):
     assert (line.name, line.commit, line.metric) == ("logs", "0123456789ab", "accuracy")
     assert line.valid == score(random_predictions(30, 1))["accuracy"]
     assert line.config not in ("", "fedcba987654")  # the hash of a single fold
+
+
+def test_a_directory_without_scores_is_not_added(logdir, score_log):
+    folds = logdir.parent
+    end = call_tool(scores, "add", folds, "--score-log", score_log)
+    message = f"{folds} has no scores; write its predictions with tools/predict.py, or give --leaderboard."
+    assert (end.code, end.err) == (2, f"error: {message}\n")
+    assert not score_log.exists()
+    assert call_tool(scores, "add", folds, "--score-log", score_log, "--leaderboard", "0.5").code == 0
 
 
 def test_a_submission_is_not_added_twice_but_can_be_updated(logdir, score_log):

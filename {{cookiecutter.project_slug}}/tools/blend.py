@@ -204,7 +204,7 @@ def print_summary(tables: Sequence[Predictions], weights: np.ndarray, blended: P
     """Print the inputs with weights and scores, their correlations, and the output with its scores."""
     for number, (table, weight) in enumerate(zip(tables, weights, strict=True), start=1):
         print(f"{number:<8} {table.name}  weight {weight:.4f}{format_scores(table)}")
-    print("corr     Pearson's correlation of the probabilities")
+    print("corr     Pearson's correlation of the predictions")
     for number, row in enumerate(correlations(stack(tables)), start=1):
         values = ["none  " if np.isnan(value) else f"{value:.4f}" for value in row]
         print(f"{number:<8} {'  '.join(values)}")

@@ -110,6 +110,10 @@ def add(command: Add) -> None:
         before, entry = update_entry(command.score_log, key, **values, note=command.note)
         print_changes(before, entry)
     else:
+        if not any(values.get(column) is not None for column in SCORE_COLUMNS):
+            raise UserError(
+                f"{directory} has no scores; write its predictions with tools/predict.py, or give --leaderboard."
+            )
         logdir, name = key
         date = datetime.now(UTC).isoformat(timespec="seconds")
         entry = ScoreEntry(date, name, logdir, **values, note=command.note)

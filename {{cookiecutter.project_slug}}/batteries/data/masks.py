@@ -41,7 +41,7 @@ def read_mask(path: Path, classes: Mapping[int, int] | None = None) -> np.ndarra
     found = np.unique(values)
     class_of = {value: value for value in range(256)} if classes is None else classes
     if unknown := [value for value in found.tolist() if value not in class_of]:
-        raise UserError(f"{path} has the values {list_first(unknown)}, which have no class; see CLASS_OF_VALUE.")
+        raise UserError(f"{path} has values without a class: {list_first(unknown)}; see CLASS_OF_VALUE.")
     table = np.zeros(int(found.max()) + 1, dtype=np.uint8)
     table[found] = [class_of[value] for value in found.tolist()]
     return table[values]

@@ -81,7 +81,7 @@ class Table(ImageTable):
         index_of = {self.ids[index]: int(index) for index in indices}
         errors = find_invalid_files(list(index_of), lambda name: self[index_of[str(name)]][0])
         fix = f"fix these rows. The first error: {next(iter(errors.values()), '').rstrip('.')}"
-        self.raise_for([int(indices[position]) for position in errors], "invalid image or mask", fix)
+        self.raise_for([int(indices[position]) for position in errors], "invalid pair", fix)
 
     def target_text(self, index: int) -> str:
         """Return what the fingerprint has of a target: the encoding, or the name and the size of the mask."""

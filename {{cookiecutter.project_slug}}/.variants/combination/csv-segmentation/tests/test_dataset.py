@@ -96,7 +96,7 @@ def test_invalid_tables_are_rejected_with_the_constant_to_set(tmp_path, monkeypa
 def test_masks_of_another_size_and_invalid_encodings_are_named(tmp_path, monkeypatch):
     folder = write_table(tmp_path, "path,mask", "a.jpg,m.png", "b.jpg,n.png")
     (folder / "n.png").write_bytes(encode_mask(MASK.T))
-    with pytest.raises(UserError, match=r"invalid image or mask: b\.jpg \(line 3\); .* 6 x 8 pixels"):
+    with pytest.raises(UserError, match=r"invalid pair: b\.jpg \(line 3\); .* 6 x 8 pixels"):
         Table(folder).check(np.arange(2))
     use(monkeypatch, RLE_COLUMN="rle")
     with pytest.raises(UserError, match=r"line 2: the run-length encoding '40 20' leaves its image of 8 x 6 pixels"):

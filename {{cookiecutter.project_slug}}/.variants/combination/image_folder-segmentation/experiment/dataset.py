@@ -92,9 +92,10 @@ class MaskFolder:
         errors = find_invalid_files(list(index_of), lambda name: self[index_of[str(name)]][0])
         if errors:
             names = list_first((self.ids[indices[position]] for position in errors), MAX_LISTED)
+            pairs = f"{count_of(len(errors), 'invalid pair')} of image and mask"
             raise UserError(
-                f"--data-dir {self.data_dir} has {count_of(len(errors), 'invalid image or mask')}: {names}; fix or "
-                f"remove them. The first error: {next(iter(errors.values()))}"
+                f"--data-dir {self.data_dir} has {pairs}: {names}; fix or remove them. The first "
+                f"error: {next(iter(errors.values()))}"
             )
 
     def fingerprint(self) -> str:

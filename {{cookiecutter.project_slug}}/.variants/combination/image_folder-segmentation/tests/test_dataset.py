@@ -83,7 +83,7 @@ def test_directories_without_images_are_rejected(tmp_path):
             MASK.T,
             r"masks/b\.png has 6 x 8 pixels \(height x width\), but its image images/b\.jpg has 8 x 6",
         ),
-        (MASK * 7, r"masks/b\.png has the values 7, which have no class; see CLASS_OF_VALUE\."),
+        (MASK * 7, r"masks/b\.png has values without a class: 7; see CLASS_OF_VALUE\."),
     ],
 )
 def test_invalid_masks_are_named_before_training(tmp_path, mask, message):
@@ -91,7 +91,7 @@ def test_invalid_masks_are_named_before_training(tmp_path, mask, message):
     (tmp_path / "masks/b.png").write_bytes(encode_mask(mask))
     data = MaskFolder(tmp_path)
     data.check(np.array([0]))
-    with pytest.raises(UserError, match=rf"has 1 invalid image or mask: images/b\.jpg; .*{message}"):
+    with pytest.raises(UserError, match=rf"has 1 invalid pair of image and mask: images/b\.jpg; .*{message}"):
         data.check(np.arange(2))
 
 
