@@ -300,6 +300,37 @@ def test_targets_of_no_known_kind_are_not_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize("missing", [None, "train", "valid"])
+def test_pixels_of_each_class_of_masks_are_counted(tmp_path, missing):
+    class Masks(RandomImages):
+        targets = None
+        classes = ("sky", "bird")
+        ids = tuple(map(str, range(SIZE)))
+
+        def __init__(self):
+            self.images = RandomImages(SIZE).images
+
+        def __len__(self):
+            return SIZE
+
+        def __getitem__(self, index):
+            split = "valid" if folds[index] == 1 else "train"
+            mask = torch.zeros(4, 5, dtype=torch.uint8)
+            mask[0, :2] = int(split != missing)
+            mask[1] = 255  # not counted
+            return self.images[index], mask
+
+    folds = np.where(np.arange(SIZE) % 5 == 4, -1, np.arange(SIZE) % 5 % 2)
+    result = check_class_counts(SplitFile(tmp_path / "x.csv", Masks(), lambda _: folds), 1)
+    fractions = "sky 100.0%, bird 0.0%" if missing == "train" else "sky 86.7%, bird 13.3%"
+    details = f"2 classes, pixels in 64 train masks: {fractions}"
+    if missing is None:
+        assert result == CheckResult("pass", details)
+    else:
+        hint = "add images of that class, or use another split; a class without valid pixels has no score"
+        assert result == CheckResult("warning", f"{details}; 64 {missing} masks without a pixel of bird", hint)
+
+
 def random_labels() -> np.ndarray:
     return np.random.default_rng(0).integers(2, size=(SIZE, 3))
 

@@ -1,18 +1,22 @@
-"""Checks of the targets: samples of each class or label, and the range of numbers, in each split."""
+"""Checks of the targets: samples of each class or label, the range of numbers, and pixels of each class of masks."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from batteries.core.text import count_of, list_first
 from batteries.data.dataset import Dataset, has_classes, has_labels
 from batteries.data.splits import SplitFile
 from batteries.data.targets import known_targets, target_names, unknown_samples
+from batteries.metrics.masks import IGNORED
 from batteries.preflight.results import CheckResult
 
 MAX_LISTED = 3  # labels and targets listed in a result
 IMBALANCE_RATIO = 10  # samples of the largest class over those of the rarest, from which on there is a warning
+MAX_MASKS = 200  # masks of each split that are read
+MAX_CLASSES = 8  # classes of masks listed in a result
 RARE_FRACTION = 0.01  # of the train samples, below which a label is rare
 
 # Bounds for standardised targets of the train split. Beyond them training starts with large errors, or with targets so
@@ -79,6 +83,8 @@ def _choose_labels(labels: np.ndarray, count: int) -> np.ndarray:
 def check_class_counts(split_file: SplitFile, fold: int, constants: TargetConstants | None = None) -> CheckResult:
     """Check that each split has samples of each class or label and none is rare, or that numbers vary and are finite.
 
+    Of masks, the first MAX_MASKS of each split are read.
+
     Args:
         split_file: The split file.
         fold: The fold used for validation.
@@ -88,6 +94,8 @@ def check_class_counts(split_file: SplitFile, fold: int, constants: TargetConsta
     split_file.select(fold)  # raises UserError if a split lacks a class
     splits = split_file.select_unchecked(fold)._asdict()
     targets = known_targets(dataset)
+    if targets is None and _has_masks(dataset, splits["train"]):
+        return _check_masks(dataset, splits)
     if targets is None:
         sizes = ", ".join(f"{name} {len(indices):,}" for name, indices in splits.items())
         return CheckResult("pass", f"samples: {sizes}; the targets are not classes, labels or numbers")
@@ -101,6 +109,40 @@ def check_class_counts(split_file: SplitFile, fold: int, constants: TargetConsta
     if has_labels(dataset):
         return _check_labels(names, known, sizes)
     return _check_numbers(names, known, sizes, constants)
+
+
+def _has_masks(dataset: Dataset, indices: np.ndarray) -> bool:
+    if not dataset.classes:
+        return False
+    target = dataset[int(indices[0])][1]
+    return isinstance(target, torch.Tensor) and target.ndim == 2 and not target.is_floating_point()
+
+
+def _check_masks(dataset: Dataset, splits: Mapping[str, np.ndarray]) -> CheckResult:
+    """Check that masks of the train and of the valid split have pixels of each class."""
+    classes = list(dataset.classes)
+    read = {name: splits[name][:MAX_MASKS] for name in ("train", "valid")}
+    pixels = {name: _count_pixels(dataset, indices) for name, indices in read.items()}
+    fractions = pixels["train"] / max(pixels["train"].sum(), 1)
+    order = np.argsort(-fractions, kind="stable")
+    listed = list_first((f"{classes[index]} {fractions[index]:.1%}" for index in order), MAX_CLASSES)
+    details = f"{count_of(len(classes), 'class')}, pixels in {count_of(len(read['train']), 'train mask')}: {listed}"
+    for name, counts in pixels.items():
+        if missing := _list_names(classes, counts == 0):
+            details += f"; {count_of(len(read[name]), f'{name} mask')} without a pixel of {missing}"
+    if all(counts.all() for counts in pixels.values()):
+        return CheckResult("pass", details)
+    hint = "add images of that class, or use another split; a class without valid pixels has no score"
+    return CheckResult("warning", details, hint)
+
+
+def _count_pixels(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
+    """Count the pixels of each class in the masks of some samples, shape (C,)."""
+    counts = np.zeros(len(dataset.classes), dtype=np.int64)
+    for index in indices.tolist():
+        mask = torch.as_tensor(dataset[index][1])
+        counts += torch.bincount(mask[mask != IGNORED].long(), minlength=len(counts)).numpy()
+    return counts
 
 
 def _check_classes(classes: list[str], known: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> CheckResult:
