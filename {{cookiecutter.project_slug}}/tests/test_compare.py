@@ -133,6 +133,55 @@ def test_number_of_pairs_is_unknown_without_an_effect_or_a_deviation(differences
     assert pairs_needed(np.array(differences)) is None
 
 
+def write_folds(directory: Path, shift: float) -> Path:
+    """Write runs of two seeds and five folds."""
+    scores = np.random.default_rng(5).normal(0.9, 0.01, size=(2, 5)) + shift
+    scores += np.random.default_rng(6 if shift else 7).normal(0, 0.01, size=(2, 5))
+    for (seed, fold), score in np.ndenumerate(scores):
+        write_run(directory / f"seed_{seed}_fold_{fold}", float(score), seed, fold)
+    return directory
+
+
+def test_pairs_that_are_needed_take_the_overlap_of_folds_into_account():
+    differences = np.random.default_rng(3).normal(1, 1, size=10)
+    plain = pairs_needed(differences)
+    few = pairs_needed(differences, overlap=0.01)
+    assert plain is not None
+    assert few is not None
+    assert few > plain
+    # With infinitely many pairs, the variance of the mean is still 0.25 times that of the differences.
+    limit = stats.norm.sf(1.96 - abs(differences.mean()) / (0.5 * differences.std(ddof=1)))
+    assert limit < 0.8
+    assert pairs_needed(differences, overlap=0.25) is None
+
+    def power(count: int) -> float:  # of the interval that is printed, where runs of all pairs have a common part
+        generator = np.random.default_rng(4)
+        deviation = differences.std(ddof=1)
+        common = generator.normal(0, deviation * 0.1, size=(4000, 1))
+        samples = generator.normal(differences.mean(), deviation, size=(4000, count)) + common
+        error = samples.std(axis=1, ddof=1) * np.sqrt(1 / count + 0.01)
+        return float((abs(samples.mean(1)) > stats.t.ppf(0.975, count - 1) * error).mean())
+
+    assert 0.77 < power(few) < 0.83
+
+
+def test_folds_that_can_show_no_effect_of_this_size_are_named(tmp_path):
+    first, second = write_folds(tmp_path / "a", 0.0), write_folds(tmp_path / "b", 0.004)
+    end = run_compare(first, second)
+    assert end.code == 0, end.err
+    line = "The runs do not show a difference. No number of pairs of these folds would show an effect of this size "
+    assert line in end.out
+
+
+def test_bootstrap_is_rejected_for_folds_and_for_few_pairs(tmp_path):
+    end = run_compare(write_folds(tmp_path / "a", 0.0), write_folds(tmp_path / "b", 0.004), "--method", "bootstrap")
+    assert end.code == 2
+    assert end.err.startswith("error: --method bootstrap has no correction for folds, whose train splits overlap; use ")
+    end = run_compare(write_recipe(tmp_path / "c", A), write_recipe(tmp_path / "d", B), "--method", "bootstrap")
+    assert (end.code, end.out) == (2, "")
+    assert end.err == "error: --method bootstrap needs 10 pairs or more, and there are 5; use --method t.\n"
+
+
 CLASSES = ("cat", "dog")
 
 
@@ -179,6 +228,24 @@ def test_equal_predictions_show_no_difference(tmp_path):
     assert out.count("no difference is shown") == 2
 
 
+def test_a_split_without_predictions_is_rejected_with_the_nearest_one(tmp_path):
+    runs = [write_run(tmp_path / name, 0.5) for name in ("a", "b")]
+    for run in runs:
+        write_table(run / "predictions/test.csv", [True, False])
+    end = run_compare(*runs, "--split", "tset")
+    assert end.code == 2
+    assert end.err == "error: --split tset: no run has predictions/tset.csv; did you mean 'test'?\n"
+
+
+def test_invalid_predictions_are_rejected_before_anything_is_printed(tmp_path):
+    runs = [write_run(tmp_path / name, 0.5) for name in ("a", "b")]
+    for run in runs:
+        write_table(run / "predictions/valid.csv", [True, False])
+    (runs[1] / "predictions/valid.csv").write_text("nothing")
+    end = run_compare(*runs)
+    assert (end.code, end.out) == (2, "")
+
+
 def test_other_samples_are_rejected(tmp_path):
     first = write_table(tmp_path / "a.csv", [True, False])
     second = write_table(tmp_path / "b.csv", [True, False], ids=("0", "7"))
@@ -198,9 +265,18 @@ def test_other_samples_are_rejected(tmp_path):
         ),
         ({"metric": "loss"}, "b has the main metric loss, but a has accuracy; they cannot be compared."),
         ({"minimize": True}, "b has the --minimize-metric True, but a has False; they cannot be compared."),
-        ({"split": {**SPLIT, "sha256": "2"}}, "b has the split file, with sha256 2, but a has 1111"),
+        (
+            {"split": {**SPLIT, "sha256": "2" * 64}},
+            "b has the split file with sha256 222222222222…, but a has 111111111111…; they cannot be compared.",
+        ),
         ({"exit": "failed: boom"}, "b is not finished (failed: boom); continue it with --resume, or leave it out."),
         ({"score": None}, "b has no finite accuracy; leave it out."),
+        ({"score": float("nan")}, "b has no finite accuracy; leave it out."),
+        ({"score": "0.9"}, "b has no finite accuracy; leave it out."),
+        (
+            {"exit": None},
+            "b is not finished (it has no run.json with an exit); continue it with --resume, or leave it ",
+        ),
     ],
 )
 def test_runs_that_cannot_be_compared_are_rejected(tmp_path, monkeypatch, changes, message):
@@ -225,7 +301,8 @@ def test_two_runs_of_one_seed_are_rejected(tmp_path):
     [
         (["a", "b", "c"], "3 directories are given; give one or two."),
         (["missing"], "missing"),
-        (["a", "--confidence", "1"], "--confidence 1.0 must be 0 or more and less than 1."),
+        (["a", "--confidence", "1"], "--confidence 1 must be greater than 0 and less than 1."),
+        (["a", "--confidence", "nan"], "--confidence nan must be greater than 0 and less than 1."),
         (["a", "--confidence", "0"], "--confidence 0 must be greater than 0 and less than 1."),
     ],
 )

@@ -161,7 +161,7 @@ def test_signal_saves_the_trials_and_the_same_command_continues_them(launch_scri
     run_sweep_quietly(directory, *flags)
     assert [row["state"] for row in read_trials(directory)] == ["complete", "complete"]
     for number in (0, 1):
-        assert len((directory / f"trial_000{number}/metrics.jsonl").read_text().splitlines()) == 3
+        assert len((directory / f"trial_000{number}/metrics.jsonl").read_text().splitlines()) == 4
 
 
 def sweep_with_signals(*arguments: object) -> None:
@@ -293,6 +293,46 @@ def test_bad_trials_are_pruned_by_the_metrics_of_their_epochs(launch_scripts, tm
         assert max(trial.intermediate_values.values()) <= medians[len(medians) // 2]
 
 
+@CLASSES_ONLY
+@pytest.mark.parametrize(("epoch", "state"), [(3, "pruned"), (4, "complete")])
+def test_trial_is_not_pruned_after_its_last_epoch(launch_scripts, tmp_path, monkeypatch, epoch, state):
+    monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda trial: len(reports_of(trial)) >= epoch)
+    run_sweep_quietly(tmp_path / "sweep", "--trials", "1", "--pruner", "median")
+    assert [row["state"] for row in read_trials(tmp_path / "sweep")] == [state]
+
+
+def reports_of(trial: optuna.trial.Trial) -> dict[int, float]:
+    """Return the scores that a study has of a trial, by epoch."""
+    return trial.study.get_trials()[trial.number].intermediate_values
+
+
+@CLASSES_ONLY
+def test_epochs_that_were_reported_before_an_interruption_are_not_reported_again(launch_scripts, tmp_path, monkeypatch):
+    report = optuna.trial.Trial.report
+
+    def report_once(trial: optuna.trial.Trial, value: float, step: int) -> None:
+        assert step not in reports_of(trial)
+        report(trial, value, step)
+
+    monkeypatch.setattr(optuna.trial.Trial, "report", report_once)
+    directory = tmp_path / "sweep"
+    flags = ("--trials", "1", "--pruner", "median")
+    process = get_context("fork").Process(target=sweep_with_signals, args=(directory, *flags))
+    process.start()
+    wait_until(lambda: count_reports(directory) > 0, "an epoch is reported")
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(SECONDS)
+    run_sweep_quietly(directory, *flags)
+    assert count_reports(directory) == 4
+
+
+def count_reports(directory: Path) -> int:
+    """Count the scores of epochs that a study has."""
+    with contextlib.suppress(sqlite3.OperationalError), sqlite3.connect(directory / "study.db") as connection:
+        return connection.execute("SELECT COUNT(*) FROM trial_intermediate_values").fetchone()[0]
+    return 0
+
+
 @pytest.mark.slow
 @CLASSES_ONLY
 def test_hyperband_prunes_trials_and_the_sweep_can_be_continued(launch_scripts, tmp_path):
@@ -364,7 +404,15 @@ def test_search_space_is_parsed_with_types():
         ("mixup=a..b", "a is not a number; give NAME=low..high"),
         ("mixup=0..0.4:0", "the step 0 must be greater than 0."),
         ("stages.0.lr=log(0,1)", "the lower bound 0 of a logarithmic range must be greater than 0."),
-        ("stages.0.epochs=1.5..3", "stages.0.epochs"),
+        ("stages.0.epochs=1.5..3", "1.5 is not an integer, which stages.0.epochs must be."),
+        ("stages.0.lr=log(1e-4)", "log takes two bounds, such as log(1e-4,1e-2)."),
+        ("stages.0.lr=log(1e-4,1e-3,1e-2)", "log takes two bounds, such as log(1e-4,1e-2)."),
+        ("mixup=0..0.4:1", "the step 1 must divide the range, so that 0.4 is a value."),
+        ("mixup=0..0.4:0.15", "the step 0.15 must divide the range, so that 0.4 is a value."),
+        ("main_metric=accuracy|macro_f1", "scores of trials with another main_metric cannot be compared; leave it out"),
+        ("seed=0..9", "scores of trials with another seed cannot be compared; leave it out."),
+        ("fold=0|1", "scores of trials with another fold cannot be compared; leave it out."),
+        ("stages.0.freeze=layer1|layer2", "stages.0.freeze is a list of values, which cannot be searched; give it "),
         ("batch_size=16|small", "batch_size"),
         ("optimizer=adamw|adamw", "has the value adamw twice."),
         ("optimizer=adamw|rmsprop", "optimizer"),
@@ -398,6 +446,13 @@ def test_invalid_options_are_rejected(launch_scripts, tmp_path, flags, train_fla
     assert message in end.err
 
 
+def test_directory_of_a_run_is_rejected_and_unchanged(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    end = run_sweep(tmp_path)
+    assert (end.code, end.err) == (2, f"error: --logdir {tmp_path} already holds a run; use another --logdir.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_search_is_required(tmp_path):
     end = run_train(lambda options: sweep.main(options, []), sweep.Options, name="tools/sweep.py", repeats=False)
     assert end.code == 2
@@ -408,9 +463,9 @@ def test_search_is_required(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"search": ["mixup=0..0.4"]}, "search"),
-        ({"train_flags": ["--batch-size", "64"]}, "recipe"),
-        ({"flags": ["--sampler", "random"]}, "sampler"),
+        ({"search": ["mixup=0..0.4"]}, "search ("),
+        ({"train_flags": ["--batch-size", "64"]}, "recipe (batch_size 32 before, 64 now)"),
+        ({"flags": ["--sampler", "random"]}, "sampler ("),
     ],
 )
 def test_study_of_other_options_in_the_directory_is_rejected(launch_scripts, tmp_path, changes, what):
@@ -419,7 +474,7 @@ def test_study_of_other_options_in_the_directory_is_rejected(launch_scripts, tmp
     flags = changes.pop("flags", [])
     end = run_sweep(tmp_path / "sweep", "--trials", "1", *flags, **changes)
     assert (end.code, end.err.count("\n")) == (2, 1)
-    assert f"has a study with another {what} (" in end.err
+    assert f"has a study with another {what}" in end.err
     assert (tmp_path / "sweep/study.db").read_bytes() == before
 
 

@@ -44,7 +44,7 @@ def train(config: dict, logdir: Path, device: str) -> int:
     if config["label_smoothing"] == 0.75:
         os.kill(os.getpid(), signal.SIGKILL)
     lr = config["stages"][0]["lr"]
-    epochs = config["stages"][0]["epochs"]
+    epochs = sum(stage["epochs"] for stage in config["stages"])
     path = logdir / "metrics.jsonl"
     done = len(path.read_text().splitlines()) if path.exists() else 0
     (logdir / "config.json").write_text(json.dumps(config))

@@ -7,6 +7,7 @@ Runs are paired by seed and fold. If all of them have predictions (tools/predict
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from tyro.conf import Positional
 
 from batteries.core.command_line import run_command
 from batteries.core.errors import UserError
-from batteries.core.text import count_of
-from batteries.core.validators import UnitInterval, check_ranges
+from batteries.core.text import count_of, did_you_mean
+from batteries.core.validators import check_ranges
 from batteries.evaluation.comparison import (
+    MIN_BOOTSTRAP_PAIRS,
     POWER,
     Interval,
     Method,
@@ -36,7 +38,7 @@ class Options:
 
     runs: Positional[tuple[Path, ...]]  # one or two directories: a run, or a directory of the runs of a recipe
     method: Method = "t"  # the interval over pairs: Student's t, or a BCa bootstrap, for about 20 pairs or more
-    confidence: UnitInterval = 0.95  # confidence level of the intervals
+    confidence: float = 0.95  # confidence level of the intervals
     split: str = "valid"  # whose samples are compared: the name of the files in predictions/, such as valid or test
 
     def __post_init__(self) -> None:
@@ -44,7 +46,7 @@ class Options:
         check_ranges(self)
         if len(self.runs) not in (1, 2):
             raise UserError(f"{len(self.runs)} directories are given; give one or two.")
-        if self.confidence <= 0:
+        if not 0 < self.confidence < 1:
             raise UserError(f"--confidence {self.confidence:g} must be greater than 0 and less than 1.")
 
 
@@ -56,20 +58,49 @@ def main(options: Options) -> None:
         return
     first, second = recipes
     keys, differences = pair_runs(first, second)
-    interval = confidence_interval(
-        differences, options.confidence, method=options.method, overlap=overlap_of(first, keys)
-    )
+    overlap = overlap_of(first, keys)
+    check_method(options.method, len(keys), overlap)
+    interval = confidence_interval(differences, options.confidence, method=options.method, overlap=overlap)
+    samples = compare_predictions(recipes, keys, options)
     for key, difference in zip(keys, differences.tolist(), strict=True):
         print(f"{key}  {first.metric} {first.scores[key]:.4f} and {second.scores[key]:.4f}  {difference:+.4f}")
     mean = describe_interval(interval, options.confidence)
     print(f"{second.name} minus {first.name}: {mean}, {count_of(len(keys), 'pair')}")
-    print(verdict_on_pairs(first, second, differences, interval, options.confidence))
+    print(verdict_on_pairs(first, second, differences, interval, options.confidence, overlap))
+    print("\n".join(samples))
+
+
+def check_method(method: Method, pairs: int, overlap: float) -> None:
+    """Raise UserError if the bootstrap is not possible for these pairs."""
+    if method != "bootstrap":
+        return
+    if overlap:
+        raise UserError(
+            "--method bootstrap has no correction for folds, whose train splits overlap; use --method t, or compare "
+            "the runs of one fold."
+        )
+    if pairs < MIN_BOOTSTRAP_PAIRS:
+        raise UserError(
+            f"--method bootstrap needs {MIN_BOOTSTRAP_PAIRS} pairs or more, and there are {pairs}; use --method t."
+        )
+
+
+def compare_predictions(recipes: Sequence[Recipe], keys: Sequence[RepeatKey], options: Options) -> list[str]:
+    """Return the lines on the samples that both recipes predicted.
+
+    Raises:
+        UserError: If the predictions of a pair of runs do not have the same samples, or no run has the split.
+    """
     files = [[predictions_of(recipe, key, options.split) for key in keys] for recipe in recipes]
-    if all(path.is_file() for side in files for path in side):
-        for comparison in compare_samples(*files, confidence=options.confidence):
-            print(describe_samples(comparison, options.confidence))
-    else:
-        print(f"Samples are not compared: not all runs have predictions/{options.split}.csv (tools/predict.py).")
+    exists = [path.is_file() for side in files for path in side]
+    if all(exists):
+        comparisons = compare_samples(*files, confidence=options.confidence)
+        return [describe_samples(comparison, options.confidence) for comparison in comparisons]
+    if options.split != "valid" and not any(exists):
+        found = {path.stem for side in files for file in side for path in file.parent.glob("*.csv")}
+        hint = did_you_mean(options.split, found) or "; write it with tools/predict.py."
+        raise UserError(f"--split {options.split}: no run has predictions/{options.split}.csv{hint}")
+    return [f"Samples are not compared: not all runs have predictions/{options.split}.csv (tools/predict.py)."]
 
 
 def predictions_of(recipe: Recipe, key: RepeatKey, split: str) -> Path:
@@ -92,9 +123,14 @@ def describe_recipe(recipe: Recipe, confidence: float = 0.95) -> list[str]:
 
 
 def verdict_on_pairs(
-    first: Recipe, second: Recipe, differences: np.ndarray, interval: Interval, confidence: float
+    first: Recipe,
+    second: Recipe,
+    differences: np.ndarray,
+    interval: Interval,
+    confidence: float,
+    overlap: float = 0.0,
 ) -> str:
-    """Return in words whether one recipe is better."""
+    """Return in words whether one recipe is better; `overlap` is that of the interval."""
     if not differences.any():
         return "The runs do not differ: all pairs have equal scores."
     if len(differences) == 1:
@@ -102,12 +138,13 @@ def verdict_on_pairs(
     if interval.excludes_zero:
         better = first if (interval.mean > 0) == first.minimize else second
         return f"{better.name} is better."
-    needed = pairs_needed(differences, confidence)
-    more = (
-        f" An effect of this size would need about {count_of(needed, 'pair')} ({100 * POWER:g} % power)."
-        if needed
-        else ""
-    )
+    needed = pairs_needed(differences, confidence, overlap=overlap)
+    power = f"({100 * POWER:g} % power)"
+    more = ""
+    if needed:
+        more = f" An effect of this size would need about {count_of(needed, 'pair')} {power}."
+    elif overlap and differences.mean():
+        more = f" No number of pairs of these folds would show an effect of this size {power}."
     return f"The runs do not show a difference.{more}"
 
 

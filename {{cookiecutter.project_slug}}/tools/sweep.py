@@ -7,6 +7,7 @@ The options after `--` are passed to train.py. After an interruption, start the 
 trials that were running are resumed, and the next ones are those of an uninterrupted sweep.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from batteries.core.command_line import parse, run_command
+from batteries.core.config_io import flatten
 from batteries.core.errors import RunError, UserError
 from batteries.core.files import DirectoryLock
 from batteries.core.project import ROOT
 from batteries.core.text import count_of
-from batteries.core.validators import Count, NotNegative, check_ranges
+from batteries.core.validators import Count, Seed, check_ranges
 from batteries.distributed.device import find_device
 from batteries.distributed.process_group import require_single_process
 from batteries.report.sweep_report import Axis, ScoredTrial, SweepReport, write_sweep_report
+from batteries.run.directory import holds_run
 from batteries.sweep.optional_import import import_optuna
 from batteries.sweep.search_space import OF_THE_SWEEP, SearchedOption, format_value, parse_search, with_values
 from batteries.sweep.study import Pruner, Sampler, SweepStudy
@@ -43,7 +46,7 @@ class Options:
     trials: Count = 20  # number of trials, with those that are pruned or fail
     sampler: Sampler = "tpe"  # tpe learns from earlier trials; random; grid takes all combinations
     pruner: Pruner = "none"  # end bad trials early: median, or hyperband, by their metrics after each epoch
-    seed: NotNegative = 0  # seed of the sampler; that of training is an option of train.py
+    seed: Seed = 0  # seed of the sampler; that of training is an option of train.py
     launch: Launch = "device"  # the launch script of a trial: scripts/train_device.sh, train_dp.sh or train_ddp.sh
     devices: tuple[str, ...] = ()  # run one trial on each at a time, such as cuda:0 cuda:1, or cpu cpu
     max_failures: Count = 3  # failed trials in a row that end the sweep
@@ -67,6 +70,8 @@ def main(options: Options, train_flags: Sequence[str]) -> None:
     check_train_flags(train_flags, searched, options)
     for device in set(options.devices):
         find_device(device)
+    if holds_run(options.logdir) and not (options.logdir / "study.db").exists():
+        raise UserError(f"--logdir {options.logdir} already holds a run; use another --logdir.")
     options.logdir.mkdir(parents=True, exist_ok=True)
     lock = DirectoryLock(options.logdir / ".lock")
     lock.acquire()
@@ -77,7 +82,7 @@ def main(options: Options, train_flags: Sequence[str]) -> None:
         minimize=base.minimize_metric,
         sampler=options.sampler,
         pruner=options.pruner,
-        seed=int(options.seed),
+        seed=options.seed,
         epochs=sum(stage.epochs for stage in base.stages),
     )
     sweep = Sweep(options, base, study)
@@ -105,9 +110,9 @@ def check_train_flags(train_flags: Sequence[str], searched: Sequence[SearchedOpt
 
 
 def recipe_of(base: Config, searched: Sequence[SearchedOption]) -> str:
-    """Return as text the options that all trials have in common, except those that do not affect the results."""
+    """Return as JSON the options that all trials have in common, except those that do not affect the results."""
     values = with_values(base, {option.name: None for option in searched})
-    return " ".join(f"{name}={value}" for name, value in values.items() if name not in (*OF_THE_SWEEP, "device"))
+    return json.dumps({name: value for name, value in flatten(values) if name not in (*OF_THE_SWEEP, "device")})
 
 
 class Sweep:
@@ -166,7 +171,7 @@ class Sweep:
         """Start a trial, unless its epochs so far already show that it is pruned."""
         files = TrialFiles.of(self._options.logdir, number)
         params = self._study.trials[number].params
-        values = ", ".join(f"{name} {value}" for name, value in params.items())
+        values = ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
         reported = self._report(number, files, 0)
         if reported is None:
             self._end_pruned(number)
@@ -216,12 +221,20 @@ class Sweep:
         if self._options.pruner == "none":
             return 0
         trial = self._study.trial(number)
+        known = self._study.trials[number].intermediate_values  # those before an interruption, too
+        last = self._count_epochs(number)  # a trial is not pruned after it, because nothing is saved
         for epoch, score in enumerate(files.scores(self._base.main_metric)[reported:], start=reported + 1):
-            trial.report(score, epoch)
-            if trial.should_prune():
+            if epoch not in known:
+                trial.report(score, epoch)
+            if epoch >= max(known, default=0) and epoch < last and trial.should_prune():
                 return None
             reported = epoch
         return reported
+
+    def _count_epochs(self, number: int) -> int:
+        """Return the epochs of a trial over all stages."""
+        values = with_values(self._base, self._study.trials[number].params)
+        return sum(stage["epochs"] for stage in values["stages"])
 
     def _end_pruned(self, number: int) -> None:
         self._study.prune(number)
@@ -294,19 +307,37 @@ def report_of(study: SweepStudy, searched: Sequence[SearchedOption], metric: str
     )
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP ends the sweep as Ctrl-C does: its trials are saved.
+
+    Attributes:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
 def raise_on_signal(number: int, _: object) -> None:
-    """End the sweep after SIGTERM as after Ctrl-C: its trials are saved."""
-    raise KeyboardInterrupt(number)
+    """Raise Terminated."""
+    raise Terminated(number)
 
 
 if __name__ == "__main__":
     place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     flags_of_training = sys.argv[place + 1 :]
     del sys.argv[place:]
-    signal.signal(signal.SIGTERM, raise_on_signal)
+    for terminating in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(terminating) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(terminating, raise_on_signal)
 
     def run_sweep(options: Options) -> None:
         """Run the sweep with the options of train.py."""
         main(options, flags_of_training)
 
-    run_command(run_sweep, Options, repeats=False)
+    try:
+        run_command(run_sweep, Options, repeats=False)
+    except Terminated as terminated:
+        print(f"stopped by {terminated.number.name}; start the sweep again to continue it.", file=sys.stderr)
+        sys.exit(128 + terminated.number)

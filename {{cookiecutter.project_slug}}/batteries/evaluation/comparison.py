@@ -18,6 +18,7 @@ from batteries.evaluation.scoring import sample_scores
 Method = Literal["t", "bootstrap"]
 POWER = 0.8  # probability with which `pairs_needed` shows an effect
 MAX_PAIRS = 100_000  # more runs than anyone will train
+MIN_BOOTSTRAP_PAIRS = 10  # of fewer, the bootstrap interval is much too narrow
 RESAMPLES = 10_000
 BATCH = 100  # resamples that are in memory at once
 
@@ -66,10 +67,18 @@ def confidence_interval(
     return Interval(mean, float(low), float(high))
 
 
-def pairs_needed(differences: np.ndarray, confidence: float = 0.95, power: float = POWER) -> int | None:
+def pairs_needed(
+    differences: np.ndarray, confidence: float = 0.95, power: float = POWER, overlap: float = 0.0
+) -> int | None:
     """Return how many pairs would be needed to show a difference of the observed size with probability `power`.
 
     The power of the paired t test is that of the noncentral t distribution, with the observed mean and deviation.
+
+    Args:
+        differences: The differences of pairs (n,).
+        confidence: The confidence level.
+        power: The probability.
+        overlap: As for `confidence_interval`; with it, no number may be enough.
 
     Returns:
         The number; None without an effect or a deviation, or if it is above MAX_PAIRS.
@@ -83,7 +92,7 @@ def pairs_needed(differences: np.ndarray, confidence: float = 0.95, power: float
 
     def power_of(count: int) -> float:
         critical = stats.t.ppf((1 + confidence) / 2, count - 1)
-        shift = effect * math.sqrt(count)
+        shift = effect / math.sqrt(1 / count + overlap)
         return float(stats.nct.sf(critical, count - 1, shift) + stats.nct.cdf(-critical, count - 1, shift))
 
     high = 2

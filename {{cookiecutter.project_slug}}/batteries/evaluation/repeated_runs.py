@@ -1,5 +1,6 @@
 """Repeated runs of a recipe, with several seeds and folds, and their pairs with those of another recipe."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def read_recipe(name: str, directories: Sequence[Path]) -> Recipe:
         if key in found:
             raise UserError(f"{found[key]} and {directory} both have {key}; give the directories of one recipe.")
         score = record["best"]["score"]
-        if score is None:
+        if not isinstance(score, int | float) or not math.isfinite(score):
             raise UserError(f"{directory} has no finite {record['best']['metric']}; leave it out.")
         scores[key], found[key] = score, directory
     metric = _common(records, "main metric", lambda config, record: record["best"]["metric"])
@@ -80,9 +81,8 @@ def _read_run(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         read_json(directory / name) if (directory / name).is_file() else {} for name in ("config.json", "run.json")
     )
     if record.get("exit") not in COMPLETE or "best" not in record:
-        raise UserError(
-            f"{directory} is not finished ({record.get('exit')}); continue it with --resume, or leave it out."
-        )
+        reason = record.get("exit") or "it has no run.json with an exit"
+        raise UserError(f"{directory} is not finished ({reason}); continue it with --resume, or leave it out.")
     return config, record
 
 
@@ -108,7 +108,7 @@ def pair_runs(first: Recipe, second: Recipe) -> tuple[list[RepeatKey], np.ndarra
     for what, a, b in (
         ("main metric", first.metric, second.metric),
         ("--minimize-metric", first.minimize, second.minimize),
-        ("split file, with sha256", first.split, second.split),
+        ("split file with sha256", f"{first.split[:12]}…", f"{second.split[:12]}…"),
     ):
         if a != b:
             raise UserError(f"{second.name} has the {what} {b}, but {first.name} has {a}; they cannot be compared.")

@@ -17,6 +17,8 @@ from batteries.sweep.optional_import import import_optuna
 FORMS = "NAME=low..high, NAME=low..high:step, NAME=log(low,high) or NAME=a|b|c"
 # Options that the sweep sets for each trial.
 OF_THE_SWEEP = ("logdir", "resume", "report")
+# Options that change what the score measures, so that scores of trials could not be compared.
+OF_THE_SCORE = ("main_metric", "minimize_metric", "seed", "fold", "split_file", "data_dir")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ def _parse_option(text: str, base: Any) -> SearchedOption:
         raise UserError(f"--search {text}: {name} is not an option of train.py{hint}")
     if name in OF_THE_SWEEP:
         raise UserError(f"--search {text}: --{name} is set by the sweep; leave it out.")
+    if name in OF_THE_SCORE:
+        raise UserError(f"--search {text}: scores of trials with another {name} cannot be compared; leave it out.")
+    if isinstance(dict(flatten(to_json(base)))[name], list):
+        raise UserError(f"--search {text}: {name} is a list of values, which cannot be searched; give it after `--`.")
     option = _parse_values(name, text, spec)
     if option.choices:
         for value in option.choices:
@@ -135,6 +141,8 @@ def _parse_values(name: str, text: str, spec: str) -> SearchedOption:
         if step is not None and step <= 0:
             raise UserError(f"--search {text}: the step {step:g} must be greater than 0.")
         return SearchedOption(name, text, low=low, high=high, step=step)
+    if spec.startswith("log("):
+        raise UserError(f"--search {text}: log takes two bounds, such as log(1e-4,1e-2).")
     choices = tuple(_plain_value(part.strip()) for part in spec.split("|"))
     if len(choices) < 2:
         raise UserError(f"--search {text} has one value; give {FORMS}.")
@@ -175,14 +183,17 @@ def _check_range(option: SearchedOption, base: Any) -> SearchedOption:
     except UserError:
         is_integer = True
     numbers = [option.low, option.high, *([] if option.step is None else [option.step])]
-    if is_integer:
-        for number in numbers:
-            if number != int(number):
-                check_value(base, option.text, option.name, number)  # raises with the type that the option has
     for number in numbers[:2]:
         check_value(base, option.text, option.name, int(number) if is_integer else number)
-    if option.is_log and option.step is not None:
-        raise UserError(f"--search {option.text}: a logarithmic range has no step.")
+    if is_integer and (fractions := [number for number in numbers if number != int(number)]):
+        raise UserError(f"--search {option.text}: {fractions[0]:g} is not an integer, which {option.name} must be.")
+    if option.step is not None:
+        steps = (option.high - option.low) / option.step
+        if abs(steps - round(steps)) > 1e-9 * max(steps, 1):
+            raise UserError(
+                f"--search {option.text}: the step {option.step:g} must divide the range, so that {option.high:g} is a "
+                "value."
+            )
     return SearchedOption(**{**vars(option), "is_integer": is_integer})
 
 

@@ -156,7 +156,11 @@ class SweepStudy:
 
 
 def _difference(before: str, now: str) -> str:
-    """Return the parts of two texts that differ, short enough for a message."""
+    """Return what differs between two texts, short enough for a message."""
+    if before.startswith("{"):  # options of train.py
+        old, new = json.loads(before), json.loads(now)
+        names = [name for name in old | new if old.get(name) != new.get(name)]
+        return ", ".join(f"{name} {old.get(name)} before, {new.get(name)} now" for name in names)
     start = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), 0)
     start = max(0, start - 20)
     return f"{before[start : start + 60]!r} before, {now[start : start + 60]!r} now"
