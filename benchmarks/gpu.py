@@ -49,7 +49,7 @@ class OnDevice:
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(self.steps):
-            yield Batch(self.images, self.targets, 1.0, ends_step=True, seed=step)
+            yield Batch(self.images, self.targets, 1.0, ends_step=True, seed=step, step_seed=step)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

@@ -450,8 +450,8 @@ def test_batchnorm_needs_two_samples_in_each_shard():
 
 
 ADDED_BUFFER = (
-    "the forward pass adds the buffer 1.extra or changes its shape, and --shards needs buffers of fixed shapes; create "
-    "it in __init__, or train without --shards."
+    "the forward pass adds the buffer 1.extra, or changes its shape or type, and --shards needs fixed ones; create it "
+    "in __init__, or train without --shards."
 )
 CHANGED_PARAMETER = (
     "the forward pass changes the parameter 1.weight (as nn.Embedding with max_norm does), and with --shards only the "
@@ -476,7 +476,34 @@ class Rescaling(nn.Linear):
         return super().forward(values)
 
 
-@pytest.mark.parametrize(("layer", "message"), [(Adding, ADDED_BUFFER), (Rescaling, CHANGED_PARAMETER)])
+class Normalising(nn.Linear):
+    """Changes its weight without a new version of the tensor."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.weight.data = self.weight.data * 0.5
+        return super().forward(values)
+
+
+class Sparse(nn.Module):
+    """Has a sparse gradient."""
+
+    def __init__(self, *_: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 1, sparse=True)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.table(values.long()[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Adding, ADDED_BUFFER),
+        (Rescaling, CHANGED_PARAMETER),
+        (Normalising, CHANGED_PARAMETER),
+        (Sparse, "a gradient is sparse, which --shards does not support; set sparse=False in nn.Embedding."),
+    ],
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_model_that_the_shards_of_other_ranks_would_not_see_is_rejected(world_size, layer, message):
     def train_shard() -> str:
@@ -486,3 +513,31 @@ def test_model_that_the_shards_of_other_ranks_would_not_see_is_rejected(world_si
         return str(error.value)
 
     assert run_ranks(world_size, train_shard) == [message] * world_size
+
+
+def test_batchnorm_of_all_processes_is_rejected():
+    with pytest.raises(UserError, match=r"the layer 1 is an nn\.SyncBatchNorm, .*; use nn\.BatchNorm2d"):
+        ShardedModel(nn.Sequential(nn.ReLU(), nn.SyncBatchNorm(2)))
+
+
+class NoisySGD(torch.optim.SGD):
+    """Adds noise to the gradients."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.add_(torch.randn_like(parameter), alpha=0.1)
+        return super().step(closure)
+
+
+@CLASSES_ONLY
+def test_random_numbers_of_the_optimizer_are_equal_for_any_number_of_processes():
+    def train_with_noise() -> list[float]:
+        state = make_state(build_network(dropout_network))
+        state.optimizer = NoisySGD(state.optimizer.param_groups, lr=0.1)
+        train_fn(state, make_loader().epoch(0, 1), LOGGER, CONFIG)
+        return torch.cat([value.flatten() for value in unwrap_model(state.model).parameters()]).tolist()
+
+    [expected] = run_ranks(1, train_with_noise)
+    assert run_ranks(2, train_with_noise) == [expected] * 2

@@ -53,7 +53,7 @@ def test_accumulated_gradients_equal_those_of_whole_steps(accumulation_steps):
         weights = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         gradients = []
         for planned in plan_epoch(micro_batches, accumulation_steps, accumulation_steps, 0, 1, drop_last=False):
-            batch = Batch(None, None, planned.loss_weight, planned.ends_step, seed=0)
+            batch = Batch(None, None, planned.loss_weight, planned.ends_step, seed=0, step_seed=0)
             loss = (samples[planned.start : planned.stop] @ weights - 1).square().mean()
             batch.scale_loss(loss).backward()
             if planned.ends_step:
@@ -460,7 +460,7 @@ def test_fp16_overflow_skips_the_step_and_halves_the_loss_scale():
 
 def test_nonfinite_loss_makes_all_gradients_nonfinite():
     weight = nn.Parameter(torch.ones(2))
-    batch = Batch(None, None, 0.5, ends_step=True, seed=0)
+    batch = Batch(None, None, 0.5, ends_step=True, seed=0, step_seed=0)
     loss = weight.sum() + torch.tensor(math.inf)
     assert torch.autograd.grad(loss, weight, retain_graph=True)[0].isfinite().all()
     batch.scale_loss(loss).backward()

@@ -123,6 +123,8 @@ def check_batch_size(
     if batch_size < 1 or batch_size % divisor:
         below = batch_size // divisor * divisor
         nearest = f"{below} or {below + divisor}" if below > 0 else f"{divisor}"
+        if shards is not None and below == 0:
+            nearest += " or more, or fewer --shards"
         reason = f"{count_of(ranks, 'process')} x {count_of(accumulation_steps, 'accumulation step')}"
         raise UserError(
             f"--batch-size {batch_size} must be a multiple of {divisor} "

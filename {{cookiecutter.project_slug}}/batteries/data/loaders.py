@@ -34,6 +34,7 @@ class Batch:
         loss_weight: The weight of its loss in the mean loss of the step.
         ends_step: Whether it is the last micro-batch of its optimizer step.
         seed: The seed of what the model draws, such as dropout.
+        step_seed: The seed of what the optimizer draws, equal for all ranks.
     """
 
     images: Any
@@ -41,6 +42,7 @@ class Batch:
     loss_weight: float
     ends_step: bool
     seed: int
+    step_seed: int
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Weight the loss of the micro-batch, so that the losses of a step add up to the mean loss of the step.
@@ -198,7 +200,8 @@ class EpochBatches:
             step, offset = divmod(micro_batch.start, loader.batch_size)
             images, targets = self._receive(loaded, _mixing_seed(mixing_seeds[step], offset, loader))
             seed = (model_seeds[step] + offset) % 2**64
-            yield Batch(images, targets, micro_batch.loss_weight, micro_batch.ends_step, seed)
+            step_seed = (model_seeds[step] + loader.batch_size) % 2**64  # after those of all micro-batches
+            yield Batch(images, targets, micro_batch.loss_weight, micro_batch.ends_step, seed, step_seed)
 
     def peek(self, count: int) -> tuple[list[Any], Any, Any]:
         """Load the first samples of the epoch in this process; the epoch itself is not changed.

@@ -41,6 +41,21 @@ def check_shards(shards: int, *, data_parallel: bool, compiled: bool, determinis
         raise UserError("--shards needs deterministic kernels; remove --no-deterministic.")
 
 
+def _check_modules(model: nn.Module) -> None:
+    """Raise UserError for batch norm with the statistics of all ranks."""
+    synchronised = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    if synchronised:
+        raise UserError(
+            f"--shards has the batch norm statistics of a shard, and the layer {synchronised[0]} is an "
+            "nn.SyncBatchNorm, which has those of all processes; use nn.BatchNorm2d in build_model."
+        )
+
+
+def _are_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors have the same bits; NaN equals NaN."""
+    return first.shape == second.shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
 class ShardedModel(ModelWrapper):
     """A model whose steps consist of shards.
 
@@ -61,6 +76,8 @@ class ShardedModel(ModelWrapper):
         self._gradients = TreeSum()
         self._statistics = TreeSum()
         self._first_buffers: list[torch.Tensor] = []  # other buffers, after the first shard
+        self._is_first_step = True
+        _check_modules(module)
         broadcast_in_buckets([*module.parameters(), *module.buffers()])
         self._buffers_of_step = BufferSnapshot(module)
 
@@ -77,12 +94,14 @@ class ShardedModel(ModelWrapper):
             self._buffers_of_step.restore()
         layout = self._describe_buffers()
         versions = self._parameter_versions()
+        values = [parameter.detach().clone() for _, parameter in self._named_parameters] if self._is_first_step else []
         yield
         self._check_buffers(layout)
-        self._check_parameters(versions)
+        self._check_parameters(versions, values)
         self._add_gradients()
         self._add_buffers()
         if ends_step:
+            self._is_first_step = False
             self._finish_gradients()
             self._finish_buffers()
 
@@ -97,6 +116,8 @@ class ShardedModel(ModelWrapper):
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(self._trainable, gradients, strict=True)
         ]
+        if any(gradient.is_sparse for gradient in leaf):
+            raise RunError("a gradient is sparse, which --shards does not support; set sparse=False in nn.Embedding.")
         self._gradients.add(leaf)
         for parameter in self._trainable:
             parameter.grad = None
@@ -158,18 +179,27 @@ class ShardedModel(ModelWrapper):
         if changed:
             name = ".".join(filter(None, changed[0]))
             raise RunError(
-                f"the forward pass adds the buffer {name} or changes its shape, and --shards needs buffers of fixed "
-                "shapes; create it in __init__, or train without --shards."
+                f"the forward pass adds the buffer {name}, or changes its shape or type, and --shards needs fixed "
+                "ones; create it in __init__, or train without --shards."
             )
 
     def _parameter_versions(self) -> list[int]:
         """Return how often each parameter was changed in place."""
         return [parameter._version for _, parameter in self._named_parameters]
 
-    def _check_parameters(self, before: list[int]) -> None:
-        """Raise RunError if a shard changed a parameter, which the shards of other ranks would not see."""
-        named = zip(self._named_parameters, before, strict=True)
+    def _check_parameters(self, versions: list[int], values: list[torch.Tensor]) -> None:
+        """Raise RunError if a shard changed a parameter, which the shards of other ranks would not see.
+
+        A change through `.data` does not increase the version. So in the first step the values are compared too.
+
+        Args:
+            versions: The versions before the shard.
+            values: The values before the shard; empty after the first step.
+        """
+        named = zip(self._named_parameters, versions, strict=True)
         changed = [name for (name, parameter), version in named if parameter._version != version]
+        pairs = zip(self._named_parameters, values, strict=False)
+        changed += [name for (name, parameter), value in pairs if not _are_equal(parameter, value)]
         if changed:
             raise RunError(
                 f"the forward pass changes the parameter {changed[0]} (as nn.Embedding with max_norm does), and with "

@@ -128,8 +128,9 @@ def check_batchnorm(model: nn.Module, loader: TrainLoader, *, synchronised: bool
 def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
     """Open the context for the forward and backward pass of one micro-batch.
 
-    It seeds the random numbers that the model draws. Ranks exchange gradients only in the last micro-batch of a step;
-    DistributedDataParallel decides that in its forward pass, so the forward pass belongs inside too.
+    It seeds the random numbers that the model draws, and at the end of a step those that the optimizer draws, equally
+    on all ranks. Ranks exchange gradients only in the last micro-batch of a step; DistributedDataParallel decides that
+    in its forward pass, so the forward pass belongs inside too.
 
     Args:
         model: The output of `wrap_model`.
@@ -138,8 +139,7 @@ def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
     Raises:
         RunError: If a parameter got no gradient, for which the other ranks would wait.
     """
-    reseed(batch.seed)
-    reseed_devices(batch.seed)
+    _reseed_all(batch.seed)
     wrapped = _uncompiled(model)
     if isinstance(wrapped, ShardedModel):
         with wrapped.shard(ends_step=batch.ends_step):
@@ -152,6 +152,13 @@ def accumulate(model: nn.Module, batch: Batch) -> Iterator[None]:
     else:
         yield
         _check_gradients_are_exchanged(wrapped)
+    if batch.ends_step:
+        _reseed_all(batch.step_seed)
+
+
+def _reseed_all(seed: int) -> None:
+    reseed(seed)
+    reseed_devices(seed)
 
 
 def _check_gradients_are_exchanged(model: DistributedDataParallel) -> None:
