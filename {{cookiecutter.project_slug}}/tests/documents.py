@@ -66,7 +66,7 @@ def copy_repository(target: Path) -> Path:
     make_data(target / "data")
     (target / "data").mkdir(exist_ok=True)
     with (target / "experiment/model.py").open("a") as model:
-        model.write("\n\nfrom models import tiny_network as build_model\n")
+        model.write("\n\nfrom models import any_network as build_model\n")
     return target
 
 
