@@ -26,6 +26,8 @@ from documents import (
 )
 from small_data import NEEDS_PATCH
 
+from experiment import task
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts need bash"),
@@ -110,7 +112,8 @@ def test_data_commands_run(empty):
 def test_training_commands_run(empty):
     done = run_commands(commands("docs/training.md"), empty, WITHOUT_REPORT)
     assert "learning rate" in done.stdout
-    assert outcomes(empty) == dict.fromkeys(("smoke", "stages", "again"), "finished")
+    network = "wide" if task.PREDICTIONS == "mask" else "resnet34"
+    assert outcomes(empty) == dict.fromkeys(("smoke", "stages", "again", network), "finished")
     first, again = (read_json(empty / f"logs/{name}/config.json") for name in ("stages", "again"))
     assert first | {"logdir": "logs/again"} == again
     metrics = [(empty / f"logs/{name}/metrics.jsonl").read_bytes() for name in ("stages", "again")]
