@@ -31,11 +31,11 @@ environment: $(UV)
 PYTEST := pytest -p no:cacheprovider --numprocesses auto --dist worksteal
 
 .PHONY: test
-test: environment  ## all tests, of the template and of generated repositories (about 30 minutes on 2 cores)
+test: environment  ## all tests, of the template and of generated repositories (30 to 55 minutes on 2 cores)
 	uv run $(PYTEST)
 
 .PHONY: test-fast
-test-fast: environment  ## the tests that are not marked slow (3 minutes on 2 cores)
+test-fast: environment  ## the tests that are not marked slow (about 7 minutes on 2 cores)
 	uv run $(PYTEST) -m "not slow"
 
 GITHUB := .github/workflows/ci.yml '{{cookiecutter.project_slug}}/.variants/ci/github/.github/workflows/ci.yml'
